@@ -1,0 +1,170 @@
+"""Train a denoising diffusion model on FashionMNIST, measure how well it predicts noise, and draw samples with it.
+
+examples:
+  python run_ddpm.py --T 200                       some twelve minutes on two cores
+  python run_ddpm.py --T 200 --train-images 6000   a first look in two minutes; samples are still rough
+  python run_ddpm.py --schedule cosine --arch mlp  another schedule, and the plainest network that can work
+"""
+
+import math
+import time
+from functools import partial
+
+from scratchgen import checkpoint, cli, diffusion, plots, tree  # before NumPy, whose threads it sets up
+from scratchgen.data import load_fashion_mnist, minibatches, scale
+from scratchgen.denoisers import DENOISERS
+from scratchgen.gradients import in_parallel, sharded_value_and_grad
+from scratchgen.optim import adam_step, cosine_decay, ema_step, init_adam
+from scratchgen.runtime import Workers
+
+import numpy as np
+from tqdm import tqdm
+
+SHARD = 32  # images that one worker differentiates at a time
+SAMPLE_SHARD = 8  # images that one worker denoises at a time
+CURVE_IMAGES = 2000  # test images behind each epoch's point of the loss curve; the final number takes them all
+INIT, NOISE, ORDER, TEST, SAMPLES, PREVIEW = range(6)  # what a stream of random numbers is for
+
+
+def parse_arguments():
+    parser = cli.parser(__doc__, epochs={"unet": 6, "mlp": 30}, lr=2e-3, out="runs/ddpm")
+    flag = parser.add_argument
+    flag("--T", type=cli.number(int, 1), default=200, metavar="T", help="steps from image to noise (default: 200)")
+    flag("--schedule", choices=diffusion.SCHEDULES, default="linear", help="of beta_t (default: linear)")
+    flag(
+        "--ema",
+        type=cli.number(float, 0, high=1),
+        default=0.998,
+        metavar="DECAY",
+        help="of the moving average of the weights, which sampling uses (default: 0.998)",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = load_fashion_mnist(args.data)
+    train = cli.first_images(data["train_images"], args.train_images)
+    x_test = scale(data["test_images"], -1, 1)
+    schedule = diffusion.make_schedule(args.schedule, args.T)
+    workers = Workers(args.workers)
+
+    def stream(*purpose):
+        return np.random.default_rng([args.seed, *purpose])
+
+    # All that a run is, and that its checkpoint holds: these arrays, the generator of t and eps, and `state`.
+    init, network = DENOISERS[args.arch]
+    params = init(stream(INIT))
+    ema = tree.map(np.copy, params)
+    arrays = {"params": params, "ema": ema, "adam": init_adam(params)}
+    noise = stream(NOISE)
+    config = {"model": "ddpm", "train_images": len(train)}
+    config |= {key: getattr(args, key) for key in ("arch", "T", "schedule", "ema", "batch_size", "lr", "seed")}
+    state = {"config": config, "step": 0, "seconds": 0.0, "sum": 0.0, "log": []}
+    path = args.out / "checkpoint.npz"
+    if args.resume:
+        state = checkpoint.resume(path, config, arrays)
+        noise.bit_generator.state = state["noise"]
+    else:
+        checkpoint.put_aside(path)
+
+    def save():
+        checkpoint.save(path, arrays, state | {"noise": noise.bit_generator.state})
+
+    def loss(params, batch):
+        return diffusion.simple_loss(partial(network, params), schedule, batch)
+
+    def errors(x_0, t, eps):  # (N, H, W, 1), (N,), (N, H, W, 1) -> (N,)
+        return diffusion.squared_errors(partial(network, ema), schedule, (x_0, t, eps))
+
+    gradient_of = sharded_value_and_grad(loss, SHARD, workers)
+    evaluate = in_parallel(errors, SHARD, workers)
+    eps_theta = in_parallel(partial(network, ema), SAMPLE_SHARD, workers)
+    # Each t in turn rather than at random: every t is seen equally often.
+    t_test = 1 + np.arange(len(x_test)) % args.T
+    test_batch = (x_test, t_test, stream(TEST).standard_normal(x_test.shape, dtype=np.float32))
+
+    prior_kl = float(diffusion.prior_kl(schedule, x_test).mean())
+    print(f"diffusion {args.arch}, T = {args.T}: {tree.size(params):,} parameters, {len(train):,} training images")
+    print(f"alpha_bar_T = {schedule['alpha_bar'][-1]:.2e}, prior KL = {prior_kl:.3g} nats per image")
+    if prior_kl > 0.5:
+        print("warning: x_T still shows the image, but sampling starts from pure noise: expect poor samples")
+
+    steps = math.ceil(len(train) / args.batch_size)  # in one epoch
+    began = time.monotonic() - state["seconds"]
+    bar = cli.progress(args.epochs * len(train), done=state["step"] * args.batch_size)
+    with bar, cli.StopBetweenSteps() as stop:
+        for epoch in range(state["step"] // steps, args.epochs):
+            for images in minibatches(train, args.batch_size, stream(ORDER, epoch), skip=state["step"] % steps):
+                stop.here(save)
+                batch = diffusion.draw_batch(schedule, scale(images, -1, 1), noise)
+                value, gradient = gradient_of(params, batch)
+                cli.check_finite(value, state["step"])
+                lr = cosine_decay(state["step"], args.epochs * steps, args.lr)
+                state["step"] += 1
+                adam_step(params, gradient, arrays["adam"], state["step"], lr)
+                ema_step(ema, params, state["step"], args.ema)
+
+                state["sum"] += float(value) * len(images) / len(train)  # the epoch's mean, image by image
+                state["seconds"] = time.monotonic() - began
+                bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+                bar.update(len(images))
+
+            row = {"epoch": epoch + 1, "step": state["step"], "train_loss": state["sum"]}
+            row["test_loss"] = float(evaluate(*(part[:CURVE_IMAGES] for part in test_batch)).mean(dtype=np.float64))
+            row["seconds"] = state["seconds"] = time.monotonic() - began
+            state["log"].append(row)
+            state["sum"] = 0.0
+            save()
+            cli.write_log(args.out / "log.csv", state["log"])
+            tqdm.write(
+                f"epoch {row['epoch']}/{args.epochs}  loss: train {row['train_loss']:.5f}, "
+                f"test {row['test_loss']:.5f}  {row['seconds']:.0f} s"
+            )
+            # The same noise each time, so that one sees the same pictures form.
+            *_, (_, x) = diffusion.sample(eps_theta, schedule, noise_image(16, stream(PREVIEW)), stream(PREVIEW, 1))
+            figure = plots.grid(x, 8, f"preview after epoch {row['epoch']}", -1, 1)
+            plots.save(figure, args.out / "preview.png")
+        stop.here(save)
+
+    test_errors = evaluate(*test_batch)
+    numbers = {
+        "test_loss": float(test_errors.mean(dtype=np.float64)),
+        "alpha_bar_T": float(schedule["alpha_bar"][-1]),
+        "prior_kl": prior_kl,
+    }
+    cli.write_metrics(args, numbers, params, state)
+    print(f"test loss {numbers['test_loss']:.5f}: mean squared error of the predicted noise, per pixel and over all t")
+    plots.save(plots.ddpm_loss(state["log"], t_test, test_errors, args.T), args.out / "loss.png")
+    draw(args, schedule, eps_theta, x_test, stream(SAMPLES))
+    print(f"figures and numbers are in {args.out}")
+
+
+def noise_image(N, rng):
+    return rng.standard_normal((N, 28, 28, 1), dtype=np.float32)
+
+
+def draw(args, schedule, eps_theta, x_test, rng):
+    strip = [round(args.T * fraction) for fraction in (1, 0.5, 0.25, 0.1, 0.05, 0)]
+    frames = sorted({round(t) for t in np.linspace(args.T, 0, 51)}, reverse=True)
+
+    x_0, eps = np.repeat(x_test[:1], 6, axis=0), np.repeat(noise_image(1, rng), 6, axis=0)
+    noisy = diffusion.q_sample(schedule, x_0, np.array(strip), eps)
+    plots.save(plots.row_of_times(noisy, strip, "forward: $x_t \\sim q(x_t|x_0)$"), args.out / "forward.png")
+
+    x_T = noise_image(64, rng)
+    seen = {args.T: x_T}
+    steps = diffusion.sample(eps_theta, schedule, x_T, rng)
+    for t, x_t in cli.progress_over(steps, args.T, "sampling"):
+        if t in strip or t in frames:
+            seen[t] = x_t
+    path = [seen[t][0] for t in strip]
+    figure = plots.row_of_times(path, strip, "reverse: $x_{t-1} \\sim p_\\theta(x_{t-1}|x_t)$")
+    plots.save(figure, args.out / "trajectory.png")
+    plots.save(plots.grid(seen[0], 8, f"samples after {args.T} steps", -1, 1), args.out / "samples.png")
+    plots.save_gif([seen[t][:16] for t in frames], 4, args.out / "sampling.gif")
+
+
+if __name__ == "__main__":
+    cli.run(main)

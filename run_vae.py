@@ -1,0 +1,159 @@
+"""Train a variational autoencoder on FashionMNIST, measure its evidence lower bound, and draw what it learned.
+
+examples:
+  python run_vae.py                                about a minute and a half on two cores
+  python run_vae.py --arch conv                    convolutions in place of dense layers
+  python run_vae.py --latent-dim 2 --out runs/2d   a latent space that latents_0_1.png shows whole
+"""
+
+import math
+import time
+from functools import partial
+
+from scratchgen import checkpoint, cli, plots, tree, vae  # before NumPy, whose threads it sets up
+from scratchgen.data import load_fashion_mnist, minibatches, scale
+from scratchgen.gradients import in_parallel, sharded_value_and_grad
+from scratchgen.optim import adam_step, cosine_decay, init_adam
+from scratchgen.runtime import Workers
+
+import numpy as np
+from tqdm import tqdm
+
+SHARD = 64  # images that one worker differentiates at a time
+INIT, NOISE, ORDER, TEST, SAMPLES = range(5)  # what a stream of random numbers is for
+
+
+def parse_arguments():
+    parser = cli.parser(__doc__, epochs={"mlp": 25, "conv": 7}, lr=2e-3, out="runs/vae")
+    flag = parser.add_argument
+    flag("--latent-dim", type=cli.number(int, 2), default=20, metavar="D", help="dimensions of z (default: 20)")
+    flag(
+        "--latents",
+        type=cli.number(int, 0),
+        nargs=2,
+        metavar=("I", "J"),
+        help="the dimensions that latents_I_J.png varies (default: the two with most KL)",
+    )
+    args = parser.parse_args()
+    if args.latents and (max(args.latents) >= args.latent_dim or args.latents[0] == args.latents[1]):
+        parser.error(f"--latents needs two different dimensions from 0 to {args.latent_dim - 1}")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = load_fashion_mnist(args.data)
+    train = cli.first_images(data["train_images"], args.train_images)
+    x_test = scale(data["test_images"], 0, 1)
+    workers = Workers(args.workers)
+
+    def stream(*purpose):
+        return np.random.default_rng([args.seed, *purpose])
+
+    # All that a run is, and that its checkpoint holds: these arrays, the generator of the noise, and `state`.
+    init, encode, decode = vae.VAES[args.arch]
+    params = init(stream(INIT), args.latent_dim)
+    arrays = {"params": params, "adam": init_adam(params)}
+    noise = stream(NOISE)
+    config = {"model": "vae", "train_images": len(train)}
+    config |= {key: getattr(args, key) for key in ("arch", "latent_dim", "batch_size", "lr", "seed")}
+    state = {"config": config, "step": 0, "seconds": 0.0, "sums": {}, "log": []}
+    path = args.out / "checkpoint.npz"
+    if args.resume:
+        state = checkpoint.resume(path, config, arrays)
+        noise.bit_generator.state = state["noise"]
+    else:
+        checkpoint.put_aside(path)
+
+    def save():
+        checkpoint.save(path, arrays, state | {"noise": noise.bit_generator.state})
+
+    def loss(params, batch):
+        return vae.negative_elbo(partial(encode, params), partial(decode, params), batch)
+
+    def both_terms(x, eps):  # -> (N, 2)
+        return np.stack(vae.elbo_terms(partial(encode, params), partial(decode, params), (x, eps)), axis=1)
+
+    gradient_of = sharded_value_and_grad(loss, SHARD, workers)
+    eps_test = stream(TEST).standard_normal((len(x_test), args.latent_dim), dtype=np.float32)
+
+    def evaluate():
+        mean = in_parallel(both_terms, SHARD, workers)(x_test, eps_test).mean(axis=0, dtype=np.float64)
+        return {"reconstruction": float(mean[0]), "kl": float(mean[1])}
+
+    print(f"VAE {args.arch}, D = {args.latent_dim}: {tree.size(params):,} parameters, {len(train):,} training images")
+    steps = math.ceil(len(train) / args.batch_size)  # in one epoch
+    began = time.monotonic() - state["seconds"]
+    bar = cli.progress(args.epochs * len(train), done=state["step"] * args.batch_size)
+    with bar, cli.StopBetweenSteps() as stop:
+        for epoch in range(state["step"] // steps, args.epochs):
+            for images in minibatches(train, args.batch_size, stream(ORDER, epoch), skip=state["step"] % steps):
+                stop.here(save)
+                x = scale(images, 0, 1)
+                eps = noise.standard_normal((len(x), args.latent_dim), dtype=np.float32)
+                (value, terms), gradient = gradient_of(params, (x, eps))
+                cli.check_finite(value, state["step"])
+                lr = cosine_decay(state["step"], args.epochs * steps, args.lr)
+                state["step"] += 1
+                adam_step(params, gradient, arrays["adam"], state["step"], lr)
+
+                for name, term in terms.items():  # the epoch's mean, image by image
+                    state["sums"][name] = state["sums"].get(name, 0.0) + float(term) * len(x) / len(train)
+                state["seconds"] = time.monotonic() - began
+                bar.set_postfix(loss=f"{value:.1f}", refresh=False)
+                bar.update(len(x))
+
+            row = {"epoch": epoch + 1, "step": state["step"]}
+            for part, terms in (("train", state["sums"]), ("test", evaluate())):
+                row[f"{part}_elbo"] = terms["reconstruction"] - terms["kl"]
+                row |= {f"{part}_{name}": term for name, term in terms.items()}
+            row["seconds"] = state["seconds"] = time.monotonic() - began
+            state["log"].append(row)
+            state["sums"] = {}
+            save()
+            cli.write_log(args.out / "log.csv", state["log"])
+            tqdm.write(
+                f"epoch {row['epoch']}/{args.epochs}  ELBO: train {row['train_elbo']:.2f}, test {row['test_elbo']:.2f} "
+                f"= {row['test_reconstruction']:.2f} - {row['test_kl']:.2f} nats  {row['seconds']:.0f} s"
+            )
+        stop.here(save)
+
+    terms, floor = evaluate(), vae.entropy_floor(x_test)
+    metrics = {"elbo": terms["reconstruction"] - terms["kl"], **terms, "entropy_floor": floor}
+    cli.write_metrics(args, metrics, params, state)
+    print(f"test ELBO {metrics['elbo']:.2f} nats per image; the entropy of the grey pixels alone is {floor:.2f}")
+    draw(args, state["log"], floor, partial(encode, params), partial(decode, params), x_test, stream(SAMPLES), workers)
+    print(f"figures and numbers are in {args.out}")
+
+
+def draw(args, log, floor, encode, decode, x_test, rng, workers):
+    def images(z):
+        return vae.generate(decode, z)
+
+    def interpolate(start, end, n=10):  # (N, D), (N, D) -> (N n, D), row by row
+        weights = np.linspace(0, 1, n, dtype=np.float32)[:, None]
+        return ((1 - weights) * start[:, None] + weights * end[:, None]).reshape(-1, start.shape[1])
+
+    plots.save(plots.vae_loss(log, floor), args.out / "loss.png")
+
+    x, (mu, _) = x_test[:40], encode(x_test[:40])
+    pairs = np.stack([x.reshape(4, 10, 28, 28, 1), images(mu).reshape(4, 10, 28, 28, 1)], axis=1)
+    labels = ["test", "decoded"] * 4
+    figure = plots.grid(pairs.reshape(-1, 28, 28, 1), 10, "reconstructions of test images, from mu", row_labels=labels)
+    plots.save(figure, args.out / "reconstructions.png")
+
+    z = rng.standard_normal((100, args.latent_dim), dtype=np.float32)
+    plots.save(plots.grid(images(z), 10, "samples: decoded from z ~ N(0, I)"), args.out / "samples.png")
+
+    kl = in_parallel(lambda x: vae.kl_per_dimension(*encode(x)), SHARD, workers)(x_test).mean(axis=0)
+    i, j = args.latents or sorted(np.argsort(kl)[-2:].tolist())
+    plots.save(plots.plot_latents(images, args.latent_dim, i, j), args.out / f"latents_{i}_{j}.png")
+
+    z = interpolate(mu[:8], mu[8:16])
+    figure = plots.grid(images(z), 10, "from one test image to another, evenly in z")
+    plots.save(figure, args.out / "interpolation.png")
+
+
+if __name__ == "__main__":
+    cli.run(main)

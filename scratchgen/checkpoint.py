@@ -1,0 +1,94 @@
+"""Files that survive a crash: written beside and renamed, so that a reader finds the old file or the new, whole.
+
+A checkpoint is one ``.npz`` without pickle: every array under its path in the tree ("params/down/0/conv1/w"), and under
+"state" a JSON text with all that is not an array: configuration, step, the generator's state, the log so far.
+"""
+
+import itertools
+import json
+import os
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from scratchgen import tree
+
+import numpy as np
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or of another run than this one; the message names it in one line."""
+
+
+@contextmanager
+def replacing(path):
+    """Give a temporary path in the same folder; when the block ends well, flush it to disk and rename it to ``path``.
+
+    When it does not, whatever was at ``path`` is still there, and the temporary file is not.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")  # same suffix: savez and savefig go by it
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save(path, arrays, state):
+    """Write a tree of arrays and a JSON-able ``state`` to ``path``. Raises OSError, and the old file stays."""
+    named = dict(zip(tree.names(arrays), tree.leaves(arrays), strict=True))
+    with replacing(path) as temporary:
+        np.savez(temporary, state=np.array(json.dumps(state)), **named)
+
+
+def load(path):
+    """The arrays, by name, and the state that ``save`` wrote. Raises CheckpointError."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: nothing to resume, there is no such file; leave --resume out to start")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return arrays, json.loads(str(arrays.pop("state")))
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path}: not a sound checkpoint of scratchgen ({error})") from None
+
+
+def resume(path, config, arrays):
+    """Continue from ``path``: copy its arrays into the tree ``arrays`` and return its state.
+
+    ``config`` are the settings that must agree (model, T, ...). Raises CheckpointError, and then nothing was changed.
+    """
+    saved, state = load(path)
+    found = state.get("config", {})
+    for key, wanted in config.items():
+        if found.get(key) != wanted:
+            raise CheckpointError(
+                f"{path}: made with {key} {found.get(key)}, this run has {key} {wanted}; "
+                "resume with the same settings, or start afresh in another --out"
+            )
+    names, leaves = tree.names(arrays), tree.leaves(arrays)
+    for name, leaf in zip(names, leaves, strict=True):
+        if name not in saved or saved[name].shape != leaf.shape or saved[name].dtype != leaf.dtype:
+            raise CheckpointError(f"{path}: expected an array {name} {leaf.shape} {leaf.dtype}, found none like it")
+    for name, leaf in zip(names, leaves, strict=True):
+        leaf[...] = saved[name]
+    return state
+
+
+def put_aside(path):
+    """Rename the checkpoint of an earlier run, if there is one, so that a new run in its folder cannot overwrite it."""
+    path = Path(path)
+    if path.exists():
+        numbers = itertools.count(1)
+        aside = next(p for n in numbers if not (p := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
+        os.replace(path, aside)
+        print(f"kept the checkpoint of an earlier run as {aside}")

@@ -1,0 +1,192 @@
+"""What the two run scripts share at the command line: flags, one-line errors, a clean stop, the log.
+
+Nothing here knows about models; the training loop stands in the scripts.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import shlex
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+from scratchgen import runtime, tree
+from scratchgen.checkpoint import CheckpointError, write_text
+from scratchgen.data import DataError
+
+from tqdm import tqdm
+
+
+class UsageError(ValueError):
+    """Flags that contradict each other or the data; the message says it in one line."""
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a finite number."""
+
+
+def check_finite(loss, step):
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss became {loss} at step {step}: try a smaller --lr; the last checkpoint is as it was")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line, without the whole usage above it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help explains every flag)\n")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a number from ``low`` to ``high``, or strictly above ``low``."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse says "invalid whole number value"
+    return parse
+
+
+def parser(description, epochs, lr, out):
+    """A parser with the flags of every run; a script adds its model's own.
+
+    ``epochs`` maps each architecture to its default number of epochs; the first architecture is the default.
+    """
+    p = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default_arch, cores = next(iter(epochs)), runtime.available_cores()
+    by_arch = ", ".join(f"{count} for {arch}" for arch, count in epochs.items())
+    whole, positive, natural = number(int, 1), number(float, 0, above=True), number(int, 0)
+
+    def flag(name, help, **options):
+        p.add_argument(name, help=help, **options)
+
+    flag("--arch", f"the network (default: {default_arch})", choices=epochs, default=default_arch)
+    flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
+    flag("--batch-size", "images in one gradient step (default: 128)", type=whole, default=128, metavar="N")
+    flag("--lr", f"peak learning rate; it falls to 0 along a cosine (default: {lr})", type=positive, default=lr)
+    flag("--seed", "decides every random number: same seed, same bits (default: 0)", type=natural, default=0)
+    flag(
+        "--workers",
+        "threads that share each minibatch; they change no result, and 1 keeps everything in the main thread, "
+        f"for a debugger (default: all cores, here {cores})",
+        type=whole,
+        default=cores,
+        metavar="N",
+    )
+    flag(
+        "--data",
+        "folder with the four FashionMNIST idx files, compressed or not (default: data/ beside this script)",
+        type=Path,
+        default=Path(__file__).parent.parent / "data",
+        metavar="DIR",
+    )
+    flag("--out", f"folder for everything the run makes (default: {out})", type=Path, default=Path(out), metavar="DIR")
+    flag("--train-images", "train on the first N images, for a quick look (default: all)", type=whole, metavar="N")
+    flag(
+        "--resume",
+        "continue from checkpoint.npz in --out, to the same bits as if never stopped; for a finished run, draw again",
+        action="store_true",
+    )
+    return p
+
+
+def first_images(images, count):
+    """The first ``count`` images, or all of them for None. Raises UsageError if there are fewer."""
+    if count is not None and count > len(images):
+        raise UsageError(f"--train-images {count} is out of range, the data has {len(images)} training images")
+    return images[:count]
+
+
+class Stopped(Exception):
+    """The run was asked to stop by this signal, and has saved what it had."""
+
+
+class StopBetweenSteps:
+    """While this context is entered, Ctrl-C and a polite kill wait for `here`, called where the state is whole.
+
+    A second Ctrl-C stops at once; then the last checkpoint on disk is what remains.
+    """
+
+    def __enter__(self):
+        self.received = None
+        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, signal_number, frame):
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal_number
+
+    def here(self, save):
+        """If a stop was asked for: save, and raise Stopped."""
+        if self.received is not None:
+            save()
+            raise Stopped(self.received)
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def progress(total, done=0):
+    """A tqdm bar of images on a terminal, nothing elsewhere: a log file wants only what `tqdm.write` prints."""
+    return tqdm(
+        total=total, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()
+    )
+
+
+def progress_over(steps, total, description):
+    return tqdm(steps, description, total, unit=" steps", dynamic_ncols=True, disable=not sys.stderr.isatty())
+
+
+def write_log(path, rows):
+    """``log.csv``: one row an epoch, the keys of the first row as its header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_metrics(args, numbers, params, state):
+    """``metrics.json``: the model's own numbers, and what it took to get them."""
+    about = {
+        "seconds": round(state["seconds"], 1),  # of training and its evaluation, over all the sittings of a resumed run
+        "epochs": len(state["log"]),
+        "seed": args.seed,
+        "parameters": tree.size(params),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    write_text(args.out / "metrics.json", json.dumps(numbers | about, indent=2) + "\n")
+
+
+def run(main):
+    """Call ``main()`` and exit; whatever the user can mend becomes one line on stderr and a non-zero status."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    status, message = 0, None
+    try:
+        main()
+    except (UsageError, DataError, CheckpointError) as error:
+        status, message = 2, str(error)
+    except Diverged as error:
+        status, message = 1, str(error)
+    except Stopped as stop:
+        status, message = 128 + stop.args[0], "stopped and saved: the same command with --resume continues"
+    except KeyboardInterrupt:
+        status, message = 130, "stopped: the same command with --resume continues from the last checkpoint"
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        status, message = 1, f"{where}{error.strerror or error}"
+    except MemoryError:
+        status, message = 1, "out of memory: try a smaller --batch-size, or fewer --workers"
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,140 @@
+"""FashionMNIST from its raw idx files, and shuffled minibatches of it.
+
+The idx format: two zero bytes, one byte for the dtype, one for the rank R, then R big-endian 32-bit sizes, then the
+numbers themselves, big-endian, row by row. A header is never believed before the file's length bears it out.
+"""
+
+import gzip
+import math
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+MAX_RANK = 32  # more than any array has; NumPy stops at 64
+READ_BYTES = 1 << 20
+
+# The published files and the CRC-32 of each array's bytes. (Compressed files differ from mirror to mirror.)
+FASHION_MNIST = {
+    "train-images-idx3-ubyte": 0xAE65DCCD,
+    "train-labels-idx1-ubyte": 0x2ED6E46A,
+    "t10k-images-idx3-ubyte": 0x12728439,
+    "t10k-labels-idx1-ubyte": 0x242BC73F,
+}
+
+
+class DataError(ValueError):
+    """A data file is missing, damaged or not what its place demands; the message names it and what was found."""
+
+
+def load_idx(path):
+    """Read one idx file, raw or gzip-compressed, of any rank and any of the format's six dtypes.
+
+    Returns an array of the shape in the header, in native byte order. Raises DataError, one line, for a file that
+    cannot be read, is not idx, or is shorter or longer than its header says; memory is taken only for bytes that are
+    really there, and a gzip that inflates past what its header promises is cut off.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as raw:
+            compressed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            if compressed:
+                with gzip.open(raw) as inflated:
+                    return read_idx(inflated, path)
+            return read_idx(raw, path)
+    except EOFError:
+        raise DataError(f"{path}: expected a whole gzip file, found that it ends too early") from None
+    except zlib.error as error:
+        raise DataError(f"{path}: expected a sound gzip file, found damage ({error})") from None
+    except OSError as error:  # missing, a folder, unreadable, or gzip's own complaints (a wrong checksum)
+        raise DataError(f"{path}: expected a readable idx file, found: {error.strerror or error}") from None
+
+
+def read_idx(file, path):
+    head = file.read(4)
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in IDX_DTYPES:
+        raise DataError(
+            f"{path}: expected an idx file (00 00, a dtype code 08 09 0B 0C 0D 0E, the rank), "
+            f"found it to begin with {head.hex(' ').upper() or 'nothing'}"
+        )
+    dtype, rank = np.dtype(IDX_DTYPES[head[2]]), head[3]
+    if rank > MAX_RANK:
+        raise DataError(f"{path}: expected at most {MAX_RANK} dimensions, found {rank} in the header")
+    sizes = file.read(4 * rank)
+    if len(sizes) < 4 * rank:
+        raise DataError(f"{path}: expected {rank} dimensions in the header, found the file to end inside them")
+    shape = struct.unpack(f">{rank}I", sizes)
+
+    expected = math.prod(shape) * dtype.itemsize
+    content = bytearray()
+    while len(content) <= expected and (block := file.read(min(READ_BYTES, expected + 1 - len(content)))):
+        content += block
+    if len(content) != expected:
+        found = "more" if len(content) > expected else f"{len(content):,}"
+        raise DataError(f"{path}: expected {expected:,} bytes after the header, for shape {shape}, found {found}")
+    return np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+
+
+def find_file(folder, name):
+    for candidate in (folder / f"{name}.gz", folder / name):
+        if candidate.exists():
+            return candidate
+    raise DataError(f"{folder / name}.gz: expected this file (or the same without .gz), found neither")
+
+
+def load_fashion_mnist(folder):
+    """The four files in ``folder``, as a dict of uint8 arrays.
+
+    "train_images" and "test_images" are (N, 28, 28, 1), "train_labels" and "test_labels" are (N,) in 0..9. Raises
+    DataError; warns when the files are sound but are not the published FashionMNIST.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder with the four FashionMNIST files, found no such folder")
+    arrays, strangers = {}, []
+    for name, checksum in FASHION_MNIST.items():
+        path = find_file(folder, name)
+        array = load_idx(path)
+        kind = "images" if "images" in name else "labels"
+        wanted = "uint8 (N, 28, 28)" if kind == "images" else "uint8 (N,)"
+        if array.dtype != np.uint8 or array.shape[1:] != ((28, 28) if kind == "images" else ()) or array.ndim == 0:
+            raise DataError(f"{path}: expected {kind}, {wanted}, found {array.dtype} {array.shape}")
+        if len(array) == 0:
+            raise DataError(f"{path}: expected at least one of its {kind}, found none")
+        if kind == "labels" and array.max() > 9:
+            raise DataError(f"{path}: expected labels 0 to 9, found {array.max()}")
+        if zlib.crc32(array) != checksum:
+            strangers.append(path.name)
+        arrays[f"{'train' if name.startswith('train') else 'test'}_{kind}"] = array
+
+    for part in ("train", "test"):
+        images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
+        if images != labels:
+            raise DataError(f"{folder}: expected as many {part} labels as images, found {labels:,} and {images:,}")
+        arrays[f"{part}_images"] = arrays[f"{part}_images"][..., None]
+    if strangers:
+        warnings.warn(f"{folder}: not the published FashionMNIST (plain MNIST?): {', '.join(strangers)}", stacklevel=2)
+    return arrays
+
+
+def scale(images, low, high):
+    """uint8 images to float32 with 0 -> low and 255 -> high; any shape."""
+    scaled = images.astype(np.float32)
+    scaled *= (high - low) / 255
+    scaled += low
+    return scaled
+
+
+def minibatches(images, batch_size, rng, skip=0):
+    """All images once, in a random order: yields (batch_size, H, W, C) arrays, the last one smaller if it must be.
+
+    The order is drawn from ``rng`` when the first batch is asked for; ``skip`` batches are left out at the start, for
+    a run that resumes inside an epoch.
+    """
+    order = rng.permutation(len(images))
+    for start in range(skip * batch_size, len(images), batch_size):
+        yield images[order[start : start + batch_size]]

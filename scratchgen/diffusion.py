@@ -1,0 +1,134 @@
+"""The denoising diffusion model of Ho, Jain and Abbeel 2020 ("the paper"): q, p, the loss and the sampler.
+
+Time runs t = 1..T as in the paper, and index 0 is the clean image: every array of a schedule has length T + 1.
+
+    beta_t                       variance of the noise that step t adds
+    alpha_t = 1 - beta_t         beta_0 = 0, alpha_0 = 1
+    alpha_bar_t                  product of alpha_1 .. alpha_t, alpha_bar_0 = 1
+
+Images are (N, H, W, C) in [-1, 1], t is (N,) integers in 1..T. The network is passed in as a function
+eps_theta(x_t, t); nothing here knows what it is made of. Equation numbers are the paper's.
+"""
+
+import numpy as np
+
+
+def linear_betas(T):
+    """The paper's schedule, 1e-4 .. 0.02 over 1000 steps, scaled by 1000 / T so that x_T is noise for any T.
+
+    Unscaled, T = 200 would stop at alpha_bar_T = 0.13: a third of the image's amplitude still shows in x_T.
+    """
+    # Counted from the end, so that T = 1 gets the last beta rather than the first.
+    return np.clip(np.linspace(0.02, 1e-4, T)[::-1] * 1000 / T, 0, 0.999)
+
+
+def cosine_betas(T):
+    """Nichol and Dhariwal 2021, Eq. (17): alpha_bar_t = f(t) / f(0), f(t) = cos^2((t / T + 0.008) / 1.008 pi / 2)."""
+    f = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.clip(1 - f[1:] / f[:-1], 0, 0.999)
+
+
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+
+
+def make_schedule(name, T):
+    """The constants of q for t = 0..T, worked out in float64: a dict of arrays of length T + 1.
+
+    "posterior_x0" and "posterior_xt" are the factors of Eq. (7), "posterior_variance" is its beta~_t.
+    """
+    beta = np.concatenate([[0.0], SCHEDULES[name](T)])
+    alpha = 1 - beta
+    alpha_bar = np.cumprod(alpha)
+    before = np.concatenate([[1.0], alpha_bar[:-1]])  # alpha_bar_{t-1}
+    # At t = 0 the quotients are 0 / 0; nothing may use them, and NaN makes sure that nobody does unnoticed.
+    rest = np.where(alpha_bar < 1, 1 - alpha_bar, np.nan)
+    return {
+        "beta": beta,
+        "alpha": alpha,
+        "alpha_bar": alpha_bar,
+        "posterior_x0": np.sqrt(before) * beta / rest,
+        "posterior_xt": np.sqrt(alpha) * (1 - before) / rest,
+        "posterior_variance": (1 - before) / rest * beta,
+    }
+
+
+def at(values, t):
+    """values[t] for each image, float32 and shaped to multiply images: (T + 1,), (N,) -> (N, 1, 1, 1)."""
+    return values[t].astype(np.float32).reshape(-1, 1, 1, 1)
+
+
+# ------------------------------------------------------------------------------------------------- q, the way to noise
+
+
+def q_sample(schedule, x_0, t, eps):
+    """x_t ~ q(x_t | x_0) in one step, Eq. (4): sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, eps ~ N(0, I)."""
+    return at(np.sqrt(schedule["alpha_bar"]), t) * x_0 + at(np.sqrt(1 - schedule["alpha_bar"]), t) * eps
+
+
+def q_posterior(schedule, x_0, x_t, t):
+    """Mean and variance of q(x_{t-1} | x_t, x_0), Eqs. (6) and (7): (N, H, W, C) and (N, 1, 1, 1)."""
+    mean = at(schedule["posterior_x0"], t) * x_0 + at(schedule["posterior_xt"], t) * x_t
+    return mean, at(schedule["posterior_variance"], t)
+
+
+def prior_kl(schedule, x_0):
+    """D_KL(q(x_T | x_0) || N(0, I)) in nats per image, (N,): how far x_T is from the noise that sampling starts with.
+
+    For N(sqrt(alpha_bar) x_0, (1 - alpha_bar) I) in d dimensions it is
+    1/2 (alpha_bar ||x_0||^2 - d alpha_bar - d log(1 - alpha_bar)).
+    """
+    alpha_bar = schedule["alpha_bar"][-1]
+    x = x_0.reshape(len(x_0), -1).astype(np.float64)
+    d = x.shape[1]
+    return 0.5 * (alpha_bar * (x**2).sum(axis=1) - d * alpha_bar - d * np.log1p(-alpha_bar))
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def draw_batch(schedule, x_0, rng):
+    """Every random choice of one step of Algorithm 1: (x_0, t, eps) with t uniform on 1..T and eps ~ N(0, I)."""
+    T = len(schedule["beta"]) - 1
+    return x_0, rng.integers(1, T + 1, size=len(x_0)), rng.standard_normal(x_0.shape, dtype=np.float32)
+
+
+def squared_errors(eps_theta, schedule, batch):
+    """The eps-loss of each image, ||eps - eps_theta(x_t, t)||^2 / d: (N,). Eq. (14) before its expectation."""
+    x_0, t, eps = batch
+    difference = eps_theta(q_sample(schedule, x_0, t, eps), t) - eps
+    return (difference * difference).reshape((len(t), -1)).sum(axis=1) * (1 / eps[0].size)
+
+
+def simple_loss(eps_theta, schedule, batch):
+    """L_simple, Eq. (14): the mean of the squared errors over images and pixels."""
+    return squared_errors(eps_theta, schedule, batch).sum() * (1 / len(batch[1]))
+
+
+# ----------------------------------------------------------------------------------------- p, the way back to an image
+
+
+def predict_x_0(schedule, x_t, t, eps):
+    """The x_0 that q_sample would have needed to reach x_t with this noise, clipped to where images are: [-1, 1]."""
+    alpha_bar = schedule["alpha_bar"]
+    x_0 = at(1 / np.sqrt(alpha_bar), t) * x_t - at(np.sqrt(1 / alpha_bar - 1), t) * eps
+    return np.clip(x_0, -1, 1, out=x_0)
+
+
+def p_sample(eps_theta, schedule, x_t, t, noise):
+    """One step of Algorithm 2, x_t -> x_{t-1}, with variance beta~_t and the predicted x_0 clipped.
+
+    Put the clipped x_0 into the posterior mean, Eq. (7); where nothing is clipped that is Eq. (11). At t = 1 the
+    variance is zero and so is the noise. t is one integer: all images are at the same step.
+    """
+    t = np.full(len(x_t), t)
+    x_0 = predict_x_0(schedule, x_t, t, eps_theta(x_t, t))
+    mean, variance = q_posterior(schedule, x_0, x_t, t)
+    return mean + np.sqrt(variance) * noise
+
+
+def sample(eps_theta, schedule, x_T, rng):
+    """Algorithm 2 as a generator: yield (t, x_t) for t = T - 1 .. 0, starting after the given noise x_T."""
+    x = x_T
+    for t in range(len(schedule["beta"]) - 1, 0, -1):
+        x = p_sample(eps_theta, schedule, x, t, rng.standard_normal(x.shape, dtype=np.float32))
+        yield t - 1, x

@@ -1,0 +1,86 @@
+"""Layers: for each, ``init_x(rng, ...)`` makes its parameters and ``x(params, ...)`` below it applies them.
+
+Dimensions: N images, H height, W width, C channels in, O channels out, E the width of the time embedding.
+Parameters are dicts and lists of float32 arrays; randomness enters as a ``numpy.random.Generator``.
+"""
+
+from scratchgen import ops
+
+import numpy as np
+
+GROUPS = 8  # of every group norm; channel counts are multiples of it
+
+
+def init_dense(rng, inputs, outputs, gain=2.0):
+    """Weights from N(0, gain / inputs), biases zero. Gain 2 keeps the variance through a ReLU (He et al. 2015)."""
+    w = rng.standard_normal((inputs, outputs), dtype=np.float32)
+    w *= float(gain / inputs) ** 0.5
+    return {"w": w, "b": np.zeros(outputs, np.float32)}
+
+
+def dense(params, x):  # (..., C) -> (..., O)
+    return ops.dense(x, params["w"], params["b"])
+
+
+def init_mlp(rng, sizes):
+    """Dense layers from sizes[0] to sizes[-1]; the last, which no ReLU follows, with gain 1."""
+    gains = [2.0] * (len(sizes) - 2) + [1.0]
+    return [init_dense(rng, *io, gain) for *io, gain in zip(sizes, sizes[1:], gains, strict=False)]
+
+
+def mlp(params, x):  # (N, sizes[0]) -> (N, sizes[-1])
+    """Dense layers with a ReLU between one and the next."""
+    for layer in params[:-1]:
+        x = ops.relu(dense(layer, x))
+    return dense(params[-1], x)
+
+
+def init_conv(rng, inputs, outputs, kernel_size=3, gain=2.0):
+    weights = init_dense(rng, kernel_size**2 * inputs, outputs, gain)
+    return {"w": weights["w"].reshape(kernel_size, kernel_size, inputs, outputs), "b": weights["b"]}
+
+
+def conv(params, x):  # (N, H, W, C) -> (N, H, W, O)
+    return ops.conv2d(x, params["w"], params["b"])
+
+
+def time_embedding(t, width):
+    """The sinusoidal embedding of Vaswani et al. 2017, Sec. 3.5: (N,) integers -> (N, width) float32, width even.
+
+    Wavelengths run geometrically from 2 pi to 2 pi 10,000, so that both neighbouring and distant steps differ.
+    """
+    frequencies = 10_000.0 ** -np.linspace(0, 1, width // 2)
+    angles = np.asarray(t)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+def init_group_norm(channels):
+    return {"scale": np.ones(channels, np.float32), "shift": np.zeros(channels, np.float32)}
+
+
+def group_norm(params, x):  # (N, H, W, C) -> (N, H, W, C)
+    return ops.group_norm(x, params["scale"], params["shift"], GROUPS)
+
+
+def init_res_block(rng, inputs, outputs, time_width):
+    """A residual block; its second convolution starts at zero, so that the block starts as its shortcut."""
+    return {
+        "norm1": init_group_norm(inputs),
+        "conv1": init_conv(rng, inputs, outputs),
+        "time_scale": init_dense(rng, time_width, outputs, gain=0.1),
+        "time_shift": init_dense(rng, time_width, outputs, gain=0.1),
+        "conv2": init_conv(rng, outputs, outputs, gain=0.0),
+        "shortcut": init_dense(rng, inputs, outputs, gain=1.0) if inputs != outputs else {},
+    }
+
+
+def res_block(params, x, time):  # (N, H, W, C), (N, E) -> (N, H, W, O)
+    """Norm, SiLU, convolution, twice, added to a shortcut (Ho et al. 2020, App. B).
+
+    The time embedding sets scale and shift of the second norm, image by image (Dhariwal and Nichol 2021, Sec. 3.1);
+    the norm multiplies and adds per image and channel anyway, so this costs nothing.
+    """
+    h = conv(params["conv1"], ops.silu(group_norm(params["norm1"], x)))
+    scale, shift = 1 + dense(params["time_scale"], time), dense(params["time_shift"], time)
+    h = conv(params["conv2"], ops.silu(ops.group_norm(h, scale, shift, GROUPS)))
+    return h + (dense(params["shortcut"], x) if params["shortcut"] else x)

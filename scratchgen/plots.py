@@ -1,0 +1,133 @@
+"""Every figure. Each function returns a ``matplotlib.figure.Figure`` and `save` writes it; no global pyplot state.
+
+Images come as (N, H, W, 1) in the range given by ``low`` and ``high``, by default [0, 1].
+"""
+
+from scratchgen.checkpoint import replacing
+
+import numpy as np
+from matplotlib.animation import PillowWriter
+from matplotlib.figure import Figure
+
+TRAIN, TEST = {"color": "C0", "label": "train"}, {"color": "C1", "label": "test", "linestyle": "--"}
+
+
+def save(figure, path):
+    """Write a figure as PNG; an earlier one at ``path`` is replaced only by a whole one."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def mosaic(images, rows, columns):
+    """Images side by side, row by row: (rows * columns, H, W, 1) -> (rows H, columns W)."""
+    H, W = images.shape[1:3]
+    return images.reshape(rows, columns, H, W).transpose(0, 2, 1, 3).reshape(rows * H, columns * W)
+
+
+def show(axes, picture, low=0, high=1, **options):
+    axes.imshow(picture, cmap="gray", vmin=low, vmax=high, **options)
+    axes.set(xticks=[], yticks=[])
+
+
+def grid(images, columns, title, low=0, high=1, row_labels=()):
+    """One panel with all images, ``columns`` to a row; ``row_labels`` stand at the left, from the top."""
+    rows = len(images) // columns
+    figure = Figure(figsize=(0.6 * columns + 0.6, 0.6 * rows + 0.6), layout="constrained")
+    axes = figure.add_subplot(title=title)
+    show(axes, mosaic(images, rows, columns), low, high)
+    if row_labels:
+        axes.set_yticks([28 * row + 14 for row in range(rows)], row_labels, fontsize="small")
+        axes.tick_params(length=0)
+    return figure
+
+
+def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):
+    """Images decoded over an even n x n grid of (z_i, z_j) from -extent to extent, all other dimensions zero.
+
+    ``decode`` takes (N, D) to images (N, H, W, 1) in [0, 1]; z_i grows to the right and z_j upwards.
+    """
+    ticks = np.linspace(-extent, extent, n)
+    z = np.zeros((n * n, latent_dim), np.float32)
+    z[:, i] = np.tile(ticks, n)
+    z[:, j] = np.repeat(ticks[::-1], n)
+    half = extent / (n - 1)  # half the distance between two images
+    edges = (-extent - half, extent + half)
+    figure = Figure(figsize=(6.6, 6.6), layout="constrained")
+    axes = figure.add_subplot(title=f"decoded from z, all but dimensions {i} and {j} zero")
+    show(axes, mosaic(decode(z), n, n), extent=edges * 2)
+    labels = [f"{tick:.1f}" for tick in ticks]
+    axes.set_xticks(ticks, labels)
+    axes.set_yticks(ticks, labels)
+    axes.set(xlabel=f"$z_{{{i}}}$", ylabel=f"$z_{{{j}}}$")
+    return figure
+
+
+def curves(axes, log, key):
+    epochs = [row["epoch"] for row in log]
+    for part in (TRAIN, TEST):
+        values = [row[f"{part['label']}_{key}"] for row in log]
+        axes.plot(epochs, values, marker="." if len(log) < 40 else None, **part)
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def vae_loss(log, floor):
+    """Three panels: ELBO, its first and its second term; train and test in nats per image. From the rows of log.csv."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    titles = {
+        "elbo": "ELBO",
+        "reconstruction": "first term: $E_q[\\log p(x|z)]$",
+        "kl": "second term: $D_{KL}(q(z|x)\\,||\\,p(z))$",
+    }
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        curves(axes, log, key)
+        axes.set(title=title, ylabel="nats per image")
+    for axes in panels[:2]:
+        axes.axhline(-floor, color="gray", linewidth=1, linestyle=":", label="minus the entropy of the pixels")
+        axes.legend()
+    return figure
+
+
+def ddpm_loss(log, t, errors, T, bins=40):
+    """Two panels: the eps-loss by epoch, and the test loss over t from the final (t, error) of each test image."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curves(left, log, "loss")
+    left.set(title="loss: mean of $(\\epsilon - \\epsilon_\\theta)^2$", ylabel="squared error per pixel")
+    edges = np.linspace(0.5, T + 0.5, min(bins, T) + 1)
+    bin_of = np.digitize(t, edges) - 1
+    count = np.bincount(bin_of, minlength=len(edges) - 1)
+    mean = np.bincount(bin_of, errors, minlength=len(edges) - 1) / np.maximum(count, 1)
+    centres = (edges[1:] + edges[:-1]) / 2
+    right.semilogy(centres[count > 0], mean[count > 0], marker=".", color="C1")
+    right.set(title="test loss over t", xlabel="t", ylabel="squared error per pixel")
+    right.grid(alpha=0.3, which="both")
+    return figure
+
+
+def row_of_times(images, times, title):
+    """One row of panels, one image each, titled with its t: a sequence of (H, W, 1) in [-1, 1], and of integers."""
+    figure = Figure(figsize=(1.7 * len(times), 2.3), layout="constrained")
+    figure.suptitle(title)
+    for axes, image, t in zip(figure.subplots(1, len(times), squeeze=False)[0], images, times, strict=True):
+        show(axes, image[..., 0], -1, 1)
+        axes.set_title(f"t = {t}")
+    return figure
+
+
+def save_gif(frames, columns, path, frames_per_second=12, pause=18):
+    """An animation of mosaics: a sequence of (N, H, W, 1) in [-1, 1]; the last stays for ``pause`` frames."""
+    pictures = [mosaic(frame, len(frame) // columns, columns) for frame in frames]
+    H, W = pictures[0].shape
+    figure = Figure(figsize=(W / 100, H / 100))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    image = axes.imshow(pictures[0], cmap="gray", vmin=-1, vmax=1)
+    writer = PillowWriter(fps=frames_per_second)
+    with replacing(path) as temporary, writer.saving(figure, temporary, dpi=200):
+        for picture in pictures + pictures[-1:] * pause:
+            image.set_data(picture)
+            writer.grab_frame()

@@ -1,0 +1,128 @@
+"""The variational autoencoder of Kingma and Welling 2014.
+
+    prior     p(z)     = N(0, I)
+    decoder   p(x | z) = product over pixels of Bernoulli(sigmoid(logits(z)))
+    encoder   q(z | x) = N(mu(x), diag(exp(log_var(x))))
+    ELBO(x)            = E_q(z|x)[log p(x | z)] - D_KL(q(z | x) || p(z))  <=  log p(x)
+
+Dimensions: N images, H = W = 28, one channel; D latent dimensions. Images x are (N, H, W, 1) in [0, 1]. Grey pixels are
+read as probabilities: the first term is then minus a cross-entropy, and no model can bring it above minus the entropy
+of the pixels themselves (`entropy_floor`). All terms are in nats per image.
+
+First the bound, which takes encoder and decoder as functions; below it the two pairs of networks to choose from.
+"""
+
+from scratchgen.layers import conv, dense, init_conv, init_dense
+from scratchgen.ops import bernoulli_log_likelihood, patches, relu, sigmoid, unpatch
+
+import autograd.numpy as np
+
+
+def reparameterise(mu, log_var, eps):
+    """z = mu + sigma eps, (N, D): for eps ~ N(0, I) a draw from q(z | x) that lets gradients reach mu and log_var."""
+    return mu + np.exp(0.5 * log_var) * eps
+
+
+def kl_per_dimension(mu, log_var):
+    """D_KL(N(mu, exp(log_var)) || N(0, 1)) of each latent dimension, (N, D): App. B of the paper."""
+    return 0.5 * (mu**2 + np.exp(log_var) - 1 - log_var)
+
+
+def elbo_terms(encode, decode, batch):
+    """Both terms of the bound for a batch (x, eps), each (N,): E_q[log p(x | z)] by one draw of z, and the KL.
+
+    ``encode(x)`` returns mu and log_var, ``decode(z)`` logits; eps is (N, D) from N(0, I). ELBO = reconstruction - KL.
+    """
+    x, eps = batch
+    mu, log_var = encode(x)
+    z = reparameterise(mu, log_var, eps)
+    reconstruction = bernoulli_log_likelihood(decode(z), x)
+    kl = np.sum(kl_per_dimension(mu, log_var), axis=1)
+    return reconstruction, kl
+
+
+def negative_elbo(encode, decode, batch):
+    """The loss, -ELBO as a mean over the batch, and its two terms to report."""
+    reconstruction, kl = (np.sum(term) * (1 / len(batch[0])) for term in elbo_terms(encode, decode, batch))
+    return kl - reconstruction, {"reconstruction": reconstruction, "kl": kl}
+
+
+def generate(decode, z):
+    """Images as the decoder's pixel probabilities, in [0, 1]: (N, D) -> (N, H, W, 1)."""
+    return sigmoid(decode(z))
+
+
+def entropy_floor(x):
+    """Mean over images of the summed binary entropy of their pixels, in nats: -ELBO cannot fall below it."""
+    p = x.astype("float64")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = -np.nan_to_num(p * np.log(p)) - np.nan_to_num((1 - p) * np.log1p(-p))
+    return float(entropy.sum() / len(x))
+
+
+# -------------------------------------------------------------------------------- 784 - 400 - D - 400 - 784, all dense
+
+
+def init_mlp_vae(rng, latent_dim, hidden=400, pixels=28 * 28):
+    return {
+        "encoder": init_dense(rng, pixels, hidden),
+        "mu": init_dense(rng, hidden, latent_dim, gain=1.0),
+        "log_var": init_dense(rng, hidden, latent_dim, gain=0.0),  # the spread starts at 1, as in the prior
+        "decoder": [init_dense(rng, latent_dim, hidden), init_dense(rng, hidden, pixels, gain=1.0)],
+    }
+
+
+def mlp_encode(params, x):  # (N, H, W, 1) -> 2 x (N, D)
+    h = relu(dense(params["encoder"], np.reshape(x, (len(x), -1))))
+    return dense(params["mu"], h), dense(params["log_var"], h)
+
+
+def mlp_decode(params, z):  # (N, D) -> (N, H, W, 1)
+    to_hidden, to_pixels = params["decoder"]
+    return np.reshape(dense(to_pixels, relu(dense(to_hidden, z))), (len(z), 28, 28, 1))
+
+
+# ------------------------------------------------------- convolutions at 14 x 14 and 7 x 7, and the same way back
+
+
+def init_conv_vae(rng, latent_dim, hidden=256):
+    return {
+        "encoder": {
+            "conv14": init_conv(rng, 4, 32),
+            "shrink": init_dense(rng, 4 * 32, 64),
+            "conv7": init_conv(rng, 64, 64),
+            "hidden": init_dense(rng, 7 * 7 * 64, hidden),
+        },
+        "mu": init_dense(rng, hidden, latent_dim, gain=1.0),
+        "log_var": init_dense(rng, hidden, latent_dim, gain=0.0),
+        "decoder": {
+            "hidden": init_dense(rng, latent_dim, hidden),
+            "spread": init_dense(rng, hidden, 7 * 7 * 64),
+            "conv7": init_conv(rng, 64, 64),
+            "grow": init_dense(rng, 64, 4 * 32),
+            "conv14": init_conv(rng, 32, 32),
+            "pixels": init_dense(rng, 32, 4, gain=1.0),
+        },
+    }
+
+
+def conv_encode(params, x):  # (N, H, W, 1) -> 2 x (N, D)
+    layer = params["encoder"]
+    h = relu(conv(layer["conv14"], patches(x, 2)))  # (N, 14, 14, 32)
+    h = relu(dense(layer["shrink"], patches(h, 2)))  # (N, 7, 7, 64)
+    h = relu(conv(layer["conv7"], h))
+    h = relu(dense(layer["hidden"], np.reshape(h, (len(x), -1))))
+    return dense(params["mu"], h), dense(params["log_var"], h)
+
+
+def conv_decode(params, z):  # (N, D) -> (N, H, W, 1)
+    layer = params["decoder"]
+    h = relu(dense(layer["spread"], relu(dense(layer["hidden"], z))))
+    h = relu(conv(layer["conv7"], np.reshape(h, (len(z), 7, 7, 64))))
+    h = relu(unpatch(dense(layer["grow"], h), 2))  # (N, 14, 14, 32)
+    h = relu(conv(layer["conv14"], h))
+    return unpatch(dense(layer["pixels"], h), 2)
+
+
+# --arch on the command line: name -> (init, encode, decode)
+VAES = {"mlp": (init_mlp_vae, mlp_encode, mlp_decode), "conv": (init_conv_vae, conv_encode, conv_decode)}
