@@ -20,14 +20,15 @@ from scratchgen.runtime import Workers
 import numpy as np
 from tqdm import tqdm
 
+EPOCHS = {"unet": 6, "mlp": 30}  # by default
 SHARD = 32  # images that one worker differentiates at a time
-SAMPLE_SHARD = 8  # images that one worker denoises at a time
+SAMPLE_SHARD = 16  # images that one worker denoises at a time
 CURVE_IMAGES = 2000  # test images behind each epoch's point of the loss curve; the final number takes them all
 INIT, NOISE, ORDER, TEST, SAMPLES, PREVIEW = range(6)  # what a stream of random numbers is for
 
 
 def parse_arguments():
-    parser = cli.parser(__doc__, epochs={"unet": 6, "mlp": 30}, lr=2e-3, out="runs/ddpm")
+    parser = cli.parser(__doc__, EPOCHS, batch_size=64, lr=4e-3, out="runs/ddpm")
     flag = parser.add_argument
     flag("--T", type=cli.number(int, 1), default=200, metavar="T", help="steps from image to noise (default: 200)")
     flag("--schedule", choices=diffusion.SCHEDULES, default="linear", help="of beta_t (default: linear)")
@@ -38,7 +39,9 @@ def parse_arguments():
         metavar="DECAY",
         help="of the moving average of the weights, which sampling uses (default: 0.998)",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.epochs = args.epochs or EPOCHS[args.arch]
+    return args
 
 
 def main():
@@ -60,7 +63,9 @@ def main():
     arrays = {"params": params, "ema": ema, "adam": init_adam(params)}
     noise = stream(NOISE)
     config = {"model": "ddpm", "train_images": len(train)}
-    config |= {key: getattr(args, key) for key in ("arch", "T", "schedule", "ema", "batch_size", "lr", "seed")}
+    config |= {
+        key: getattr(args, key) for key in ("arch", "T", "schedule", "ema", "epochs", "batch_size", "lr", "seed")
+    }
     state = {"config": config, "step": 0, "seconds": 0.0, "sum": 0.0, "log": []}
     path = args.out / "checkpoint.npz"
     if args.resume:
@@ -72,15 +77,18 @@ def main():
     def save():
         checkpoint.save(path, arrays, state | {"noise": noise.bit_generator.state})
 
+    def predict_noise(params, x_t, t):  # eps_theta(x_t, t), by way of v
+        return diffusion.eps_from_v(schedule, network(params, x_t, t), x_t, t)
+
     def loss(params, batch):
-        return diffusion.simple_loss(partial(network, params), schedule, batch)
+        return diffusion.simple_loss(partial(predict_noise, params), schedule, batch)
 
     def errors(x_0, t, eps):  # (N, H, W, 1), (N,), (N, H, W, 1) -> (N,)
-        return diffusion.squared_errors(partial(network, ema), schedule, (x_0, t, eps))
+        return diffusion.squared_errors(partial(predict_noise, ema), schedule, (x_0, t, eps))
 
     gradient_of = sharded_value_and_grad(loss, SHARD, workers)
     evaluate = in_parallel(errors, SHARD, workers)
-    eps_theta = in_parallel(partial(network, ema), SAMPLE_SHARD, workers)
+    eps_theta = in_parallel(partial(predict_noise, ema), SAMPLE_SHARD, workers)
     # Each t in turn rather than at random: every t is seen equally often.
     t_test = 1 + np.arange(len(x_test)) % args.T
     test_batch = (x_test, t_test, stream(TEST).standard_normal(x_test.shape, dtype=np.float32))
@@ -103,7 +111,7 @@ def main():
                 cli.check_finite(value, state["step"])
                 lr = cosine_decay(state["step"], args.epochs * steps, args.lr)
                 state["step"] += 1
-                adam_step(params, gradient, arrays["adam"], state["step"], lr)
+                adam_step(params, gradient, arrays["adam"], state["step"], lr, beta2=0.99)
                 ema_step(ema, params, state["step"], args.ema)
 
                 state["sum"] += float(value) * len(images) / len(train)  # the epoch's mean, image by image
@@ -123,7 +131,7 @@ def main():
                 f"test {row['test_loss']:.5f}  {row['seconds']:.0f} s"
             )
             # The same noise each time, so that one sees the same pictures form.
-            *_, (_, x) = diffusion.sample(eps_theta, schedule, noise_image(16, stream(PREVIEW)), stream(PREVIEW, 1))
+            *_, (_, x) = diffusion.sample(eps_theta, schedule, noise_image(32, stream(PREVIEW)), stream(PREVIEW, 1))
             figure = plots.grid(x, 8, f"preview after epoch {row['epoch']}", -1, 1)
             plots.save(figure, args.out / "preview.png")
         stop.here(save)

@@ -19,12 +19,13 @@ from scratchgen.runtime import Workers
 import numpy as np
 from tqdm import tqdm
 
+EPOCHS = {"mlp": 25, "conv": 7}  # by default
 SHARD = 64  # images that one worker differentiates at a time
 INIT, NOISE, ORDER, TEST, SAMPLES = range(5)  # what a stream of random numbers is for
 
 
 def parse_arguments():
-    parser = cli.parser(__doc__, epochs={"mlp": 25, "conv": 7}, lr=2e-3, out="runs/vae")
+    parser = cli.parser(__doc__, EPOCHS, batch_size=128, lr=2e-3, out="runs/vae")
     flag = parser.add_argument
     flag("--latent-dim", type=cli.number(int, 2), default=20, metavar="D", help="dimensions of z (default: 20)")
     flag(
@@ -35,6 +36,7 @@ def parse_arguments():
         help="the dimensions that latents_I_J.png varies (default: the two with most KL)",
     )
     args = parser.parse_args()
+    args.epochs = args.epochs or EPOCHS[args.arch]
     if args.latents and (max(args.latents) >= args.latent_dim or args.latents[0] == args.latents[1]):
         parser.error(f"--latents needs two different dimensions from 0 to {args.latent_dim - 1}")
     return args
@@ -57,7 +59,7 @@ def main():
     arrays = {"params": params, "adam": init_adam(params)}
     noise = stream(NOISE)
     config = {"model": "vae", "train_images": len(train)}
-    config |= {key: getattr(args, key) for key in ("arch", "latent_dim", "batch_size", "lr", "seed")}
+    config |= {key: getattr(args, key) for key in ("arch", "latent_dim", "epochs", "batch_size", "lr", "seed")}
     state = {"config": config, "step": 0, "seconds": 0.0, "sums": {}, "log": []}
     path = args.out / "checkpoint.npz"
     if args.resume:

@@ -7,7 +7,6 @@ A checkpoint is one ``.npz`` without pickle: every array under its path in the t
 import itertools
 import json
 import os
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,8 +57,9 @@ def load(path):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         return arrays, json.loads(str(arrays.pop("state")))
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: not a sound checkpoint of scratchgen ({error})") from None
+    except Exception as error:  # zipfile, NumPy and json each have several for a damaged file
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path}: expected a checkpoint of scratchgen, found damage ({reason})") from None
 
 
 def resume(path, config, arrays):

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -55,7 +56,7 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-def parser(description, epochs, lr, out):
+def parser(description, epochs, batch_size, lr, out):
     """A parser with the flags of every run; a script adds its model's own.
 
     ``epochs`` maps each architecture to its default number of epochs; the first architecture is the default.
@@ -70,7 +71,7 @@ def parser(description, epochs, lr, out):
 
     flag("--arch", f"the network (default: {default_arch})", choices=epochs, default=default_arch)
     flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
-    flag("--batch-size", "images in one gradient step (default: 128)", type=whole, default=128, metavar="N")
+    flag("--batch-size", f"images a gradient step (default: {batch_size})", type=whole, default=batch_size, metavar="N")
     flag("--lr", f"peak learning rate; it falls to 0 along a cosine (default: {lr})", type=positive, default=lr)
     flag("--seed", "decides every random number: same seed, same bits (default: 0)", type=natural, default=0)
     flag(
@@ -124,6 +125,8 @@ class StopBetweenSteps:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal_number
+        if sys.stderr.isatty():
+            os.write(2, b"\nstopping after this step\n")  # print is not safe in a signal handler
 
     def here(self, save):
         """If a stop was asked for: save, and raise Stopped."""
@@ -171,6 +174,7 @@ def write_metrics(args, numbers, params, state):
 def run(main):
     """Call ``main()`` and exit; whatever the user can mend becomes one line on stderr and a non-zero status."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    sys.stdout.reconfigure(line_buffering=True)  # an epoch's line appears when the epoch ends, in a pipe too
     status, message = 0, None
     try:
         main()

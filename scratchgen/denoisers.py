@@ -23,7 +23,7 @@ import autograd.numpy as np
 TIME_WIDTH = 128
 
 
-def init_unet(rng, channels=(32, 64), blocks=2):
+def init_unet(rng, channels=(32, 64), blocks=1):
     """Two resolutions: 14 x 14 with channels[0], 7 x 7 with channels[1]; ``blocks`` residual blocks each way."""
     wide, deep = channels
     return {

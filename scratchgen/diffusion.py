@@ -34,7 +34,8 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 def make_schedule(name, T):
     """The constants of q for t = 0..T, worked out in float64: a dict of arrays of length T + 1.
 
-    "posterior_x0" and "posterior_xt" are the factors of Eq. (7), "posterior_variance" is its beta~_t.
+    "signal" = sqrt(alpha_bar_t) and "noise" = sqrt(1 - alpha_bar_t) are the factors of Eq. (4), "posterior_x0" and
+    "posterior_xt" those of Eq. (7), and "posterior_variance" is its beta~_t.
     """
     beta = np.concatenate([[0.0], SCHEDULES[name](T)])
     alpha = 1 - beta
@@ -46,6 +47,8 @@ def make_schedule(name, T):
         "beta": beta,
         "alpha": alpha,
         "alpha_bar": alpha_bar,
+        "signal": np.sqrt(alpha_bar),
+        "noise": np.sqrt(1 - alpha_bar),
         "posterior_x0": np.sqrt(before) * beta / rest,
         "posterior_xt": np.sqrt(alpha) * (1 - before) / rest,
         "posterior_variance": (1 - before) / rest * beta,
@@ -53,7 +56,7 @@ def make_schedule(name, T):
 
 
 def at(values, t):
-    """values[t] for each image, float32 and shaped to multiply images: (T + 1,), (N,) -> (N, 1, 1, 1)."""
+    """values[t] for each image, float32 from here on, shaped to multiply images: (T + 1,), (N,) -> (N, 1, 1, 1)."""
     return values[t].astype(np.float32).reshape(-1, 1, 1, 1)
 
 
@@ -62,7 +65,7 @@ def at(values, t):
 
 def q_sample(schedule, x_0, t, eps):
     """x_t ~ q(x_t | x_0) in one step, Eq. (4): sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, eps ~ N(0, I)."""
-    return at(np.sqrt(schedule["alpha_bar"]), t) * x_0 + at(np.sqrt(1 - schedule["alpha_bar"]), t) * eps
+    return at(schedule["signal"], t) * x_0 + at(schedule["noise"], t) * eps
 
 
 def q_posterior(schedule, x_0, x_t, t):
@@ -92,6 +95,16 @@ def draw_batch(schedule, x_0, rng):
     return x_0, rng.integers(1, T + 1, size=len(x_0)), rng.standard_normal(x_0.shape, dtype=np.float32)
 
 
+def eps_from_v(schedule, v, x_t, t):
+    """The noise that a predicted v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 implies (Salimans and Ho 2022).
+
+    With Eq. (4), eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t. Where x_t is nearly all noise this is nearly
+    x_t, and v nearly -x_0: the network need not carry the noise through its layers to be right about it, and no small
+    mistake in eps is blown up by 1 / sqrt(alpha_bar_t) on the way to x_0.
+    """
+    return at(schedule["signal"], t) * v + at(schedule["noise"], t) * x_t
+
+
 def squared_errors(eps_theta, schedule, batch):
     """The eps-loss of each image, ||eps - eps_theta(x_t, t)||^2 / d: (N,). Eq. (14) before its expectation."""
     x_0, t, eps = batch
@@ -109,8 +122,7 @@ def simple_loss(eps_theta, schedule, batch):
 
 def predict_x_0(schedule, x_t, t, eps):
     """The x_0 that q_sample would have needed to reach x_t with this noise, clipped to where images are: [-1, 1]."""
-    alpha_bar = schedule["alpha_bar"]
-    x_0 = at(1 / np.sqrt(alpha_bar), t) * x_t - at(np.sqrt(1 / alpha_bar - 1), t) * eps
+    x_0 = (x_t - at(schedule["noise"], t) * eps) / at(schedule["signal"], t)
     return np.clip(x_0, -1, 1, out=x_0)
 
 

@@ -49,9 +49,9 @@ def time_embedding(t, width):
 
     Wavelengths run geometrically from 2 pi to 2 pi 10,000, so that both neighbouring and distant steps differ.
     """
-    frequencies = 10_000.0 ** -np.linspace(0, 1, width // 2)
-    angles = np.asarray(t)[:, None] * frequencies
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+    frequencies = 10_000.0 ** -np.linspace(0, 1, width // 2, dtype=np.float32)
+    angles = np.asarray(t, np.float32)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
 def init_group_norm(channels):

@@ -15,7 +15,6 @@ over a leading axis (measured 7 times, 32 x 14 x 14 x 32 float32).
 import numpy as np
 from autograd.extend import defvjp, defvjp_argnums, primitive
 from autograd.tracer import getval
-from numpy.lib.stride_tricks import sliding_window_view
 
 # The columns of a convolution are built for as many images at a time as fit this many bytes, so that the matrix
 # product finds them in cache: 1.2 to 1.7 times faster than columns of a whole shard at once.
@@ -88,7 +87,10 @@ def columns(x, K):
     n = max(1, min(N, COLUMN_BYTES // (H * W * K * K * C * x.itemsize)))
     r = K // 2
     padded = np.zeros((n, H + 2 * r, W + 2 * r, C), x.dtype)
-    windows = sliding_window_view(padded, (K, K), axis=(1, 2)).transpose(0, 1, 2, 4, 5, 3)  # a view: (n, H, W, K, K, C)
+    s = padded.strides
+    windows = np.ndarray(
+        (n, H, W, K, K, C), x.dtype, padded, strides=(*s[:3], *s[1:])
+    )  # a view: window (h, w) starts there
     cols = np.empty(windows.shape, x.dtype)
     for start in range(0, N, n):
         images = slice(start, min(start + n, N))
@@ -101,7 +103,7 @@ def columns(x, K):
 def correlate(x, k):  # (N, H, W, C), (K, K, C, O) -> (N, H, W, O)
     N, H, W, _ = x.shape
     K, _, _, O = k.shape
-    y = np.empty((N, H, W, O), x.dtype)
+    y = np.empty((N, H, W, O), np.result_type(x, k))
     for images, cols in columns(x, K):
         np.matmul(cols, k.reshape(-1, O), out=y[images].reshape(-1, O))
     return y

@@ -1,0 +1,114 @@
+"""Checkpoints: what comes back is what was saved, the wrong file is refused, and a failed write loses nothing."""
+
+from scratchgen import checkpoint, tree
+from scratchgen.checkpoint import CheckpointError
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture
+def arrays(rng):
+    params = {"a": [{"w": rng.standard_normal((2, 3), dtype=np.float32)}], "b": np.arange(3, dtype=np.float32)}
+    return {"params": params, "adam": {"m": tree.map(np.copy, params)}}
+
+
+CONFIG = {"model": "ddpm", "T": 200}
+
+
+@pytest.fixture
+def path(tmp_path, arrays):
+    generator = np.random.default_rng(5)
+    state = {"config": CONFIG, "step": 7, "noise": generator.bit_generator.state, "sum": 0.1 + 0.2}
+    checkpoint.save(tmp_path / "c.npz", arrays, state)
+    return tmp_path / "c.npz"
+
+
+def test_everything_comes_back_to_the_bit(path, arrays):
+    into = tree.map(np.zeros_like, arrays)
+    state = checkpoint.resume(path, CONFIG, into)
+    for a, b in zip(tree.leaves(arrays), tree.leaves(into), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert state["step"] == 7 and state["sum"] == 0.1 + 0.2
+    generator = np.random.default_rng()
+    generator.bit_generator.state = state["noise"]
+    assert generator.random() == np.random.default_rng(5).random()
+
+
+def test_no_pickle_is_needed(path):
+    with np.load(path, allow_pickle=False) as file:
+        assert all(file[name].dtype.kind in "fU" for name in file.files)
+        assert {"params/a/0/w", "params/b", "adam/m/b", "state"} <= set(file.files)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"), [("T", 1000, "T 200, this run has T 1000"), ("model", "vae", "model ddpm")]
+)
+def test_another_runs_checkpoint_is_refused_in_one_line(path, arrays, key, value, words):
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.resume(path, CONFIG | {key: value}, arrays)
+    assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_array_of_another_shape_is_refused_and_nothing_changed(path, arrays):
+    into = tree.map(np.zeros_like, arrays)
+    into["adam"]["m"]["b"] = np.zeros(4, np.float32)
+    with pytest.raises(CheckpointError, match="adam/m/b"):
+        checkpoint.resume(path, CONFIG, into)
+    assert not any(leaf.any() for leaf in tree.leaves(into))
+
+
+def test_missing_checkpoint(tmp_path, arrays):
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        checkpoint.resume(tmp_path / "none.npz", CONFIG, arrays)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "text", "byte", "array", "folder"])
+def test_damaged_checkpoint_is_refused_in_one_line(path, arrays, damage):
+    content = bytearray(path.read_bytes())
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+    elif damage == "array":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        content[content.index(b"NUMPY") + 200] ^= 1
+        path.write_bytes(
+            {"empty": b"", "half": content[: len(content) // 2], "text": b"hello", "byte": content}[damage]
+        )
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.resume(path, CONFIG, arrays)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_flipped_byte_gets_through(path, arrays):
+    """Each either is noticed, or sits where zip stores nothing of ours, such as a date."""
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        into = tree.map(np.zeros_like, arrays)
+        try:
+            checkpoint.resume(path, CONFIG, into)
+        except CheckpointError:
+            continue
+        for a, b in zip(tree.leaves(arrays), tree.leaves(into), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_debris(path, tmp_path):
+    before = path.read_bytes()
+    with pytest.raises(ZeroDivisionError), checkpoint.replacing(path) as temporary:
+        temporary.write_bytes(b"half a check")
+        raise ZeroDivisionError
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_earlier_checkpoints_are_put_aside_not_overwritten(path, tmp_path, capsys):
+    first = path.read_bytes()
+    checkpoint.put_aside(path)
+    path.write_bytes(b"second")
+    checkpoint.put_aside(path)
+    checkpoint.put_aside(path)  # nothing there any more
+    assert (tmp_path / "c-1.npz").read_bytes() == first and (tmp_path / "c-2.npz").read_bytes() == b"second"
+    assert not path.exists() and capsys.readouterr().out.count("kept") == 2

@@ -1,0 +1,218 @@
+"""The idx reader: what it must read, and every way in which a file can be wrong. Then the dataset and its batches."""
+
+import gzip
+import struct
+import tracemalloc
+
+from scratchgen import data
+from scratchgen.data import DataError, load_fashion_mnist, load_idx
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
+
+
+def idx(array, code=None, sizes=None):
+    """The bytes of an idx file, written from the format's description and not with the code under test."""
+    array = np.asarray(array)
+    code = CODES[array.dtype.str[1:]] if code is None else code
+    sizes = array.shape if sizes is None else sizes
+    header = bytes([0, 0, code, len(sizes)]) + b"".join(struct.pack(">I", size) for size in sizes)
+    return header + array.astype(array.dtype.newbyteorder(">")).tobytes()
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(content, name="x"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        return path
+
+    return write
+
+
+def complaint(path):
+    """The message of the one DataError; it must be one line and name the file."""
+    with pytest.raises(DataError) as error:
+        load_idx(path)
+    message = str(error.value)
+    assert "\n" not in message and str(path) in message and "expected" in message and "found" in message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("dtype", CODES)
+def test_every_dtype_raw_and_compressed(file, dtype, compress):
+    array = np.array([[0, 1, 2], [100, 126, 127]], dtype)
+    if dtype != "u1":
+        array = -array
+    found = load_idx(file(compress(idx(array))))
+    assert found.dtype == np.dtype(dtype) and found.dtype.isnative
+    np.testing.assert_array_equal(found, array)
+
+
+@given(st.lists(st.integers(0, 3), max_size=6), st.sampled_from(list(CODES)), st.booleans())
+def test_every_rank_and_shape(tmp_path_factory, shape, dtype, compressed):
+    path = tmp_path_factory.mktemp("idx") / "x"
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
+    path.write_bytes(gzip.compress(idx(array)) if compressed else idx(array))
+    found = load_idx(path)
+    assert found.shape == tuple(shape)
+    np.testing.assert_array_equal(found, array)
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+IMAGE = np.arange(12, dtype=np.uint8).reshape(3, 4)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "nothing"),
+        (b"\0\0\x08", "00 00 08"),
+        (b"\1\0\x08\1\0\0\0\1a", "01 00 08 01"),
+        (b"\x89PNG\r\n", "89 50 4E 47"),
+        (idx(IMAGE, code=0x0A), "00 00 0A 02"),  # no such dtype
+        (idx(IMAGE)[:9], "2 dimensions"),  # ends inside the header
+        (idx(IMAGE)[:-1], "12 bytes after the header, for shape (3, 4), found 11"),
+        (idx(IMAGE)[:12], "found 0"),
+        (idx(IMAGE) + b"\0", "found more"),
+        (idx(IMAGE, code=0x0C), "48 bytes"),  # the wrong dtype
+        (idx(IMAGE, sizes=(3, 5)), "15 bytes"),
+        (idx(IMAGE, sizes=[1] * 200), "200"),
+    ],
+)
+def test_damaged_content(file, content, words, compress):
+    assert words in complaint(file(compress(content)))
+
+
+def test_missing_file_and_folder_in_its_place(tmp_path):
+    assert "No such file" in complaint(tmp_path / "nowhere")
+    assert "directory" in complaint(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [5, 12, 30, -1, -8])
+def test_truncated_gzip(file, cut):
+    noise = np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8)
+    complaint(file(gzip.compress(idx(noise))[:cut]))
+
+
+@pytest.mark.parametrize("place", [2, 15, 500, -6, -2])  # method, start and middle of the stream, checksum, length
+def test_gzip_with_one_wrong_byte(file, place):
+    content = bytearray(gzip.compress(idx(np.random.default_rng(0).integers(0, 256, 1000, dtype=np.uint8))))
+    content[place] ^= 0xFF
+    complaint(file(bytes(content)))
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_no_memory_is_taken_for_what_a_header_only_claims(file, compress):
+    path = file(compress(idx(IMAGE, sizes=(2**31, 2**31, 3))))
+    tracemalloc.start()
+    complaint(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16e6
+
+
+def test_a_gzip_that_inflates_past_its_header_is_cut_off(file):
+    bomb = file(gzip.compress(idx(IMAGE) + bytes(300_000_000), compresslevel=1))
+    tracemalloc.start()
+    assert "found more" in complaint(bomb)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16e6
+
+
+# ------------------------------------------------------------------------------------------------------------ dataset
+
+TRAIN, TEST = 5, 3
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", TRAIN), ("t10k", TEST)):
+        images, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8)
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))  # one compressed, one not
+    return tmp_path
+
+
+def test_the_files_in_data_are_the_published_ones(recwarn):
+    arrays = load_fashion_mnist("data")
+    assert not recwarn
+    assert arrays["train_images"].shape == (60_000, 28, 28, 1) and arrays["test_images"].shape == (10_000, 28, 28, 1)
+    assert arrays["test_images"].dtype == np.uint8
+    assert arrays["test_labels"][:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]  # an ankle boot first
+    assert np.bincount(arrays["train_labels"]).tolist() == [6000] * 10
+    assert arrays["train_images"].mean() / 255 == pytest.approx(0.2860, abs=5e-5)  # as commonly quoted for normalising
+
+
+def test_other_images_are_loaded_with_one_line_of_warning(folder):
+    with pytest.warns(UserWarning, match="not the published FashionMNIST") as record:
+        arrays = load_fashion_mnist(folder)
+    assert arrays["train_images"].shape == (TRAIN, 28, 28, 1) and arrays["test_labels"].shape == (TEST,)
+    assert len(record) == 1 and "\n" not in str(record[0].message)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "words"),
+    [
+        ("train-images-idx3-ubyte", np.zeros((4, 28, 28), np.uint8), "5 and 4"),
+        ("train-images-idx3-ubyte", np.zeros((5, 28, 27), np.uint8), "(5, 28, 27)"),
+        ("train-images-idx3-ubyte", np.zeros((5, 784), np.uint8), "(5, 784)"),
+        ("train-images-idx3-ubyte", np.zeros((5, 28, 28), np.float32), "float32"),
+        ("t10k-images-idx3-ubyte", np.arange(3, dtype=np.uint8), "expected images"),  # labels in the place of images
+        ("t10k-labels-idx1-ubyte", np.zeros((3, 28, 28), np.uint8), "expected labels"),
+        ("t10k-labels-idx1-ubyte", np.array([1, 2, 10], np.uint8), "found 10"),
+        ("t10k-labels-idx1-ubyte", np.array(3, np.uint8), "found uint8 ()"),
+        ("t10k-images-idx3-ubyte", np.zeros((0, 28, 28), np.uint8), "at least one"),
+    ],
+)
+def test_files_that_do_not_belong_where_they_are(folder, name, array, words):
+    for old in folder.glob(f"{name}*"):
+        old.unlink()
+    (folder / name).write_bytes(idx(array))
+    with pytest.raises(DataError) as error:
+        load_fashion_mnist(folder)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_folder_and_missing_file(folder):
+    with pytest.raises(DataError, match="no such folder"):
+        load_fashion_mnist(folder / "nowhere")
+    (folder / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte.gz: .* found neither"):
+        load_fashion_mnist(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+def test_scale_maps_the_ends_of_the_range():
+    pixels = np.array([0, 51, 255], np.uint8)
+    np.testing.assert_allclose(data.scale(pixels, -1, 1), [-1, -0.6, 1], atol=1e-6)
+    assert data.scale(pixels, 0, 1).dtype == np.float32 and data.scale(pixels, 0, 1).max() == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 100])
+def test_an_epoch_shows_every_image_once_in_another_order(batch_size):
+    images = np.arange(10)
+    order = [np.concatenate(list(data.minibatches(images, batch_size, np.random.default_rng(s)))) for s in (0, 1)]
+    assert sorted(order[0]) == sorted(order[1]) == list(range(10))
+    assert list(order[0]) != list(order[1]) and list(order[0]) != list(range(10))
+
+
+def test_skipping_batches_leaves_the_rest_as_they_were():
+    images = np.arange(10)
+    whole = list(data.minibatches(images, 3, np.random.default_rng(0)))
+    rest = list(data.minibatches(images, 3, np.random.default_rng(0), skip=2))
+    assert [b.tolist() for b in rest] == [b.tolist() for b in whole[2:]]

@@ -1,0 +1,94 @@
+"""The networks: shapes, dtypes, the whole loss against finite differences, and that they can learn."""
+
+from functools import partial
+
+from scratchgen import diffusion, tree
+from scratchgen.denoisers import DENOISERS, init_mlp_denoiser, init_unet, mlp_denoiser, unet
+from scratchgen.gradients import in_parallel, sharded_value_and_grad, value_and_grad
+from scratchgen.optim import adam_step, init_adam
+from scratchgen.runtime import Workers
+
+import numpy as np
+import pytest
+from finite_differences import assert_directional
+
+SCHEDULE = diffusion.make_schedule("linear", 50)
+
+
+def make_batch(rng, N, H=28, W=28):
+    return diffusion.draw_batch(SCHEDULE, rng.random((N, H, W, 1), dtype=np.float32) * 2 - 1, rng)
+
+
+def loss_of(network):
+    def predict_noise(params, x_t, t):
+        return diffusion.eps_from_v(SCHEDULE, network(params, x_t, t), x_t, t)
+
+    return lambda params, batch: diffusion.simple_loss(partial(predict_noise, params), SCHEDULE, batch)
+
+
+def shaken(rng, params):
+    return tree.map(lambda p: p + 0.05 * rng.standard_normal(p.shape).astype(p.dtype), params)
+
+
+def test_the_whole_unet_loss_against_finite_differences(rng):
+    params = shaken(rng, init_unet(rng, channels=(8, 16), blocks=2))
+    batch = tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, make_batch(rng, 2, H=8, W=12))
+    assert_directional(lambda p: loss_of(unet)(p, batch), params, rng, rtol=1e-5)
+
+
+def test_the_whole_mlp_loss_against_finite_differences(rng):
+    params, batch = shaken(rng, init_mlp_denoiser(rng, hidden=12, layers=2)), make_batch(rng, 3)
+    # A step small enough that hardly a ReLU changes side within it.
+    assert_directional(lambda p: loss_of(mlp_denoiser)(p, batch), params, rng, h=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", DENOISERS)
+def test_output_is_an_image_and_everything_float32(rng, arch):
+    init, network = DENOISERS[arch]
+    params, batch = init(rng), make_batch(rng, 3)
+    assert network(params, batch[0], batch[1]).shape == (3, 28, 28, 1)
+    value, gradient = value_and_grad(loss_of(network))(params, batch)
+    assert {value.dtype} | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("arch", DENOISERS)
+def test_each_image_is_treated_on_its_own(rng, arch):
+    init, network = DENOISERS[arch]
+    params, (x, t, _) = shaken(rng, init(rng)), make_batch(rng, 6)
+    f = partial(network, params)
+    np.testing.assert_allclose(in_parallel(f, 2, Workers(2))(x, t), f(x, t), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", DENOISERS)
+def test_the_time_step_matters(rng, arch):
+    init, network = DENOISERS[arch]
+    params, x = shaken(rng, init(rng)), np.repeat(make_batch(rng, 1)[0], 2, axis=0)
+    y = network(params, x, np.array([1, 40]))
+    assert np.abs(y[0] - y[1]).max() > 1e-3
+
+
+def test_every_parameter_of_the_unet_gets_a_gradient(rng):
+    params = shaken(rng, init_unet(rng))
+    _, gradient = value_and_grad(loss_of(unet))(params, make_batch(rng, 2))
+    silent = [n for n, g in zip(tree.names(gradient), tree.leaves(gradient), strict=True) if not np.any(g)]
+    assert silent == []
+
+
+def test_unet_gradient_has_the_same_bits_for_any_number_of_workers(rng):
+    params, batch = shaken(rng, init_unet(rng)), make_batch(rng, 11)
+    results = [sharded_value_and_grad(loss_of(unet), 4, Workers(n))(params, batch) for n in (1, 2, 3)]
+    for other in results[1:]:
+        for a, b in zip(tree.leaves(results[0]), tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_one_batch_can_be_learned_by_heart(rng):
+    params, batch = init_unet(rng, channels=(16, 32), blocks=1), make_batch(rng, 4)
+    batch = (np.sign(batch[0]) * 0.5, *batch[1:])
+    adam, step_of = init_adam(params), value_and_grad(loss_of(unet))
+    losses = []
+    for step in range(1, 81):
+        value, gradient = step_of(params, batch)
+        adam_step(params, gradient, adam, step, lr=3e-3)
+        losses.append(value)
+    assert losses[-1] < 0.15 * losses[0]

@@ -1,0 +1,118 @@
+"""Differentiation over trees, against autograd's own, and its parallel version, bit for bit."""
+
+from scratchgen import tree
+from scratchgen.gradients import in_parallel, sharded_value_and_grad, shards, value_and_grad
+from scratchgen.layers import init_mlp, mlp
+from scratchgen.runtime import Workers
+
+import autograd
+import autograd.numpy as anp
+import numpy as np
+import pytest
+
+
+def mean_square(params, batch):
+    """A mean over the images of a batch (x, y)."""
+    x, y = batch
+    return anp.sum((mlp(params, x) - y) ** 2) * (1 / len(x))
+
+
+@pytest.fixture
+def problem(rng):
+    params = init_mlp(rng, [5, 7, 3])
+    batch = rng.standard_normal((13, 5), dtype=np.float32), rng.standard_normal((13, 3), dtype=np.float32)
+    return params, batch
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_agrees_with_autograd_on_nested_parameters(rng):
+    params = {"a": rng.standard_normal(3), "list": [rng.standard_normal(3), {"b": rng.standard_normal((2, 3))}]}
+
+    def loss(p):
+        shared = p["a"] * p["list"][0]  # "a" is used twice: its two contributions must be added
+        return anp.sum(anp.tanh(p["list"][1]["b"] @ shared) ** 2) + anp.sum(p["a"] ** 3)
+
+    value, gradient = value_and_grad(loss)(params)
+    expected_value, expected = autograd.value_and_grad(loss)(params)
+    assert value == expected_value
+    for found, wanted in zip(tree.leaves(gradient), tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+def test_a_parameter_the_loss_ignores_has_gradient_zero(rng):
+    params = {"used": rng.standard_normal(3), "unused": rng.standard_normal((2, 2))}
+    _, gradient = value_and_grad(lambda p: anp.sum(p["used"] ** 2))(params)
+    np.testing.assert_array_equal(gradient["unused"], np.zeros((2, 2)))
+
+
+def test_further_numbers_come_back_as_plain_values(problem):
+    def loss(params, batch):
+        value = mean_square(params, batch)
+        return value, {"twice": 2 * value}
+
+    (value, more), _ = value_and_grad(loss)(*problem)
+    assert type(value) is np.float32 and more["twice"] == 2 * value
+
+
+@pytest.mark.parametrize("loss", [lambda p: p, lambda p: 1.0, lambda p: anp.float64(2.0)])
+def test_a_loss_that_is_no_scalar_of_the_parameters_is_refused(loss):
+    with pytest.raises(TypeError, match="scalar"):
+        value_and_grad(loss)(np.ones(2))
+
+
+def test_float32_stays_float32(problem):
+    value, gradient = value_and_grad(mean_square)(*problem)
+    assert {value.dtype} | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
+
+
+def test_shards_cover_the_batch_in_order(problem):
+    x, y = problem[1]
+    parts = shards((x, y), 4)
+    assert [len(part[0]) for part in parts] == [4, 4, 4, 1]
+    np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), y)
+
+
+def test_sharded_gradient_is_the_whole_one_up_to_rounding(problem):
+    value, gradient = value_and_grad(mean_square)(*problem)
+    found_value, found = sharded_value_and_grad(mean_square, 4, Workers(1))(*problem)  # 4 + 4 + 4 + 1 images
+    np.testing.assert_allclose(found_value, value, rtol=1e-6)
+    for a, b in zip(tree.leaves(found), tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_any_number_of_workers_gives_the_same_bits(problem, workers):
+    expected = sharded_value_and_grad(mean_square, 4, Workers(1))(*problem)
+    parallel = sharded_value_and_grad(mean_square, 4, Workers(workers))
+    for _ in range(20):
+        assert_same_bits(parallel(*problem), expected)
+
+
+def test_one_worker_stays_in_the_calling_thread(problem):
+    import threading
+
+    seen = set()
+
+    def loss(params, batch):
+        seen.add(threading.current_thread())
+        return mean_square(params, batch)
+
+    sharded_value_and_grad(loss, 4, Workers(1))(*problem)
+    assert seen == {threading.current_thread()}
+
+
+def test_an_error_in_a_worker_reaches_the_caller(problem):
+    def loss(params, batch):
+        raise ZeroDivisionError("in a shard")
+
+    with pytest.raises(ZeroDivisionError, match="in a shard"):
+        sharded_value_and_grad(loss, 4, Workers(2))(*problem)
+
+
+def test_in_parallel_returns_the_images_in_order(rng):
+    x, y = rng.standard_normal((13, 2)), rng.standard_normal((13, 2))
+    np.testing.assert_array_equal(in_parallel(lambda a, b: a - b, 4, Workers(3))(x, y), x - y)

@@ -1,0 +1,70 @@
+"""Each layer's gradient with respect to its parameters and its input, and what its initial state promises."""
+
+from scratchgen import layers, tree
+from scratchgen.gradients import value_and_grad
+
+import numpy as np
+import pytest
+from finite_differences import assert_directional
+
+N, H, W, C, O, E = 2, 4, 6, 8, 16, 10
+
+
+def shaken(rng, params):
+    """The parameters plus noise, so that no zero initialisation hides a gradient."""
+    return tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape).astype(p.dtype), params)
+
+
+CASES = {
+    "dense": (lambda r: layers.init_dense(r, C, O), layers.dense, [(N, C)]),
+    "mlp": (lambda r: layers.init_mlp(r, [C, 7, 5, O]), layers.mlp, [(N, C)]),
+    "conv": (lambda r: layers.init_conv(r, C, O), layers.conv, [(N, H, W, C)]),
+    "conv 1x1": (lambda r: layers.init_conv(r, C, O, kernel_size=1), layers.conv, [(N, H, W, C)]),
+    "group_norm": (lambda r: layers.init_group_norm(O), layers.group_norm, [(N, H, W, O)]),
+    "res_block": (lambda r: layers.init_res_block(r, C, O, E), layers.res_block, [(N, H, W, C), (N, E)]),
+    "res_block same width": (lambda r: layers.init_res_block(r, C, C, E), layers.res_block, [(N, H, W, C), (N, E)]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_parameters_and_inputs(rng, name):
+    init, apply, shapes = CASES[name]
+    params = shaken(rng, init(rng)), [rng.standard_normal(shape) for shape in shapes]
+    u = rng.standard_normal(apply(params[0], *params[1]).shape)
+    assert_directional(lambda p: (u * apply(p[0], *p[1])).sum(), params, rng, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_in_float32_out(rng, name):
+    init, apply, shapes = CASES[name]
+    params = init(rng), [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+    value, gradient = value_and_grad(lambda p: apply(p[0], *p[1]).sum())(params)
+    assert {value.dtype} | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
+
+
+def test_he_initialisation_keeps_the_mean_square_through_relu_layers(rng):
+    x = rng.standard_normal((500, 300), dtype=np.float32)
+    h = layers.mlp(layers.init_mlp(rng, [300] * 6), x)
+    assert 0.5 < np.mean(h**2) < 2
+
+
+def test_a_residual_block_starts_as_its_shortcut(rng):
+    params = layers.init_res_block(rng, C, C, E)
+    x = rng.standard_normal((N, H, W, C), dtype=np.float32)
+    np.testing.assert_array_equal(layers.res_block(params, x, rng.standard_normal((N, E), dtype=np.float32)), x)
+
+
+def test_a_residual_block_hears_the_time(rng):
+    params = shaken(rng, layers.init_res_block(rng, C, C, E))
+    x = np.repeat(rng.standard_normal((1, H, W, C), dtype=np.float32), 2, axis=0)
+    y = layers.res_block(params, x, rng.standard_normal((2, E), dtype=np.float32))
+    assert np.abs(y[0] - y[1]).max() > 0.01
+
+
+def test_time_embedding_follows_its_formula_and_tells_steps_apart():
+    e = layers.time_embedding(np.arange(1001), 32)
+    assert e.shape == (1001, 32) and e.dtype == np.float32
+    np.testing.assert_allclose(e[7, 0], np.sin(7), rtol=1e-5)
+    np.testing.assert_allclose(e[700, 31], np.cos(700 / 10_000), rtol=1e-5)
+    distance = np.linalg.norm(e[1:, None] - e[None, 1:], axis=2) + np.eye(1000) * 9
+    assert distance.min() > 0.05

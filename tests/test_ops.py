@@ -1,0 +1,222 @@
+"""Each primitive: its value against a plain definition, its gradient against finite differences, its dtype."""
+
+import warnings
+
+from scratchgen import ops
+from scratchgen.gradients import value_and_grad
+
+import numpy as np
+import pytest
+from autograd.extend import defvjp, primitive
+from finite_differences import assert_gradients
+
+N, H, W, C, O = 3, 4, 6, 8, 5  # all different, so that no two axes can be confused
+
+
+def naive_conv2d(x, k, b):
+    """The definition of a same-padded cross-correlation, one output number at a time."""
+    K = k.shape[0]
+    r = K // 2
+    y = np.zeros((*x.shape[:3], k.shape[3]))
+    for n, h, w, o in np.ndindex(y.shape):
+        total = b[o]
+        for i in range(K):
+            for j in range(K):
+                row, column = h + i - r, w + j - r
+                if 0 <= row < x.shape[1] and 0 <= column < x.shape[2]:
+                    total += x[n, row, column] @ k[i, j, :, o]
+        y[n, h, w, o] = total
+    return y
+
+
+def naive_group_norm(x, scale, shift, groups, epsilon=1e-5):
+    y = np.zeros_like(x)
+    width = x.shape[-1] // groups
+    for n in range(len(x)):
+        for g in range(groups):
+            part = x[n, :, :, g * width : (g + 1) * width]
+            y[n, :, :, g * width : (g + 1) * width] = (part - part.mean()) / np.sqrt(part.var() + epsilon)
+        y[n] = y[n] * (scale[n] if scale.ndim == 2 else scale) + (shift[n] if shift.ndim == 2 else shift)
+    return y
+
+
+def away_from_zero(rng, *shape):
+    """Random numbers of size 0.1 and more, for functions with a kink at zero."""
+    x = rng.standard_normal(shape)
+    return x + 0.1 * np.sign(x)
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize("K", [1, 3, 5])
+@pytest.mark.parametrize("column_bytes", [1, 1 << 20])  # one image at a time, and all at once
+def test_convolution_equals_the_naive_loop(rng, monkeypatch, K, column_bytes):
+    monkeypatch.setattr(ops, "COLUMN_BYTES", column_bytes)
+    x, k, b = rng.standard_normal((N, H, W, C)), rng.standard_normal((K, K, C, O)), rng.standard_normal(O)
+    np.testing.assert_allclose(ops.conv2d(x, k, b), naive_conv2d(x, k, b), atol=1e-12)
+
+
+def test_convolution_with_a_last_chunk_that_is_smaller(rng, monkeypatch):
+    x, k, b = rng.standard_normal((5, H, W, C)), rng.standard_normal((3, 3, C, O)), rng.standard_normal(O)
+    monkeypatch.setattr(ops, "COLUMN_BYTES", 2 * H * W * 9 * C * 8)  # 2 + 2 + 1 images
+    np.testing.assert_allclose(ops.conv2d(x, k, b), naive_conv2d(x, k, b), atol=1e-12)
+    assert_gradients(ops.conv2d, [x, k, b])
+
+
+@pytest.mark.parametrize("kernel", [(2, 2, C, O), (3, 1, C, O), (3, 3, C + 1, O)])
+def test_convolution_refuses_a_kernel_that_does_not_fit(rng, kernel):
+    with pytest.raises(ValueError, match="kernel"):
+        ops.conv2d(rng.standard_normal((N, H, W, C)), rng.standard_normal(kernel), np.zeros(O))
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_group_norm_equals_its_definition(rng, groups, per_image):
+    x = rng.standard_normal((N, H, W, C)) * 3 + 2
+    scale, shift = rng.standard_normal((2, N, C) if per_image else (2, C))
+    np.testing.assert_allclose(ops.group_norm(x, scale, shift, groups), naive_group_norm(x, scale, shift, groups))
+
+
+def test_group_norm_of_a_constant_image_is_its_shift():
+    x = np.full((1, H, W, C), 1000.0, np.float32)
+    shift = np.arange(C, dtype=np.float32)
+    np.testing.assert_allclose(ops.group_norm(x, np.ones(C, np.float32), shift, 2)[0, 0, 0], shift, atol=1e-2)
+
+
+def test_patches_hold_the_pixels_of_one_square_and_unpatch_puts_them_back(rng):
+    x = rng.standard_normal((N, H, W, C))
+    p = ops.patches(x, 2)
+    assert p.shape == (N, H // 2, W // 2, 4 * C)
+    np.testing.assert_array_equal(p[1, 1, 2].reshape(2, 2, C), x[1, 2:4, 4:6])
+    np.testing.assert_array_equal(ops.unpatch(p, 2), x)
+
+
+def test_activations_equal_their_definitions(rng):
+    x = rng.standard_normal((N, C)) * 5
+    np.testing.assert_allclose(ops.silu(x), x / (1 + np.exp(-x)))
+    np.testing.assert_array_equal(ops.relu(x), np.where(x > 0, x, 0))
+
+
+def test_bernoulli_log_likelihood_equals_its_definition(rng):
+    logits, x = rng.standard_normal((N, H, W, 1)) * 3, rng.random((N, H, W, 1))
+    p = 1 / (1 + np.exp(-logits))
+    expected = (x * np.log(p) + (1 - x) * np.log(1 - p)).reshape(N, -1).sum(axis=1)
+    np.testing.assert_allclose(ops.bernoulli_log_likelihood(logits, x), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_extreme_logits_stay_finite_and_probabilities_within_0_and_1(dtype):
+    logits = np.array([[-1e4, -200, -88, 0, 88, 200, 1e4]], dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p = ops.sigmoid(logits)
+        assert np.all((p >= 0) & (p <= 1)) and p[0, 3] == 0.5 and p[0, 0] < 1e-30 and p[0, -1] == 1
+        for x in (np.zeros_like(logits), np.ones_like(logits)):
+            value, gradient = value_and_grad(lambda v, x=x: ops.bernoulli_log_likelihood(v[0], x).sum())([logits])
+            expected = -np.where(x == 1, np.maximum(-logits, 0), np.maximum(logits, 0)).sum() - np.log(2)
+            assert np.isclose(value, expected) and np.isfinite(gradient[0]).all()
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def test_dense_gradients(rng):
+    assert_gradients(ops.dense, [rng.standard_normal((N, C)), rng.standard_normal((C, O)), rng.standard_normal(O)])
+    assert_gradients(
+        ops.dense, [rng.standard_normal((2, 3, 4, C)), rng.standard_normal((C, O)), rng.standard_normal(O)]
+    )
+
+
+@pytest.mark.parametrize("K", [1, 3, 5])
+def test_convolution_gradients(rng, K):
+    arrays = [rng.standard_normal((N, H, W, 2)), rng.standard_normal((K, K, 2, 3)), rng.standard_normal(3)]
+    assert_gradients(ops.conv2d, arrays)
+
+
+def test_patch_gradients(rng):
+    assert_gradients(lambda x: ops.patches(x, 2), [rng.standard_normal((N, H, W, 3))])
+    assert_gradients(lambda x: ops.unpatch(x, 2), [rng.standard_normal((N, 2, 3, 8))])
+
+
+def test_activation_gradients(rng):
+    assert_gradients(ops.silu, [rng.standard_normal((N, C)) * 3])
+    assert_gradients(ops.relu, [away_from_zero(rng, N, C)])
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_group_norm_gradients(rng, groups, per_image):
+    x = rng.standard_normal((2, H, W, C)) * 2 + 1
+    scale, shift = rng.standard_normal((2, 2, C) if per_image else (2, C))
+    assert_gradients(lambda *a: ops.group_norm(*a, groups), [x, scale, shift], atol=1e-6)
+
+
+def test_bernoulli_log_likelihood_gradient(rng):
+    x = rng.random((N, H, W, 1))
+    assert_gradients(lambda logits: ops.bernoulli_log_likelihood(logits, x), [rng.standard_normal((N, H, W, 1)) * 3])
+
+
+def test_the_checker_catches_a_wrong_vjp(rng):
+    @primitive
+    def square(x):
+        return x * x
+
+    defvjp(square, lambda ans, x: lambda g: g * x)  # 2 x is right
+    with pytest.raises(AssertionError, match="argument 0"):
+        assert_gradients(square, [rng.standard_normal((N, C))])
+
+
+def test_the_checker_catches_a_kernel_that_is_not_flipped(rng, monkeypatch):
+    """The commonest mistake in a convolution's VJP, put in on purpose."""
+    right = ops.correlate
+
+    def unflipped(x, k):
+        return right(x, k[::-1, ::-1] if x.shape[-1] == 3 else k)  # only the call for dx, on g, has 3 channels
+
+    monkeypatch.setattr(ops, "correlate", unflipped)
+    arrays = [rng.standard_normal((N, H, W, 2)), rng.standard_normal((3, 3, 2, 3)), rng.standard_normal(3)]
+    with pytest.raises(AssertionError, match="argument 0"):
+        assert_gradients(ops.conv2d, arrays)
+
+
+# ------------------------------------------------------------------------------------------------------------- dtype
+
+F32 = np.float32
+CASES = {
+    "dense": (ops.dense, [(N, C), (C, O), (O,)]),
+    "conv2d": (ops.conv2d, [(N, H, W, C), (3, 3, C, O), (O,)]),
+    "conv2d 1x1": (ops.conv2d, [(N, H, W, C), (1, 1, C, O), (O,)]),
+    "patches": (lambda x: ops.patches(x, 2), [(N, H, W, C)]),
+    "unpatch": (lambda x: ops.unpatch(x, 2), [(N, H, W, C)]),
+    "relu": (ops.relu, [(N, C)]),
+    "silu": (ops.silu, [(N, C)]),
+    "group_norm": (lambda *a: ops.group_norm(*a, 2), [(N, H, W, C), (C,), (C,)]),
+    "group_norm per image": (lambda *a: ops.group_norm(*a, 2), [(N, H, W, C), (N, C), (N, C)]),
+    "bernoulli": (lambda logits: ops.bernoulli_log_likelihood(logits, np.zeros((N, C), F32)), [(N, C)]),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_keep_their_dtype(rng, name, dtype):
+    f, shapes = CASES[name]
+    arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
+    value, gradients = value_and_grad(lambda a: f(*a).sum())(arrays)
+    assert f(*arrays).dtype == value.dtype == dtype
+    assert [g.dtype for g in gradients] == [dtype] * len(arrays)
+    assert [g.shape for g in gradients] == shapes
+
+
+def test_convolution_of_mixed_dtypes_does_not_lose_precision(rng):
+    x, k = rng.standard_normal((N, H, W, C), dtype=np.float32), rng.standard_normal((3, 3, C, O))
+    np.testing.assert_allclose(ops.conv2d(x, k, np.zeros(O)), naive_conv2d(x, k, np.zeros(O)), atol=1e-12)
+
+
+def test_inputs_are_left_as_they_were(rng):
+    for f, shapes in CASES.values():
+        arrays = [rng.standard_normal(shape) for shape in shapes]
+        before = [a.copy() for a in arrays]
+        value_and_grad(lambda a, f=f: f(*a).sum())(arrays)
+        for a, b in zip(arrays, before, strict=True):
+            np.testing.assert_array_equal(a, b)

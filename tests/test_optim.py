@@ -1,0 +1,46 @@
+"""Adam against the algorithm on plain numbers, and the two schedules at their ends."""
+
+import math
+
+from scratchgen.optim import adam_step, cosine_decay, ema_step, init_adam
+
+import numpy as np
+import pytest
+
+
+def test_adam_follows_the_algorithm_on_scalars(rng):
+    p = {"w": np.array([0.5]), "b": [np.array([-2.0])]}
+    expected, m, v = [0.5, -2.0], [0.0, 0.0], [0.0, 0.0]
+    adam = init_adam(p)
+    for step in range(1, 6):
+        g = rng.standard_normal(2)
+        adam_step(p, {"w": g[:1].copy(), "b": [g[1:].copy()]}, adam, step, lr=0.1)
+        for i in range(2):
+            m[i] = 0.9 * m[i] + 0.1 * g[i]
+            v[i] = 0.999 * v[i] + 0.001 * g[i] ** 2
+            expected[i] -= 0.1 * (m[i] / (1 - 0.9**step)) / (math.sqrt(v[i] / (1 - 0.999**step)) + 1e-8)
+        assert [p["w"][0], p["b"][0][0]] == pytest.approx(expected, rel=1e-12)
+
+
+def test_adam_works_in_place_and_in_float32():
+    p = {"w": np.ones(3, np.float32)}
+    w, adam = p["w"], init_adam(p)
+    adam_step(p, {"w": np.ones(3, np.float32)}, adam, 1, lr=0.1)
+    assert p["w"] is w and w[0] == pytest.approx(0.9, rel=1e-5)  # the first step has size lr, whatever the gradient
+    assert adam["m"]["w"].dtype == adam["v"]["w"].dtype == w.dtype == np.float32
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [cosine_decay(step, 1000, 0.01, warmup_steps=100) for step in range(1001)]
+    assert rates[0] == pytest.approx(0.0001) and np.argmax(rates) == 99
+    assert rates[500] == pytest.approx(0.005) and rates[1000] == 0
+    assert np.all(np.diff(rates[100:]) < 0)
+
+
+def test_ema_of_constant_weights_arrives_and_then_averages_slowly():
+    ema, params = {"w": np.zeros(2)}, {"w": np.ones(2)}
+    for step in range(1, 60):
+        ema_step(ema, params, step, decay=0.99)
+    np.testing.assert_allclose(ema["w"], 1, atol=1e-6)
+    ema_step(ema, {"w": np.zeros(2)}, 10_000, decay=0.99)
+    np.testing.assert_allclose(ema["w"], 0.99, atol=1e-6)

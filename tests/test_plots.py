@@ -1,0 +1,105 @@
+"""The figures: panels, titles, what is drawn where; and that files are written whole."""
+
+from scratchgen import plots
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from PIL import Image
+
+VAE_LOG = [
+    {"epoch": e, "train_elbo": -300 / e, "train_reconstruction": -290 / e, "train_kl": 10 / e}
+    | {"test_elbo": -310 / e, "test_reconstruction": -299 / e, "test_kl": 11 / e}
+    for e in (1, 2, 3)
+]
+DDPM_LOG = [{"epoch": e, "train_loss": 0.1 / e, "test_loss": 0.11 / e} for e in (1, 2, 3)]
+
+
+def picture(axes):
+    return np.asarray(axes.images[0].get_array())
+
+
+def test_mosaic_runs_row_by_row():
+    images = np.arange(6).reshape(6, 1, 1, 1) * np.ones((6, 2, 3, 1))
+    m = plots.mosaic(images, 2, 3)
+    assert m.shape == (4, 9) and m[::2, ::3].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_grid_shows_every_image_with_its_title_and_row_labels():
+    figure = plots.grid(np.random.default_rng(0).random((20, 28, 28, 1)), 10, "a title", row_labels=["one", "two"])
+    (axes,) = figure.axes
+    assert axes.get_title() == "a title" and picture(axes).shape == (2 * 28, 10 * 28)
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["one", "two"]
+
+
+def test_plot_latents_varies_two_dimensions_over_an_even_grid_and_keeps_the_others_at_zero():
+    seen = []
+
+    def decode(z):
+        seen.append(z)
+        return np.zeros((len(z), 28, 28, 1))
+
+    figure = plots.plot_latents(decode, 7, 5, 2)
+    (z,) = seen
+    assert z.shape == (100, 7)
+    assert not z[:, [0, 1, 3, 4, 6]].any()
+    even = np.linspace(-3, 3, 10)
+    np.testing.assert_allclose(z[:, 5].reshape(10, 10), np.tile(even, (10, 1)), atol=1e-6)  # grows to the right
+    np.testing.assert_allclose(z[:, 2].reshape(10, 10), np.tile(even[::-1, None], 10), atol=1e-6)  # and upwards
+    (axes,) = figure.axes
+    assert picture(axes).shape == (280, 280)
+    assert "z_{5}" in axes.get_xlabel() and "z_{2}" in axes.get_ylabel()
+    assert "5" in axes.get_title() and "2" in axes.get_title()
+    np.testing.assert_allclose(axes.get_xticks(), even)
+    # The picture's edges are such that each image is centred on its tick.
+    left, right = axes.images[0].get_extent()[:2]
+    assert left + (right - left) / 20 == pytest.approx(-3)
+
+
+def test_vae_loss_has_both_terms_for_train_and_test():
+    axes = plots.vae_loss(VAE_LOG, 190).axes
+    assert [a.get_title().split(":")[0] for a in axes] == ["ELBO", "first term", "second term"]
+    for a, key in zip(axes, ("elbo", "reconstruction", "kl"), strict=True):
+        lines = {line.get_label(): list(line.get_ydata()) for line in a.lines}
+        for part in ("train", "test"):
+            assert lines[part] == [row[f"{part}_{key}"] for row in VAE_LOG]
+    assert -190 in axes[0].lines[2].get_ydata()
+
+
+@pytest.mark.parametrize("T", [1, 2, 60, 200])
+def test_ddpm_loss_second_panel_is_the_mean_error_by_t(T):
+    t = 1 + np.arange(2 * T) % T
+    left, right = plots.ddpm_loss(DDPM_LOG, t, t / 10, T, bins=40).axes
+    assert left.get_title().startswith("loss") and right.get_title() == "test loss over t"
+    x, y = right.lines[0].get_data()
+    assert len(x) == min(T, 40)
+    np.testing.assert_allclose(y, np.asarray(x) / 10, rtol=1e-9, atol=0.05 if T % min(T, 40) else 0)
+
+
+def test_row_of_times_has_one_titled_panel_each():
+    times = [200, 100, 50, 20, 10, 0]
+    figure = plots.row_of_times([np.full((28, 28, 1), t / 200) for t in times], times, "strip")
+    assert [a.get_title() for a in figure.axes] == [f"t = {t}" for t in times]
+    assert [picture(a)[0, 0] for a in figure.axes] == [t / 200 for t in times]
+    assert len({round(a.get_position().y0, 6) for a in figure.axes}) == 1  # one row
+
+
+def test_save_writes_a_png_and_replaces_an_old_one(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_text("old")
+    plots.save(plots.grid(np.zeros((4, 28, 28, 1)), 2, "t"), path)
+    assert imread(path).ndim == 3 and list(tmp_path.iterdir()) == [path]
+
+
+def test_gif_has_every_frame_and_lingers_on_the_last(tmp_path):
+    frames = [np.full((4, 28, 28, 1), v) for v in (-1, 0, 1)]
+    plots.save_gif(frames, 2, tmp_path / "x.gif", pause=5)
+    with Image.open(tmp_path / "x.gif") as gif:
+        durations, shades = [], []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+            shades.append(gif.convert("L").getpixel((50, 50)))
+    assert shades == sorted(shades) and shades[0] < 5 and shades[-1] > 250
+    assert sum(durations[-1:]) >= 5 * 80  # equal frames are merged, their times added
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.gif"]

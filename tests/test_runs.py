@@ -1,0 +1,269 @@
+"""The two scripts as a user runs them: what they make, what they refuse, and that nothing is lost when they stop."""
+
+import csv
+import json
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"vae": ROOT / "run_vae.py", "ddpm": ROOT / "run_ddpm.py"}
+FLAGS = {  # small runs of a few seconds
+    "vae": ["--latent-dim", "5", "--batch-size", "16"],
+    "ddpm": ["--T", "5", "--batch-size", "16"],
+}
+FIGURES = {
+    "vae": {"loss.png", "reconstructions.png", "samples.png", "interpolation.png"},
+    "ddpm": {"loss.png", "forward.png", "trajectory.png", "samples.png", "sampling.gif", "preview.png"},
+}
+NUMBERS = {
+    "vae": {"elbo", "reconstruction", "kl", "entropy_floor"},
+    "ddpm": {"test_loss", "alpha_bar_T", "prior_kl"},
+}
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """The first images of FashionMNIST as idx files: 200 to train on, 40 to test with."""
+    from scratchgen.data import load_fashion_mnist
+
+    arrays, folder = load_fashion_mnist(ROOT / "data"), tmp_path_factory.mktemp("data")
+    for part, name, count in (("train", "train", 200), ("test", "t10k", 40)):
+        images, labels = arrays[f"{part}_images"][:count, ..., 0], arrays[f"{part}_labels"][:count]
+        header = bytes([0, 0, 8, 3]) + struct.pack(">III", *images.shape)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(
+            bytes([0, 0, 8, 1]) + struct.pack(">I", count) + labels.tobytes()
+        )
+    return folder
+
+
+def start(model, *flags, **options):
+    command = [sys.executable, SCRIPTS[model], *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def run(model, *flags, **options):
+    process = start(model, *flags, **options)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def arrays_in(folder):
+    with np.load(folder / "checkpoint.npz", allow_pickle=False) as file:
+        return {name: file[name] for name in file.files if name != "state"}
+
+
+def state_in(folder):
+    with np.load(folder / "checkpoint.npz", allow_pickle=False) as file:
+        return json.loads(str(file["state"]))
+
+
+def assert_same_arrays(a, b):
+    a, b = arrays_in(a), arrays_in(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="session", params=["vae", "ddpm"])
+def whole_run(request, small_data, tmp_path_factory):
+    """(model, flags, folder) of a run of three epochs that was left alone, with one worker."""
+    model, out = request.param, tmp_path_factory.mktemp(request.param)
+    flags = [*FLAGS[model], "--data", small_data, "--epochs", 3]
+    status, stdout, stderr = run(model, *flags, "--workers", 1, "--out", out)
+    assert status == 0, stderr
+    return model, flags, out, stdout, stderr
+
+
+def test_a_run_makes_all_its_figures_and_numbers(whole_run):
+    model, _, out, stdout, stderr = whole_run
+    made = {path.name for path in out.iterdir()}
+    assert made >= FIGURES[model] | {"log.csv", "metrics.json", "checkpoint.npz"}
+    if model == "vae":
+        assert len([name for name in made if name.startswith("latents_")]) == 1
+    with open(out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == NUMBERS[model] | {"seconds", "epochs", "seed", "parameters", "command"}
+    assert metrics["epochs"] == 3 and metrics["command"].startswith(f"python run_{model}.py ")
+    if model == "vae":
+        assert metrics["elbo"] == metrics["reconstruction"] - metrics["kl"] < -metrics["entropy_floor"]
+    assert stdout.count("epoch ") == 3 and "\r" not in stdout + stderr  # one line an epoch, no bar in a pipe
+    assert stderr.count("\n") == 1 and "not the published FashionMNIST" in stderr
+
+
+def test_training_lowers_the_loss(whole_run):
+    model, _, out, _, _ = whole_run
+    log = state_in(out)["log"]
+    losses = [-row["test_elbo"] if model == "vae" else row["test_loss"] for row in log]
+    assert losses[-1] < losses[0]
+
+
+def test_same_seed_same_bits_with_any_number_of_workers(whole_run, tmp_path):
+    model, flags, out, _, _ = whole_run
+    assert run(model, *flags, "--workers", 2, "--out", tmp_path)[0] == 0
+    assert_same_arrays(out, tmp_path)
+
+
+def test_another_seed_gives_another_run(whole_run, tmp_path):
+    model, flags, out, _, _ = whole_run
+    assert run(model, *flags, "--seed", 1, "--out", tmp_path)[0] == 0
+    a, b = arrays_in(out), arrays_in(tmp_path)
+    assert all(np.any(a[name] != b[name]) for name in a if name.endswith("/w"))
+
+
+@pytest.fixture(scope="session")
+def long_run(whole_run, tmp_path_factory):
+    """(model, flags, folder): eight times the steps in an epoch, so that a signal can find the run in the middle."""
+    model, flags, _, _, _ = whole_run
+    flags, out = [*flags, "--batch-size", 2, "--seed", 3], tmp_path_factory.mktemp("long")
+    assert run(model, *flags, "--out", out)[0] == 0
+    return model, flags, out
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_in_the_middle_of_epoch_2_and_resumed_gives_the_same_bits(how, long_run, tmp_path):
+    model, flags, whole = long_run
+    process = start(model, *flags, "--out", tmp_path)
+    while not process.stdout.readline().startswith("epoch 1/3"):
+        assert process.poll() is None
+    while model == "ddpm" and not (tmp_path / "preview.png").exists():  # it is drawn between the epochs
+        assert process.poll() is None
+    process.send_signal(how)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how)
+    steps = 200 // 2
+    if how == signal.SIGKILL:
+        assert state_in(tmp_path)["step"] == steps  # what the end of epoch 1 left
+    else:
+        assert steps <= state_in(tmp_path)["step"] < 2 * steps
+        assert "--resume" in err.splitlines()[-1] and "Traceback" not in err
+
+    status, out, err = run(model, *flags, "--out", tmp_path, "--resume", "--workers", 1)
+    assert status == 0, err
+    assert_same_arrays(whole, tmp_path)
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in state_in(f)["log"]] for f in (whole, tmp_path)]
+    assert logs[0] == logs[1]
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_resuming_a_finished_run_draws_again_and_changes_nothing(whole_run):
+    model, flags, out, _, _ = whole_run
+    before = (out / "checkpoint.npz").read_bytes()
+    (out / "samples.png").unlink()
+    status, stdout, _ = run(model, *flags, "--out", out, "--resume")
+    assert status == 0 and "epoch " not in stdout
+    assert (out / "samples.png").exists() and (out / "checkpoint.npz").read_bytes() == before
+
+
+def test_a_new_run_in_the_same_folder_keeps_the_old_checkpoint(whole_run, tmp_path):
+    model, flags, _, _, _ = whole_run
+    flags = [*flags, "--epochs", 1, "--out", tmp_path]
+    assert run(model, *flags)[0] == 0
+    first = (tmp_path / "checkpoint.npz").read_bytes()
+    status, stdout, _ = run(model, *flags, "--seed", 9)
+    assert status == 0 and "kept" in stdout
+    assert (tmp_path / "checkpoint-1.npz").read_bytes() == first != (tmp_path / "checkpoint.npz").read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(long_run, tmp_path):
+    """A limit on the size of files stands in for the full disk: writing fails half-way in the same manner."""
+    model, flags, _ = long_run
+    process = start(model, *flags, "--out", tmp_path)
+    while not process.stdout.readline().startswith("epoch 1/3"):
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    before = (tmp_path / "checkpoint.npz").read_bytes()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    status, _, stderr = run(model, *flags, "--out", tmp_path, "--resume", preexec_fn=limit)
+    assert status == 1 and "Traceback" not in stderr
+    assert len(stderr.splitlines()) == 2  # the first says that these are not the published files
+    assert (tmp_path / "checkpoint.npz").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def one_line_error(model, *flags):
+    status, _, stderr = run(model, *flags)
+    assert status == 2, stderr
+    assert len(stderr.splitlines()) == 1 and "Traceback" not in stderr
+    return stderr
+
+
+@pytest.mark.parametrize("model", SCRIPTS)
+def test_missing_and_broken_data_are_one_line(model, small_data, tmp_path):
+    assert "nowhere" in one_line_error(model, "--data", "nowhere", "--out", tmp_path / "out")
+    names = sorted(os.listdir(small_data))
+    for name in names:
+        (tmp_path / name).write_bytes((small_data / name).read_bytes())
+    victim = tmp_path / names[1]
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert names[1] in one_line_error(model, "--data", tmp_path, "--out", tmp_path / "out")
+
+
+def test_a_checkpoint_of_another_model_or_T_is_one_line(whole_run, small_data, tmp_path):
+    model, flags, out, _, _ = whole_run
+    other = {"vae": "ddpm", "ddpm": "vae"}[model]
+    assert f"model {model}" in one_line_error(other, "--data", ROOT / "data", "--out", out, "--resume")
+    key, flag = {"vae": ("latent_dim", "--latent-dim"), "ddpm": ("T", "--T")}[model]
+    assert f"{key} 5" in run(model, *flags, "--out", out, flag, 6, "--resume")[2]
+    assert "nothing to resume" in run(model, *flags, "--out", tmp_path, "--resume")[2]
+
+
+def test_divergence_is_one_line(small_data, tmp_path):
+    status, _, stderr = run("vae", *FLAGS["vae"], "--data", small_data, "--out", tmp_path, "--lr", 1e6)
+    assert status == 1 and "--lr" in stderr.splitlines()[-1] and "Traceback" not in stderr
+
+
+BAD_FLAGS = [
+    ("--epochs", "0"),
+    ("--epochs", "many"),
+    ("--batch-size", "-1"),
+    ("--lr", "0"),
+    ("--lr", "nan"),
+    ("--lr", "inf"),
+    ("--seed", "-1"),
+    ("--workers", "0"),
+    ("--train-images", "0"),
+    ("--train-images", "60001"),
+    ("--arch", "transformer"),
+    ("--no-such-flag",),
+]
+BAD_FLAGS_OF = {
+    "vae": [("--latent-dim", "1"), ("--latents", "0", "20"), ("--latents", "3", "3"), ("--latents", "1")],
+    "ddpm": [("--T", "0"), ("--T", "2.5"), ("--schedule", "square"), ("--ema", "1.5"), ("--ema", "-0.1")],
+}
+
+
+@pytest.mark.parametrize(("model", "flags"), [(m, f) for m in SCRIPTS for f in BAD_FLAGS + BAD_FLAGS_OF[m]])
+def test_a_flag_out_of_range_is_one_line(model, flags, monkeypatch, capsys, tmp_path):
+    """In this process, to save the start of one for each."""
+    import run_ddpm
+    import run_vae
+    from scratchgen import cli
+
+    monkeypatch.setattr(sys, "argv", [SCRIPTS[model].name, "--out", str(tmp_path / "out"), *flags])
+    with pytest.raises(SystemExit) as stop:
+        cli.run({"vae": run_vae, "ddpm": run_ddpm}[model].main)
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and len(stderr.splitlines()) == 1 and flags[0] in stderr
+
+
+@pytest.mark.parametrize("model", SCRIPTS)
+def test_help_names_every_flag_and_shows_examples(model):
+    status, stdout, _ = run(model, "--help")
+    assert status == 0 and f"python run_{model}.py" in stdout
+    for flag in ("epochs", "batch-size", "lr", "seed", "workers", "data", "out", "train-images", "resume", "arch"):
+        assert f"--{flag}" in stdout

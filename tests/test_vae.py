@@ -1,0 +1,125 @@
+"""The bound: each term against an independent computation, the whole against finite differences and quadrature."""
+
+from functools import partial
+
+from scratchgen import tree, vae
+from scratchgen.gradients import value_and_grad
+from scratchgen.optim import adam_step, init_adam
+
+import numpy as np
+import pytest
+from finite_differences import assert_directional
+
+D = 3
+
+
+def bound(arch, params, batch):
+    _, encode, decode = vae.VAES[arch]
+    return vae.negative_elbo(partial(encode, params), partial(decode, params), batch)
+
+
+def make_batch(rng, N, latent_dim=D):
+    x = (rng.random((N, 28, 28, 1), dtype=np.float32) * (rng.random((N, 28, 28, 1)) < 0.5)).astype(np.float32)
+    return x, rng.standard_normal((N, latent_dim), dtype=np.float32)
+
+
+def shaken(rng, params):
+    return tree.map(lambda p: p + 0.02 * rng.standard_normal(p.shape).astype(p.dtype), params)
+
+
+@pytest.mark.parametrize("arch", vae.VAES)
+def test_the_whole_elbo_against_finite_differences(rng, arch):
+    params = shaken(rng, vae.VAES[arch][0](rng, D))
+    batch = tree.map(np.float64, make_batch(rng, 2))
+    # A step small enough that hardly a ReLU of thousands changes side within it.
+    assert_directional(lambda p: bound(arch, p, batch)[0], params, rng, directions=3, h=1e-8, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", vae.VAES)
+def test_shapes_and_dtypes(rng, arch):
+    init, encode, decode = vae.VAES[arch]
+    params, batch = init(rng, D), make_batch(rng, 5)
+    mu, log_var = encode(params, batch[0])
+    assert mu.shape == log_var.shape == (5, D) and decode(params, mu).shape == (5, 28, 28, 1)
+    (value, terms), gradient = value_and_grad(partial(bound, arch))(params, batch)
+    assert value == terms["kl"] - terms["reconstruction"]
+    assert {value.dtype} | {leaf.dtype for leaf in tree.leaves([gradient, terms])} == {np.dtype(np.float32)}
+
+
+def test_kl_against_monte_carlo(rng):
+    mu, log_var = np.array([0.7, -1.2, 0.0]), np.array([0.5, -1.0, 0.0])
+    z = mu + np.exp(log_var / 2) * rng.standard_normal((400_000, 3))
+    log_q = -0.5 * ((z - mu) ** 2 / np.exp(log_var) + log_var)
+    log_p = -0.5 * z**2
+    estimate, error = (log_q - log_p).mean(axis=0), (log_q - log_p).std(axis=0) / np.sqrt(len(z))
+    kl = vae.kl_per_dimension(mu, log_var)
+    assert np.all(np.abs(kl - estimate) <= 4 * error) and kl[2] == 0 and kl[0] > 0.3
+
+
+def test_reparameterised_z_has_the_moments_of_q(rng):
+    mu, log_var = np.array([[2.0, -1.0]]), np.array([[np.log(4.0), np.log(0.25)]])
+    z = vae.reparameterise(mu, log_var, rng.standard_normal((200_000, 2)))
+    np.testing.assert_allclose(z.mean(axis=0), mu[0], atol=0.02)
+    np.testing.assert_allclose(z.var(axis=0), [4, 0.25], rtol=0.02)
+
+
+def test_elbo_is_log_p_minus_the_kl_to_the_true_posterior(rng):
+    """One latent dimension and two pixels: everything can be integrated on a line, and the identity must close."""
+    x = np.array([0.0, 1.0]).reshape(1, 1, 2, 1)
+    weight, bias = np.array([1.5, -0.8]), np.array([0.3, 0.1])
+    mu, log_var = np.array([[0.4]]), np.array([[-0.6]])
+
+    def decode(z):
+        return (z * weight + bias).reshape(len(z), 1, 2, 1)
+
+    z = np.linspace(-12, 12, 40_001)
+    dz = z[1] - z[0]
+    p = 1 / (1 + np.exp(-(z[:, None] * weight + bias)))
+    likelihood = (1 - p[:, 0]) * p[:, 1]
+    prior = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
+    evidence = np.sum(likelihood * prior) * dz
+    variance = np.exp(log_var[0, 0])
+    q = np.exp(-0.5 * (z - mu[0, 0]) ** 2 / variance) / np.sqrt(2 * np.pi * variance)
+    kl_to_posterior = np.sum(q * np.log(np.maximum(q, 1e-300) * evidence / (likelihood * prior + 1e-300))) * dz
+
+    N = 400_000
+    batch = np.repeat(x, N, axis=0), rng.standard_normal((N, 1))
+    reconstruction, kl = vae.elbo_terms(lambda x: (mu, log_var), decode, batch)
+    elbo, error = np.mean(reconstruction) - np.mean(kl), np.std(reconstruction) / np.sqrt(N)
+    assert abs(elbo - (np.log(evidence) - kl_to_posterior)) < 4 * error
+    assert elbo < np.log(evidence) - 10 * error  # a bound, and with this q a strict one
+
+
+def test_entropy_floor_of_known_pixels():
+    x = np.zeros((2, 28, 28, 1), np.float32)
+    x[0, :7] = 0.5  # 196 pixels of one bit each
+    x[1, :7] = 1
+    assert vae.entropy_floor(x) == pytest.approx(196 * np.log(2) / 2)
+
+
+def test_no_decoder_beats_the_entropy_floor(rng):
+    x, _ = make_batch(rng, 4)
+    p = np.clip(x.astype(np.float64), 1e-12, 1 - 1e-12)
+    best = vae.bernoulli_log_likelihood(np.log(p / (1 - p)), x)
+    assert np.mean(best) == pytest.approx(-vae.entropy_floor(x), abs=1e-6)
+    worse = vae.bernoulli_log_likelihood(np.log(p / (1 - p)) + 0.1, x)
+    assert np.mean(worse) < np.mean(best)
+
+
+@pytest.mark.parametrize("arch", vae.VAES)
+def test_generated_pixels_are_probabilities_even_far_from_the_prior(rng, arch):
+    init, _, decode = vae.VAES[arch]
+    images = vae.generate(partial(decode, init(rng, D)), 1e4 * rng.standard_normal((10, D), dtype=np.float32))
+    assert np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1
+
+
+@pytest.mark.parametrize(("arch", "steps"), [("mlp", 150), ("conv", 60)])
+def test_one_batch_can_be_learned_by_heart(rng, arch, steps):
+    params, batch = vae.VAES[arch][0](rng, D), make_batch(rng, 8)
+    adam, step_of = init_adam(params), value_and_grad(partial(bound, arch))
+    before = float(step_of(params, batch)[0][0])
+    for step in range(1, steps + 1):
+        (value, _), gradient = step_of(params, batch)
+        adam_step(params, gradient, adam, step, lr=3e-3)
+    floor = vae.entropy_floor(batch[0])
+    assert value - floor < 0.5 * (before - floor)
