@@ -56,26 +56,12 @@ def main():
     def stream(*purpose):
         return np.random.default_rng([args.seed, *purpose])
 
-    # All that a run is, and that its checkpoint holds: these arrays, the generator of t and eps, and `state`.
     init, network = DENOISERS[args.arch]
     params = init(stream(INIT))
     ema = tree.map(np.copy, params)
-    arrays = {"params": params, "ema": ema, "adam": init_adam(params)}
-    noise = stream(NOISE)
-    config = {"model": "ddpm", "train_images": len(train)}
-    config |= {
-        key: getattr(args, key) for key in ("arch", "T", "schedule", "ema", "epochs", "batch_size", "lr", "seed")
-    }
-    state = {"config": config, "step": 0, "seconds": 0.0, "sum": 0.0, "log": []}
-    path = args.out / "checkpoint.npz"
-    if args.resume:
-        state = checkpoint.resume(path, config, arrays)
-        noise.bit_generator.state = state["noise"]
-    else:
-        checkpoint.put_aside(path)
-
-    def save():
-        checkpoint.save(path, arrays, state | {"noise": noise.bit_generator.state})
+    arrays, noise = {"params": params, "ema": ema, "adam": init_adam(params)}, stream(NOISE)
+    config = cli.settings(args) | {"model": "ddpm", "train_images": len(train)}
+    state, save = checkpoint.begin(args.out / "checkpoint.npz", config, arrays, noise, args.resume)
 
     def predict_noise(params, x_t, t):  # eps_theta(x_t, t), by way of v
         return diffusion.eps_from_v(schedule, network(params, x_t, t), x_t, t)
@@ -114,16 +100,16 @@ def main():
                 adam_step(params, gradient, arrays["adam"], state["step"], lr, beta2=0.99)
                 ema_step(ema, params, state["step"], args.ema)
 
-                state["sum"] += float(value) * len(images) / len(train)  # the epoch's mean, image by image
+                cli.add_to_epoch(state["sums"], {"loss": value}, share=len(images) / len(train))
                 state["seconds"] = time.monotonic() - began
                 bar.set_postfix(loss=f"{value:.4f}", refresh=False)
                 bar.update(len(images))
 
-            row = {"epoch": epoch + 1, "step": state["step"], "train_loss": state["sum"]}
+            row = {"epoch": epoch + 1, "step": state["step"], "train_loss": state["sums"]["loss"]}
             row["test_loss"] = float(evaluate(*(part[:CURVE_IMAGES] for part in test_batch)).mean(dtype=np.float64))
             row["seconds"] = state["seconds"] = time.monotonic() - began
             state["log"].append(row)
-            state["sum"] = 0.0
+            state["sums"] = {}
             save()
             cli.write_log(args.out / "log.csv", state["log"])
             tqdm.write(
@@ -131,7 +117,7 @@ def main():
                 f"test {row['test_loss']:.5f}  {row['seconds']:.0f} s"
             )
             # The same noise each time, so that one sees the same pictures form.
-            *_, (_, x) = diffusion.sample(eps_theta, schedule, noise_image(32, stream(PREVIEW)), stream(PREVIEW, 1))
+            *_, (_, x) = diffusion.sample(eps_theta, schedule, noise_images(32, stream(PREVIEW)), stream(PREVIEW, 1))
             figure = plots.grid(x, 8, f"preview after epoch {row['epoch']}", -1, 1)
             plots.save(figure, args.out / "preview.png")
         stop.here(save)
@@ -145,33 +131,28 @@ def main():
     cli.write_metrics(args, numbers, params, state)
     print(f"test loss {numbers['test_loss']:.5f}: mean squared error of the predicted noise, per pixel and over all t")
     plots.save(plots.ddpm_loss(state["log"], t_test, test_errors, args.T), args.out / "loss.png")
-    draw(args, schedule, eps_theta, x_test, stream(SAMPLES))
-    print(f"figures and numbers are in {args.out}")
 
-
-def noise_image(N, rng):
-    return rng.standard_normal((N, 28, 28, 1), dtype=np.float32)
-
-
-def draw(args, schedule, eps_theta, x_test, rng):
     strip = [round(args.T * fraction) for fraction in (1, 0.5, 0.25, 0.1, 0.05, 0)]
     frames = sorted({round(t) for t in np.linspace(args.T, 0, 51)}, reverse=True)
-
-    x_0, eps = np.repeat(x_test[:1], 6, axis=0), np.repeat(noise_image(1, rng), 6, axis=0)
+    rng = stream(SAMPLES)
+    x_0, eps = np.repeat(x_test[:1], 6, axis=0), np.repeat(noise_images(1, rng), 6, axis=0)
     noisy = diffusion.q_sample(schedule, x_0, np.array(strip), eps)
     plots.save(plots.row_of_times(noisy, strip, "forward: $x_t \\sim q(x_t|x_0)$"), args.out / "forward.png")
 
-    x_T = noise_image(64, rng)
+    x_T = noise_images(64, rng)
     seen = {args.T: x_T}
-    steps = diffusion.sample(eps_theta, schedule, x_T, rng)
-    for t, x_t in cli.progress_over(steps, args.T, "sampling"):
+    for t, x_t in cli.progress_over(diffusion.sample(eps_theta, schedule, x_T, rng), args.T, "sampling"):
         if t in strip or t in frames:
             seen[t] = x_t
-    path = [seen[t][0] for t in strip]
-    figure = plots.row_of_times(path, strip, "reverse: $x_{t-1} \\sim p_\\theta(x_{t-1}|x_t)$")
+    figure = plots.row_of_times([seen[t][0] for t in strip], strip, "reverse: $x_{t-1} \\sim p_\\theta(x_{t-1}|x_t)$")
     plots.save(figure, args.out / "trajectory.png")
     plots.save(plots.grid(seen[0], 8, f"samples after {args.T} steps", -1, 1), args.out / "samples.png")
     plots.save_gif([seen[t][:16] for t in frames], 4, args.out / "sampling.gif")
+    print(f"figures and numbers are in {args.out}")
+
+
+def noise_images(N, rng):
+    return rng.standard_normal((N, 28, 28, 1), dtype=np.float32)
 
 
 if __name__ == "__main__":

@@ -53,23 +53,11 @@ def main():
     def stream(*purpose):
         return np.random.default_rng([args.seed, *purpose])
 
-    # All that a run is, and that its checkpoint holds: these arrays, the generator of the noise, and `state`.
     init, encode, decode = vae.VAES[args.arch]
     params = init(stream(INIT), args.latent_dim)
-    arrays = {"params": params, "adam": init_adam(params)}
-    noise = stream(NOISE)
-    config = {"model": "vae", "train_images": len(train)}
-    config |= {key: getattr(args, key) for key in ("arch", "latent_dim", "epochs", "batch_size", "lr", "seed")}
-    state = {"config": config, "step": 0, "seconds": 0.0, "sums": {}, "log": []}
-    path = args.out / "checkpoint.npz"
-    if args.resume:
-        state = checkpoint.resume(path, config, arrays)
-        noise.bit_generator.state = state["noise"]
-    else:
-        checkpoint.put_aside(path)
-
-    def save():
-        checkpoint.save(path, arrays, state | {"noise": noise.bit_generator.state})
+    arrays, noise = {"params": params, "adam": init_adam(params)}, stream(NOISE)
+    config = cli.settings(args) | {"model": "vae", "train_images": len(train)}
+    state, save = checkpoint.begin(args.out / "checkpoint.npz", config, arrays, noise, args.resume)
 
     def loss(params, batch):
         return vae.negative_elbo(partial(encode, params), partial(decode, params), batch)
@@ -100,8 +88,7 @@ def main():
                 state["step"] += 1
                 adam_step(params, gradient, arrays["adam"], state["step"], lr)
 
-                for name, term in terms.items():  # the epoch's mean, image by image
-                    state["sums"][name] = state["sums"].get(name, 0.0) + float(term) * len(x) / len(train)
+                cli.add_to_epoch(state["sums"], terms, share=len(x) / len(train))
                 state["seconds"] = time.monotonic() - began
                 bar.set_postfix(loss=f"{value:.1f}", refresh=False)
                 bar.update(len(x))
@@ -125,36 +112,20 @@ def main():
     metrics = {"elbo": terms["reconstruction"] - terms["kl"], **terms, "entropy_floor": floor}
     cli.write_metrics(args, metrics, params, state)
     print(f"test ELBO {metrics['elbo']:.2f} nats per image; the entropy of the grey pixels alone is {floor:.2f}")
-    draw(args, state["log"], floor, partial(encode, params), partial(decode, params), x_test, stream(SAMPLES), workers)
-    print(f"figures and numbers are in {args.out}")
 
+    def images_from(z):
+        return vae.generate(partial(decode, params), z)
 
-def draw(args, log, floor, encode, decode, x_test, rng, workers):
-    def images(z):
-        return vae.generate(decode, z)
-
-    def interpolate(start, end, n=10):  # (N, D), (N, D) -> (N n, D), row by row
-        weights = np.linspace(0, 1, n, dtype=np.float32)[:, None]
-        return ((1 - weights) * start[:, None] + weights * end[:, None]).reshape(-1, start.shape[1])
-
-    plots.save(plots.vae_loss(log, floor), args.out / "loss.png")
-
-    x, (mu, _) = x_test[:40], encode(x_test[:40])
-    pairs = np.stack([x.reshape(4, 10, 28, 28, 1), images(mu).reshape(4, 10, 28, 28, 1)], axis=1)
-    labels = ["test", "decoded"] * 4
-    figure = plots.grid(pairs.reshape(-1, 28, 28, 1), 10, "reconstructions of test images, from mu", row_labels=labels)
-    plots.save(figure, args.out / "reconstructions.png")
-
-    z = rng.standard_normal((100, args.latent_dim), dtype=np.float32)
-    plots.save(plots.grid(images(z), 10, "samples: decoded from z ~ N(0, I)"), args.out / "samples.png")
-
-    kl = in_parallel(lambda x: vae.kl_per_dimension(*encode(x)), SHARD, workers)(x_test).mean(axis=0)
+    plots.save(plots.vae_loss(state["log"], floor), args.out / "loss.png")
+    mu, _ = encode(params, x_test[:40])
+    plots.save(plots.reconstructions(x_test[:40], images_from(mu)), args.out / "reconstructions.png")
+    plots.save(plots.interpolation(images_from, mu[:8], mu[8:16]), args.out / "interpolation.png")
+    z = stream(SAMPLES).standard_normal((100, args.latent_dim), dtype=np.float32)
+    plots.save(plots.grid(images_from(z), 10, "decoded from z ~ N(0, I)"), args.out / "samples.png")
+    kl = in_parallel(lambda x: vae.kl_per_dimension(*encode(params, x)), SHARD, workers)(x_test).mean(axis=0)
     i, j = args.latents or sorted(np.argsort(kl)[-2:].tolist())
-    plots.save(plots.plot_latents(images, args.latent_dim, i, j), args.out / f"latents_{i}_{j}.png")
-
-    z = interpolate(mu[:8], mu[8:16])
-    figure = plots.grid(images(z), 10, "from one test image to another, evenly in z")
-    plots.save(figure, args.out / "interpolation.png")
+    plots.save(plots.plot_latents(images_from, args.latent_dim, i, j), args.out / f"latents_{i}_{j}.png")
+    print(f"figures and numbers are in {args.out}")
 
 
 if __name__ == "__main__":

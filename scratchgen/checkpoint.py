@@ -86,9 +86,23 @@ def resume(path, config, arrays):
 
 def put_aside(path):
     """Rename the checkpoint of an earlier run, if there is one, so that a new run in its folder cannot overwrite it."""
-    path = Path(path)
     if path.exists():
         numbers = itertools.count(1)
         aside = next(p for n in numbers if not (p := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
         os.replace(path, aside)
         print(f"kept the checkpoint of an earlier run as {aside}")
+
+
+def begin(path, config, arrays, noise, resuming):
+    """Start a run, or take one up again: return its ``state`` and a function that saves the whole run to ``path``.
+
+    The run is ``arrays``, a tree that its steps change in place; ``noise``, the generator that they draw from; and
+    ``state``, a JSON-able dict: the step (0 at the start), the seconds, the sums of the epoch so far, and the log.
+    """
+    if resuming:
+        state = resume(path, config, arrays)
+        noise.bit_generator.state = state["noise"]
+    else:
+        put_aside(path)
+        state = {"config": config, "step": 0, "seconds": 0.0, "sums": {}, "log": []}
+    return state, lambda: save(path, arrays, state | {"noise": noise.bit_generator.state})

@@ -99,6 +99,18 @@ def parser(description, epochs, batch_size, lr, out):
     return p
 
 
+def settings(args):
+    """The flags that decide what a run computes, for its checkpoint: a run resumes only with the same ones."""
+    others = {"workers", "data", "out", "resume", "latents"}
+    return {name: value for name, value in vars(args).items() if name not in others}
+
+
+def add_to_epoch(sums, terms, share):
+    """Add a minibatch's mean terms to the epoch's, ``share`` being the minibatch's part of the epoch's images."""
+    for name, term in terms.items():
+        sums[name] = sums.get(name, 0.0) + share * float(term)
+
+
 def first_images(images, count):
     """The first ``count`` images, or all of them for None. Raises UsageError if there are fewer."""
     if count is not None and count > len(images):

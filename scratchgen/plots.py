@@ -41,6 +41,20 @@ def grid(images, columns, title, low=0, high=1, row_labels=()):
     return figure
 
 
+def reconstructions(x, decoded, columns=10):
+    """Rows of images and, beneath each row, what the decoder makes of their codes: twice (N, H, W, 1)."""
+    pairs = np.stack([a.reshape(-1, columns, *a.shape[1:]) for a in (x, decoded)], axis=1)
+    labels = ["test", "decoded"] * len(pairs)
+    return grid(pairs.reshape(-1, *x.shape[1:]), columns, "test images, and decoded from their mu", row_labels=labels)
+
+
+def interpolation(decode, start, end, n=10):
+    """A row of n images for each pair of codes: decoded evenly along the line from start to end, twice (N, D)."""
+    weights = np.linspace(0, 1, n, dtype=np.float32)[:, None]
+    z = (1 - weights) * start[:, None] + weights * end[:, None]  # (N, n, D)
+    return grid(decode(z.reshape(-1, z.shape[-1])), n, "from one test image to another, evenly in z")
+
+
 def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):
     """Images decoded over an even n x n grid of (z_i, z_j) from -extent to extent, all other dimensions zero.
 

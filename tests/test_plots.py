@@ -32,6 +32,22 @@ def test_grid_shows_every_image_with_its_title_and_row_labels():
     assert [t.get_text() for t in axes.get_yticklabels()] == ["one", "two"]
 
 
+def test_reconstructions_stand_beneath_their_images():
+    x = np.arange(20).reshape(20, 1, 1, 1) * np.ones((20, 28, 28, 1))
+    (axes,) = plots.reconstructions(x, -x).axes
+    rows = picture(axes)[::28, ::28]
+    assert rows[0].tolist() == list(range(10)) and rows[2].tolist() == list(range(10, 20))
+    np.testing.assert_array_equal(rows[1::2], -rows[::2])
+
+
+def test_interpolation_goes_evenly_from_start_to_end():
+    def decode(z):
+        return z[:, :1].reshape(-1, 1, 1, 1) * np.ones((1, 28, 28, 1))
+
+    (axes,) = plots.interpolation(decode, np.array([[0.0, 5], [9, 5]]), np.array([[9.0, 5], [0, 5]])).axes
+    np.testing.assert_allclose(picture(axes)[::28, ::28], [range(10), range(9, -1, -1)], atol=1e-5)
+
+
 def test_plot_latents_varies_two_dimensions_over_an_even_grid_and_keeps_the_others_at_zero():
     seen = []
 
