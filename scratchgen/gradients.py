@@ -5,6 +5,9 @@ product (VJP). The backward pass, `backward` below, is all there is to back-prop
 to the leaves, each after all that depend on it, and hand every parent its share of the gradient.
 """
 
+import operator
+from functools import partial, reduce
+
 from scratchgen import tree
 
 import numpy as np
@@ -86,25 +89,17 @@ def sharded_value_and_grad(loss, shard_size, workers):
             value, gradient = one_shard(params, shard, seed=weight)
             return tree.map(lambda number: weight * number, value), gradient
 
-        parts = workers.map(share, shards(batch, shard_size))
-        return tree.map(add_in_order, *(value for value, _ in parts)), tree.map(
-            add_in_order, *(gradient for _, gradient in parts)
-        )
+        # Added as they come, in order, so that no more than a few shards' gradients exist at any time. Not in place:
+        # autograd may hand the same array to two parameters.
+        return reduce(partial(tree.map, operator.add), workers.map(share, shards(batch, shard_size)))
 
     return value_and_gradient
-
-
-def add_in_order(first, *others):
-    total = first
-    for other in others:
-        total = total + other
-    return total
 
 
 def in_parallel(f, shard_size, workers):
     """``f(*arrays)`` computed shard by shard in parallel, for an f that treats each image of its batch on its own."""
 
     def sharded(*arrays):
-        return np.concatenate(workers.map(lambda shard: f(*shard), shards(arrays, shard_size)))
+        return np.concatenate(list(workers.map(lambda shard: f(*shard), shards(arrays, shard_size))))
 
     return sharded

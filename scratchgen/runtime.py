@@ -58,7 +58,7 @@ def available_cores():
 
 
 class Workers:
-    """``count`` workers that compute ``[f(item) for item in items]``; with one worker, in the calling thread.
+    """``count`` workers that compute ``map(f, items)``, in order; with one worker, in the calling thread.
 
     Threads suffice because NumPy lets go of the interpreter lock inside matrix products and array arithmetic.
     """
@@ -72,9 +72,7 @@ class Workers:
             sys.setswitchinterval(0.0005)
 
     def map(self, f, items):
-        if self._pool is None:
-            return [f(item) for item in items]
-        return list(self._pool.map(f, items))
+        return map(f, items) if self._pool is None else self._pool.map(f, items)
 
 
 use_one_blas_thread()
