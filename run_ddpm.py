@@ -23,14 +23,20 @@ from tqdm import tqdm
 EPOCHS = {"unet": 6, "mlp": 30}  # by default
 SHARD = 32  # images that one worker differentiates at a time
 SAMPLE_SHARD = 16  # images that one worker denoises at a time
-CURVE_IMAGES = 2000  # test images behind each epoch's point of the loss curve; the final number takes them all
+CURVE_STRIDE = 5  # each epoch's point of the loss curve takes every fifth test image, the final number all
 INIT, NOISE, ORDER, TEST, SAMPLES, PREVIEW = range(6)  # what a stream of random numbers is for
 
 
 def parse_arguments():
     parser = cli.parser(__doc__, EPOCHS, batch_size=64, lr=4e-3, out="runs/ddpm")
     flag = parser.add_argument
-    flag("--T", type=cli.number(int, 1), default=200, metavar="T", help="steps from image to noise (default: 200)")
+    flag(
+        "--T",
+        type=cli.number(int, 1, high=100_000),
+        default=200,
+        metavar="T",
+        help="steps from image to noise (default: 200)",
+    )
     flag("--schedule", choices=diffusion.SCHEDULES, default="linear", help="of beta_t (default: linear)")
     flag(
         "--ema",
@@ -46,7 +52,6 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
     data = load_fashion_mnist(args.data)
     train = cli.first_images(data["train_images"], args.train_images)
     x_test = scale(data["test_images"], -1, 1)
@@ -60,7 +65,8 @@ def main():
     params = init(stream(INIT))
     ema = tree.map(np.copy, params)
     arrays, noise = {"params": params, "ema": ema, "adam": init_adam(params)}, stream(NOISE)
-    config = cli.settings(args) | {"model": "ddpm", "train_images": len(train)}
+    config = {"model": "ddpm"} | cli.settings(args) | {"train_images": cli.fingerprint(train)}
+    args.out.mkdir(parents=True, exist_ok=True)
     state, save = checkpoint.begin(args.out / "checkpoint.npz", config, arrays, noise, args.resume)
 
     def predict_noise(params, x_t, t):  # eps_theta(x_t, t), by way of v
@@ -75,8 +81,7 @@ def main():
     gradient_of = sharded_value_and_grad(loss, SHARD, workers)
     evaluate = in_parallel(errors, SHARD, workers)
     eps_theta = in_parallel(partial(predict_noise, ema), SAMPLE_SHARD, workers)
-    # Each t in turn rather than at random: every t is seen equally often.
-    t_test = 1 + np.arange(len(x_test)) % args.T
+    t_test = 1 + np.arange(len(x_test)) * args.T // len(x_test)  # not at random, but evenly from 1 to T
     test_batch = (x_test, t_test, stream(TEST).standard_normal(x_test.shape, dtype=np.float32))
 
     prior_kl = float(diffusion.prior_kl(schedule, x_test).mean())
@@ -87,9 +92,11 @@ def main():
 
     steps = math.ceil(len(train) / args.batch_size)  # in one epoch
     began = time.monotonic() - state["seconds"]
-    bar = cli.progress(args.epochs * len(train), done=state["step"] * args.batch_size)
+    done = state["step"] // steps * len(train) + state["step"] % steps * args.batch_size
+    bar = cli.progress(args.epochs * len(train), done)
     with bar, cli.StopBetweenSteps() as stop:
         for epoch in range(state["step"] // steps, args.epochs):
+            # The order depends on seed and epoch alone: a run that resumes inside the epoch skips what it has seen.
             for images in minibatches(train, args.batch_size, stream(ORDER, epoch), skip=state["step"] % steps):
                 stop.here(save)
                 batch = diffusion.draw_batch(schedule, scale(images, -1, 1), noise)
@@ -100,18 +107,19 @@ def main():
                 adam_step(params, gradient, arrays["adam"], state["step"], lr, beta2=0.99)
                 ema_step(ema, params, state["step"], args.ema)
 
-                cli.add_to_epoch(state["sums"], {"loss": value}, share=len(images) / len(train))
+                cli.add_to_epoch(state["sums"], {"loss": value}, len(images) / len(train))
                 state["seconds"] = time.monotonic() - began
                 bar.set_postfix(loss=f"{value:.4f}", refresh=False)
                 bar.update(len(images))
 
             row = {"epoch": epoch + 1, "step": state["step"], "train_loss": state["sums"]["loss"]}
-            row["test_loss"] = float(evaluate(*(part[:CURVE_IMAGES] for part in test_batch)).mean(dtype=np.float64))
+            row["test_loss"] = float(evaluate(*(part[::CURVE_STRIDE] for part in test_batch)).mean(dtype=np.float64))
+            cli.check_finite(row["test_loss"], state["step"])
             row["seconds"] = state["seconds"] = time.monotonic() - began
             state["log"].append(row)
             state["sums"] = {}
-            save()
             cli.write_log(args.out / "log.csv", state["log"])
+            save()
             tqdm.write(
                 f"epoch {row['epoch']}/{args.epochs}  loss: train {row['train_loss']:.5f}, "
                 f"test {row['test_loss']:.5f}  {row['seconds']:.0f} s"

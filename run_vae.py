@@ -19,7 +19,7 @@ from scratchgen.runtime import Workers
 import numpy as np
 from tqdm import tqdm
 
-EPOCHS = {"mlp": 25, "conv": 7}  # by default
+EPOCHS = {"mlp": 14, "conv": 7}  # by default
 SHARD = 64  # images that one worker differentiates at a time
 INIT, NOISE, ORDER, TEST, SAMPLES = range(5)  # what a stream of random numbers is for
 
@@ -27,7 +27,13 @@ INIT, NOISE, ORDER, TEST, SAMPLES = range(5)  # what a stream of random numbers 
 def parse_arguments():
     parser = cli.parser(__doc__, EPOCHS, batch_size=128, lr=2e-3, out="runs/vae")
     flag = parser.add_argument
-    flag("--latent-dim", type=cli.number(int, 2), default=20, metavar="D", help="dimensions of z (default: 20)")
+    flag(
+        "--latent-dim",
+        type=cli.number(int, 2, high=10_000),
+        default=20,
+        metavar="D",
+        help="dimensions of z (default: 20)",
+    )
     flag(
         "--latents",
         type=cli.number(int, 0),
@@ -44,7 +50,6 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
     data = load_fashion_mnist(args.data)
     train = cli.first_images(data["train_images"], args.train_images)
     x_test = scale(data["test_images"], 0, 1)
@@ -56,7 +61,8 @@ def main():
     init, encode, decode = vae.VAES[args.arch]
     params = init(stream(INIT), args.latent_dim)
     arrays, noise = {"params": params, "adam": init_adam(params)}, stream(NOISE)
-    config = cli.settings(args) | {"model": "vae", "train_images": len(train)}
+    config = {"model": "vae"} | cli.settings(args) | {"train_images": cli.fingerprint(train)}
+    args.out.mkdir(parents=True, exist_ok=True)
     state, save = checkpoint.begin(args.out / "checkpoint.npz", config, arrays, noise, args.resume)
 
     def loss(params, batch):
@@ -75,41 +81,44 @@ def main():
     print(f"VAE {args.arch}, D = {args.latent_dim}: {tree.size(params):,} parameters, {len(train):,} training images")
     steps = math.ceil(len(train) / args.batch_size)  # in one epoch
     began = time.monotonic() - state["seconds"]
-    bar = cli.progress(args.epochs * len(train), done=state["step"] * args.batch_size)
+    done = state["step"] // steps * len(train) + state["step"] % steps * args.batch_size
+    bar = cli.progress(args.epochs * len(train), done)
     with bar, cli.StopBetweenSteps() as stop:
         for epoch in range(state["step"] // steps, args.epochs):
+            # The order depends on seed and epoch alone: a run that resumes inside the epoch skips what it has seen.
             for images in minibatches(train, args.batch_size, stream(ORDER, epoch), skip=state["step"] % steps):
                 stop.here(save)
                 x = scale(images, 0, 1)
                 eps = noise.standard_normal((len(x), args.latent_dim), dtype=np.float32)
-                (value, terms), gradient = gradient_of(params, (x, eps))
+                (value, means), gradient = gradient_of(params, (x, eps))
                 cli.check_finite(value, state["step"])
                 lr = cosine_decay(state["step"], args.epochs * steps, args.lr)
                 state["step"] += 1
                 adam_step(params, gradient, arrays["adam"], state["step"], lr)
 
-                cli.add_to_epoch(state["sums"], terms, share=len(x) / len(train))
+                cli.add_to_epoch(state["sums"], means, len(x) / len(train))
                 state["seconds"] = time.monotonic() - began
                 bar.set_postfix(loss=f"{value:.1f}", refresh=False)
                 bar.update(len(x))
 
             row = {"epoch": epoch + 1, "step": state["step"]}
-            for part, terms in (("train", state["sums"]), ("test", evaluate())):
-                row[f"{part}_elbo"] = terms["reconstruction"] - terms["kl"]
-                row |= {f"{part}_{name}": term for name, term in terms.items()}
+            for part, means in (("train", state["sums"]), ("test", evaluate())):
+                row[f"{part}_elbo"] = means["reconstruction"] - means["kl"]
+                row |= {f"{part}_{name}": mean for name, mean in means.items()}
+            cli.check_finite(row["test_elbo"], state["step"])
             row["seconds"] = state["seconds"] = time.monotonic() - began
             state["log"].append(row)
             state["sums"] = {}
-            save()
             cli.write_log(args.out / "log.csv", state["log"])
+            save()
             tqdm.write(
                 f"epoch {row['epoch']}/{args.epochs}  ELBO: train {row['train_elbo']:.2f}, test {row['test_elbo']:.2f} "
                 f"= {row['test_reconstruction']:.2f} - {row['test_kl']:.2f} nats  {row['seconds']:.0f} s"
             )
         stop.here(save)
 
-    terms, floor = evaluate(), vae.entropy_floor(x_test)
-    metrics = {"elbo": terms["reconstruction"] - terms["kl"], **terms, "entropy_floor": floor}
+    means, floor = evaluate(), vae.entropy_floor(x_test)
+    metrics = {"elbo": means["reconstruction"] - means["kl"], **means, "entropy_floor": floor}
     cli.write_metrics(args, metrics, params, state)
     print(f"test ELBO {metrics['elbo']:.2f} nats per image; the entropy of the grey pixels alone is {floor:.2f}")
 
@@ -117,8 +126,9 @@ def main():
         return vae.generate(partial(decode, params), z)
 
     plots.save(plots.vae_loss(state["log"], floor), args.out / "loss.png")
-    mu, _ = encode(params, x_test[:40])
-    plots.save(plots.reconstructions(x_test[:40], images_from(mu)), args.out / "reconstructions.png")
+    x = x_test[np.arange(40) % len(x_test)]
+    mu, _ = encode(params, x)
+    plots.save(plots.reconstructions(x, images_from(mu)), args.out / "reconstructions.png")
     plots.save(plots.interpolation(images_from, mu[:8], mu[8:16]), args.out / "interpolation.png")
     z = stream(SAMPLES).standard_normal((100, args.latent_dim), dtype=np.float32)
     plots.save(plots.grid(images_from(z), 10, "decoded from z ~ N(0, I)"), args.out / "samples.png")

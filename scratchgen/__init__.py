@@ -1,14 +1,15 @@
 """scratchgen: two generative models on FashionMNIST, from scratch in NumPy.
 
-Reading order, each file in one sitting and no jump back up:
+Reading order, each file in one sitting:
 
-1.  ``ops.py``          the primitives, each with its vector-Jacobian product (VJP) beneath it
+0.  ``run_vae.py``      beside this package: the whole of a training run, in plain sight
+1.  ``vae.py``          the evidence lower bound; encoder and decoder
 2.  ``layers.py``       dense, convolution, residual block: ``init_x`` makes parameters, ``x`` applies them
-3.  ``vae.py``          encoder, decoder and the evidence lower bound
-4.  ``diffusion.py``    the noising process q, the reverse process p, loss and sampler; knows no network
-5.  ``denoisers.py``    the networks eps_theta(x_t, t): an MLP and a U-Net
-6.  ``gradients.py``    reverse-mode differentiation over a tree of parameters, and in parallel over shards
-7.  ``optim.py``        Adam, the learning-rate schedule, the moving average of the weights
+3.  ``ops.py``          the primitives, each with its vector-Jacobian product (VJP) beneath it
+4.  ``gradients.py``    reverse-mode differentiation over a tree of parameters, and in parallel over shards
+5.  ``optim.py``        Adam, the learning-rate schedule, the moving average of the weights
+6.  ``diffusion.py``    the noising process q, the reverse process p, loss and sampler; knows no network
+7.  ``denoisers.py``    the networks behind eps_theta(x_t, t): a U-Net and an MLP
 
 and, to look up when needed: ``data.py`` (idx files, minibatches), ``tree.py`` (nested dicts and lists of
 arrays), ``checkpoint.py`` (files that survive a crash), ``plots.py`` (every figure), ``cli.py`` (what the two

@@ -32,6 +32,9 @@ def replacing(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # the user asked for this file, and never heard of the temporary one
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,10 +59,13 @@ def load(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        return arrays, json.loads(str(arrays.pop("state")))
+        state = json.loads(str(arrays.pop("state")))
+        if not isinstance(state, dict) or not {"config", "noise", "step", "seconds", "sums", "log"} <= state.keys():
+            raise ValueError("it lacks part of a run's state")
     except Exception as error:  # zipfile, NumPy and json each have several for a damaged file
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: expected a checkpoint of scratchgen, found damage ({reason})") from None
+        raise CheckpointError(f"{path}: expected a sound checkpoint of scratchgen, found: {reason}") from None
+    return arrays, state
 
 
 def resume(path, config, arrays):
@@ -68,11 +74,11 @@ def resume(path, config, arrays):
     ``config`` are the settings that must agree (model, T, ...). Raises CheckpointError, and then nothing was changed.
     """
     saved, state = load(path)
-    found = state.get("config", {})
     for key, wanted in config.items():
-        if found.get(key) != wanted:
+        found = state["config"].get(key)
+        if found != wanted:
             raise CheckpointError(
-                f"{path}: made with {key} {found.get(key)}, this run has {key} {wanted}; "
+                f"{path}: made with {key} {found}, this run has {key} {wanted}; "
                 "resume with the same settings, or start afresh in another --out"
             )
     names, leaves = tree.names(arrays), tree.leaves(arrays)
@@ -105,4 +111,10 @@ def begin(path, config, arrays, noise, resuming):
     else:
         put_aside(path)
         state = {"config": config, "step": 0, "seconds": 0.0, "sums": {}, "log": []}
-    return state, lambda: save(path, arrays, state | {"noise": noise.bit_generator.state})
+
+    def save_run():
+        save(path, arrays, state | {"noise": noise.bit_generator.state})
+
+    if not resuming:
+        save_run()  # a disk that cannot be written is found out now, and from here on there is something to resume
+    return state, save_run

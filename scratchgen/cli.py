@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 from scratchgen import runtime, tree
@@ -32,7 +33,7 @@ class Diverged(ArithmeticError):
 
 def check_finite(loss, step):
     if not math.isfinite(loss):
-        raise Diverged(f"the loss became {loss} at step {step}: try a smaller --lr; the last checkpoint is as it was")
+        raise Diverged(f"the loss became {loss} at step {step}: try a smaller --lr; the last checkpoint is sound")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -72,12 +73,17 @@ def parser(description, epochs, batch_size, lr, out):
     flag("--arch", f"the network (default: {default_arch})", choices=epochs, default=default_arch)
     flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
     flag("--batch-size", f"images a gradient step (default: {batch_size})", type=whole, default=batch_size, metavar="N")
-    flag("--lr", f"peak learning rate; it falls to 0 along a cosine (default: {lr})", type=positive, default=lr)
+    flag(
+        "--lr",
+        f"peak learning rate: a short rise, then half a cosine down to 0 (default: {lr})",
+        type=positive,
+        default=lr,
+    )
     flag("--seed", "decides every random number: same seed, same bits (default: 0)", type=natural, default=0)
     flag(
         "--workers",
-        "threads that share each minibatch; they change no result, and 1 keeps everything in the main thread, "
-        f"for a debugger (default: all cores, here {cores})",
+        "threads that share each minibatch, a shard each; they change no result, and 1 keeps everything in the main "
+        f"thread, for a debugger (default: all cores, here {cores})",
         type=whole,
         default=cores,
         metavar="N",
@@ -105,10 +111,15 @@ def settings(args):
     return {name: value for name, value in vars(args).items() if name not in others}
 
 
-def add_to_epoch(sums, terms, share):
-    """Add a minibatch's mean terms to the epoch's, ``share`` being the minibatch's part of the epoch's images."""
-    for name, term in terms.items():
-        sums[name] = sums.get(name, 0.0) + share * float(term)
+def fingerprint(images):
+    """What tells one set of training images from another: their number and checksum, for the checkpoint."""
+    return f"{len(images)} of CRC-32 {zlib.crc32(images):08x}"
+
+
+def add_to_epoch(sums, means, weight):
+    """Add a minibatch's means to the epoch's, ``weight`` being the minibatch's part of the epoch's images."""
+    for name, mean in means.items():
+        sums[name] = sums.get(name, 0.0) + weight * float(mean)
 
 
 def first_images(images, count):
@@ -185,6 +196,9 @@ def write_metrics(args, numbers, params, state):
 
 def run(main):
     """Call ``main()`` and exit; whatever the user can mend becomes one line on stderr and a non-zero status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the whole run
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     sys.stdout.reconfigure(line_buffering=True)  # an epoch's line appears when the epoch ends, in a pipe too
     status, message = 0, None

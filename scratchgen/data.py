@@ -7,6 +7,7 @@ numbers themselves, big-endian, row by row. A header is never believed before th
 import gzip
 import math
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -69,6 +70,10 @@ def read_idx(file, path):
         raise DataError(f"{path}: expected {rank} dimensions in the header, found the file to end inside them")
     shape = struct.unpack(f">{rank}I", sizes)
 
+    if (
+        math.prod(size or 1 for size in shape) > sys.maxsize // dtype.itemsize
+    ):  # with a zero among them, no bytes follow
+        raise DataError(f"{path}: expected sizes that fit into memory, found {shape} in the header")
     expected = math.prod(shape) * dtype.itemsize
     content = bytearray()
     while len(content) <= expected and (block := file.read(min(READ_BYTES, expected + 1 - len(content)))):
@@ -95,7 +100,7 @@ def load_fashion_mnist(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with the four FashionMNIST files, found no such folder")
-    arrays, strangers = {}, []
+    arrays, paths, strangers = {}, {}, []
     for name, checksum in FASHION_MNIST.items():
         path = find_file(folder, name)
         array = load_idx(path)
@@ -109,13 +114,15 @@ def load_fashion_mnist(folder):
             raise DataError(f"{path}: expected labels 0 to 9, found {array.max()}")
         if zlib.crc32(array) != checksum:
             strangers.append(path.name)
-        arrays[f"{'train' if name.startswith('train') else 'test'}_{kind}"] = array
+        key = f"{'train' if name.startswith('train') else 'test'}_{kind}"
+        arrays[key], paths[key] = array, path
 
     for part in ("train", "test"):
-        images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
-        if images != labels:
-            raise DataError(f"{folder}: expected as many {part} labels as images, found {labels:,} and {images:,}")
-        arrays[f"{part}_images"] = arrays[f"{part}_images"][..., None]
+        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+        if len(images) != len(labels):
+            path = paths[f"{part}_labels"]
+            raise DataError(f"{path}: expected a label for each of {len(images):,} images, found {len(labels):,}")
+        arrays[f"{part}_images"] = images[..., None]
     if strangers:
         warnings.warn(f"{folder}: not the published FashionMNIST (plain MNIST?): {', '.join(strangers)}", stacklevel=2)
     return arrays

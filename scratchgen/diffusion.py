@@ -98,22 +98,23 @@ def draw_batch(schedule, x_0, rng):
 def eps_from_v(schedule, v, x_t, t):
     """The noise that a predicted v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 implies (Salimans and Ho 2022).
 
-    With Eq. (4), eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t. Where x_t is nearly all noise this is nearly
-    x_t, and v nearly -x_0: the network need not carry the noise through its layers to be right about it, and no small
-    mistake in eps is blown up by 1 / sqrt(alpha_bar_t) on the way to x_0.
+    With Eq. (4), eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t and x_0 = sqrt(alpha_bar_t) x_t -
+    sqrt(1 - alpha_bar_t) v. Where x_t is nearly all noise, a network that predicts eps has to hand x_t through, and
+    what it misses grows by 1 / sqrt(alpha_bar_t) on the way to x_0; one that predicts v says what x_0 is, and its
+    mistakes do not grow. In terms of v, the squared error in eps is alpha_bar_t ||v - v_theta||^2.
     """
     return at(schedule["signal"], t) * v + at(schedule["noise"], t) * x_t
 
 
 def squared_errors(eps_theta, schedule, batch):
-    """The eps-loss of each image, ||eps - eps_theta(x_t, t)||^2 / d: (N,). Eq. (14) before its expectation."""
+    """The eps-loss of each image, (N,): Eq. (14) before its expectation, divided by the number of pixels d."""
     x_0, t, eps = batch
     difference = eps_theta(q_sample(schedule, x_0, t, eps), t) - eps
     return (difference * difference).reshape((len(t), -1)).sum(axis=1) * (1 / eps[0].size)
 
 
 def simple_loss(eps_theta, schedule, batch):
-    """L_simple, Eq. (14): the mean of the squared errors over images and pixels."""
+    """L_simple, Eq. (14), as a mean over pixels too: 1 for a network that predicts no noise at all."""
     return squared_errors(eps_theta, schedule, batch).sum() * (1 / len(batch[1]))
 
 
@@ -121,7 +122,7 @@ def simple_loss(eps_theta, schedule, batch):
 
 
 def predict_x_0(schedule, x_t, t, eps):
-    """The x_0 that q_sample would have needed to reach x_t with this noise, clipped to where images are: [-1, 1]."""
+    """The x_0 from which this noise leads to x_t, Eq. (15), clipped to where images are: [-1, 1]."""
     x_0 = (x_t - at(schedule["noise"], t) * eps) / at(schedule["signal"], t)
     return np.clip(x_0, -1, 1, out=x_0)
 

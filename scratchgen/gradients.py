@@ -15,7 +15,7 @@ from autograd.core import VJPNode, add_outgrads
 from autograd.tracer import getval, isbox, new_box, toposort
 
 # All boxes of one call carry this trace number. autograd's own `grad` counts nested traces in a global variable, which
-# is not safe in threads; with a fixed number shards share nothing (and no gradient of a gradient is possible).
+# is not safe in threads; with a fixed number shards share nothing. (A gradient inside a loss would come out wrong.)
 TRACE = 0
 
 
@@ -38,7 +38,8 @@ def value_and_grad(loss):
     ``loss`` returns a scalar, or a scalar and a tree of further numbers to report; then value is that pair.
     Every leaf array becomes a root of the tape of its own: boxing the containers instead would make autograd build a
     zero gradient for the whole tree at every access to an entry (50 ms a step for 150 small arrays, against 10).
-    ``seed`` scales the gradient, and the gradient only.
+    ``seed`` scales the gradient, and the gradient only. Do not change gradients in place: where two parameters are only
+    added, autograd hands the same array to both.
     """
 
     def value_and_gradient(params, *args, seed=1.0):
@@ -84,14 +85,13 @@ def sharded_value_and_grad(loss, shard_size, workers):
     def value_and_gradient(params, batch):
         N = len(tree.leaves(batch)[0])
 
-        def share(shard):
+        def differentiate(shard):
             weight = len(tree.leaves(shard)[0]) / N
             value, gradient = one_shard(params, shard, seed=weight)
             return tree.map(lambda number: weight * number, value), gradient
 
-        # Added as they come, in order, so that no more than a few shards' gradients exist at any time. Not in place:
-        # autograd may hand the same array to two parameters.
-        return reduce(partial(tree.map, operator.add), workers.map(share, shards(batch, shard_size)))
+        # Added as they come, in order, and not in place: see `value_and_grad`.
+        return reduce(partial(tree.map, operator.add), workers.map(differentiate, shards(batch, shard_size)))
 
     return value_and_gradient
 

@@ -45,9 +45,10 @@ def conv(params, x):  # (N, H, W, C) -> (N, H, W, O)
 
 
 def time_embedding(t, width):
-    """The sinusoidal embedding of Vaswani et al. 2017, Sec. 3.5: (N,) integers -> (N, width) float32, width even.
+    """A sinusoidal embedding (after Vaswani et al. 2017, Sec. 3.5): (N,) integers -> (N, width) float32, width even.
 
-    Wavelengths run geometrically from 2 pi to 2 pi 10,000, so that both neighbouring and distant steps differ.
+    Sines, then cosines, of wavelengths that run geometrically from 2 pi to 2 pi 10,000, so that both neighbouring and
+    distant steps differ.
     """
     frequencies = 10_000.0 ** -np.linspace(0, 1, width // 2, dtype=np.float32)
     angles = np.asarray(t, np.float32)[:, None] * frequencies

@@ -4,9 +4,10 @@ Dimensions: N images, H height, W width, C channels in, O channels out, G groups
 Images are (N, H, W, C). Every primitive works in the dtype of its input: float32 in training, float64 in the tests.
 
 How to read one. Write L for the loss and g = dL/d(ans) for the gradient that arrives from above, of the shape of the
-answer ``ans``. A VJP maker ``f_vjp(argnums, ans, args, kwargs)`` runs during the *forward* pass and returns a function
-of g that runs during the *backward* pass; so all heavy work stands inside that inner function. ``argnums`` names the
-arguments that need a gradient; each VJP here serves one fixed set of them, those that are ever differentiated.
+answer ``ans``. A VJP maker runs during the *forward* pass and returns a function of g that runs during the *backward*
+pass; so all heavy work stands inside that inner function. Where one argument is differentiated it is registered by
+``defvjp`` and called as ``f_vjp(ans, *args)``; where several share their work, by ``defvjp_argnums``, and called as
+``f_vjp(argnums, ans, args, kwargs)``. ``argnums`` names those that need a gradient: an image, for one, does not.
 
 Sums over positions are written as products with a row of ones: BLAS is several times faster at that than ``np.sum``
 over a leading axis (measured 7 times, 32 x 14 x 14 x 32 float32).

@@ -36,9 +36,12 @@ def adam_step(params, gradient, adam, step, lr, beta1=0.9, beta2=0.999, epsilon=
     tree.map(update, params, gradient, adam["m"], adam["v"])
 
 
-def cosine_decay(step, total_steps, peak, warmup_steps=100):
-    """The learning rate of ``step`` (from 0): a linear rise over the warm-up, then half a cosine from ``peak`` to 0."""
-    rise = min(1.0, (step + 1) / warmup_steps)
+def cosine_decay(step, total_steps, peak):
+    """The learning rate of ``step`` (from 0): half a cosine from ``peak`` to 0, after a linear rise.
+
+    The rise takes 100 steps, in which Adam's moments come to mean something, or a tenth of a shorter run.
+    """
+    rise = min(1.0, (step + 1) / max(1, min(100, total_steps // 10)))
     return peak * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
 
 

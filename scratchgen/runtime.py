@@ -60,6 +60,8 @@ def available_cores():
 class Workers:
     """``count`` workers that compute ``map(f, items)``, in order; with one worker, in the calling thread.
 
+    With one worker it is as lazy as `map`; with more, work begins at once.
+
     Threads suffice because NumPy lets go of the interpreter lock inside matrix products and array arithmetic.
     """
 

@@ -19,7 +19,8 @@ CONFIG = {"model": "ddpm", "T": 200}
 @pytest.fixture
 def path(tmp_path, arrays):
     generator = np.random.default_rng(5)
-    state = {"config": CONFIG, "step": 7, "noise": generator.bit_generator.state, "sum": 0.1 + 0.2}
+    state = {"config": CONFIG, "step": 7, "noise": generator.bit_generator.state, "seconds": 0.1 + 0.2}
+    state |= {"sums": {"loss": 1 / 3}, "log": [{"epoch": 1}]}
     checkpoint.save(tmp_path / "c.npz", arrays, state)
     return tmp_path / "c.npz"
 
@@ -29,7 +30,7 @@ def test_everything_comes_back_to_the_bit(path, arrays):
     state = checkpoint.resume(path, CONFIG, into)
     for a, b in zip(tree.leaves(arrays), tree.leaves(into), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert state["step"] == 7 and state["sum"] == 0.1 + 0.2
+    assert state["step"] == 7 and state["seconds"] == 0.1 + 0.2 and state["sums"] == {"loss": 1 / 3}
     generator = np.random.default_rng()
     generator.bit_generator.state = state["noise"]
     assert generator.random() == np.random.default_rng(5).random()
@@ -63,6 +64,19 @@ def test_missing_checkpoint(tmp_path, arrays):
         checkpoint.resume(tmp_path / "none.npz", CONFIG, arrays)
 
 
+@pytest.mark.parametrize("state", [7, [], {}, {"config": CONFIG}])
+def test_a_checkpoint_without_a_runs_state_is_refused(path, arrays, state):
+    checkpoint.save(path, arrays, state)
+    with pytest.raises(CheckpointError, match="state"):
+        checkpoint.resume(path, CONFIG, arrays)
+
+
+def test_an_array_of_another_dtype_is_refused(path, arrays):
+    into = tree.map(lambda a: a.astype(np.float64), arrays)
+    with pytest.raises(CheckpointError, match="params/a/0/w"):
+        checkpoint.resume(path, CONFIG, into)
+
+
 @pytest.mark.parametrize("damage", ["empty", "half", "text", "byte", "array", "folder"])
 def test_damaged_checkpoint_is_refused_in_one_line(path, arrays, damage):
     content = bytearray(path.read_bytes())
@@ -84,14 +98,15 @@ def test_damaged_checkpoint_is_refused_in_one_line(path, arrays, damage):
 
 def test_no_flipped_byte_gets_through(path, arrays):
     """Each either is noticed, or sits where zip stores nothing of ours, such as a date."""
-    content = path.read_bytes()
+    content, good_state = path.read_bytes(), checkpoint.load(path)[1]
     for place in range(0, len(content), 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
         into = tree.map(np.zeros_like, arrays)
         try:
-            checkpoint.resume(path, CONFIG, into)
+            state = checkpoint.resume(path, CONFIG, into)
         except CheckpointError:
             continue
+        assert state == good_state
         for a, b in zip(tree.leaves(arrays), tree.leaves(into), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -102,6 +117,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(path, tmp_path):
         temporary.write_bytes(b"half a check")
         raise ZeroDivisionError
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path):
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(OSError) as error, checkpoint.replacing(tmp_path / "x.png") as temporary:
+        temporary.write_bytes(b"x")
+    assert error.value.filename == str(tmp_path / "x.png")
 
 
 def test_earlier_checkpoints_are_put_aside_not_overwritten(path, tmp_path, capsys):

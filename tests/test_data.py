@@ -88,6 +88,7 @@ IMAGE = np.arange(12, dtype=np.uint8).reshape(3, 4)
         (idx(IMAGE, code=0x0C), "48 bytes"),  # the wrong dtype
         (idx(IMAGE, sizes=(3, 5)), "15 bytes"),
         (idx(IMAGE, sizes=[1] * 200), "200"),
+        (idx(IMAGE[:0], sizes=(0, 2**32 - 1, 2**32 - 1, 2**32 - 1)), "fit into memory"),
     ],
 )
 def test_damaged_content(file, content, words, compress):
@@ -166,7 +167,11 @@ def test_other_images_are_loaded_with_one_line_of_warning(folder):
 @pytest.mark.parametrize(
     ("name", "array", "words"),
     [
-        ("train-images-idx3-ubyte", np.zeros((4, 28, 28), np.uint8), "5 and 4"),
+        (
+            "train-images-idx3-ubyte",
+            np.zeros((4, 28, 28), np.uint8),
+            "train-labels-idx1-ubyte: expected a label for each of 4 images, found 5",
+        ),
         ("train-images-idx3-ubyte", np.zeros((5, 28, 27), np.uint8), "(5, 28, 27)"),
         ("train-images-idx3-ubyte", np.zeros((5, 784), np.uint8), "(5, 784)"),
         ("train-images-idx3-ubyte", np.zeros((5, 28, 28), np.float32), "float32"),

@@ -74,6 +74,20 @@ def test_every_parameter_of_the_unet_gets_a_gradient(rng):
     assert silent == []
 
 
+@pytest.mark.parametrize("half", ["from below", "skip", "input"])
+def test_the_unet_uses_both_halves_of_its_joins(rng, half):
+    """Weights that read one half of a concatenation, set to zero, must change the output."""
+    params, (x, t, _) = shaken(rng, init_unet(rng)), make_batch(rng, 2)
+    before = unet(params, x, t)
+    if half == "input":
+        params["outlet"]["w"][:, :, -4:] = 0
+    else:
+        channels = slice(0, 32) if half == "from below" else slice(32, 64)
+        params["up"][0]["norm1"]["scale"][channels] = params["up"][0]["norm1"]["shift"][channels] = 0
+        params["up"][0]["shortcut"]["w"][channels] = 0
+    assert np.abs(unet(params, x, t) - before).max() > 1e-3
+
+
 def test_unet_gradient_has_the_same_bits_for_any_number_of_workers(rng):
     params, batch = shaken(rng, init_unet(rng)), make_batch(rng, 11)
     results = [sharded_value_and_grad(loss_of(unet), 4, Workers(n))(params, batch) for n in (1, 2, 3)]

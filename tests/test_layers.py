@@ -54,6 +54,27 @@ def test_a_residual_block_starts_as_its_shortcut(rng):
     np.testing.assert_array_equal(layers.res_block(params, x, rng.standard_normal((N, E), dtype=np.float32)), x)
 
 
+def test_a_residual_block_is_what_its_docstring_says(rng):
+    """Norm, SiLU, convolution; norm scaled and shifted by the time, SiLU, convolution; plus the shortcut."""
+
+    def norm(x):
+        groups = x.reshape(N, H * W, layers.GROUPS, -1)
+        mean, variance = groups.mean(axis=(1, 3), keepdims=True), groups.var(axis=(1, 3), keepdims=True)
+        return ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    p = tree.map(np.float64, shaken(rng, layers.init_res_block(rng, C, O, E)))
+    x, time = rng.standard_normal((N, H, W, C)), rng.standard_normal((N, E))
+    h = layers.conv(p["conv1"], silu(norm(x) * p["norm1"]["scale"] + p["norm1"]["shift"]))
+    scale = 1 + time @ p["time_scale"]["w"] + p["time_scale"]["b"]
+    shift = time @ p["time_shift"]["w"] + p["time_shift"]["b"]
+    h = layers.conv(p["conv2"], silu(norm(h) * scale[:, None, None] + shift[:, None, None]))
+    expected = h + x @ p["shortcut"]["w"] + p["shortcut"]["b"]
+    np.testing.assert_allclose(layers.res_block(p, x, time), expected, atol=1e-9)
+
+
 def test_a_residual_block_hears_the_time(rng):
     params = shaken(rng, layers.init_res_block(rng, C, C, E))
     x = np.repeat(rng.standard_normal((1, H, W, C), dtype=np.float32), 2, axis=0)

@@ -31,10 +31,20 @@ def test_adam_works_in_place_and_in_float32():
 
 
 def test_learning_rate_rises_then_falls_to_zero():
-    rates = [cosine_decay(step, 1000, 0.01, warmup_steps=100) for step in range(1001)]
+    rates = [cosine_decay(step, 1000, 0.01) for step in range(1001)]
     assert rates[0] == pytest.approx(0.0001) and np.argmax(rates) == 99
     assert rates[500] == pytest.approx(0.005) and rates[1000] == 0
     assert np.all(np.diff(rates[100:]) < 0)
+    assert np.argmax([cosine_decay(step, 50, 1.0) for step in range(50)]) == 4  # a short run rises for a tenth of it
+    assert cosine_decay(0, 1, 1.0) == 1
+
+
+def test_ema_forgets_its_start_before_it_reaches_its_decay():
+    ema = {"w": np.ones(1)}
+    for step, d in ((1, 2 / 11), (2, 3 / 12), (3, 0.26)):
+        before = ema["w"][0]
+        ema_step(ema, {"w": np.zeros(1)}, step, decay=0.26)
+        assert ema["w"][0] == pytest.approx(d * before)
 
 
 def test_ema_of_constant_weights_arrives_and_then_averages_slowly():

@@ -46,6 +46,15 @@ def test_shapes_and_dtypes(rng, arch):
     assert {value.dtype} | {leaf.dtype for leaf in tree.leaves([gradient, terms])} == {np.dtype(np.float32)}
 
 
+def test_the_loss_is_minus_the_mean_elbo_of_the_images(rng):
+    _, encode, decode = vae.VAES["mlp"]
+    params, batch = vae.VAES["mlp"][0](rng, D), make_batch(rng, 5)
+    reconstruction, kl = vae.elbo_terms(partial(encode, params), partial(decode, params), batch)
+    value, means = bound("mlp", params, batch)
+    assert value == pytest.approx(-np.mean(reconstruction - kl), rel=1e-5)
+    assert means == pytest.approx({"reconstruction": np.mean(reconstruction), "kl": np.mean(kl)}, rel=1e-5)
+
+
 def test_kl_against_monte_carlo(rng):
     mu, log_var = np.array([0.7, -1.2, 0.0]), np.array([0.5, -1.0, 0.0])
     z = mu + np.exp(log_var / 2) * rng.standard_normal((400_000, 3))
