@@ -19,7 +19,7 @@ from scratchgen.runtime import Workers
 import numpy as np
 from tqdm import tqdm
 
-EPOCHS = {"mlp": 14, "conv": 7}  # by default
+EPOCHS = {"mlp": 14, "conv": 6}  # by default
 SHARD = 64  # images that one worker differentiates at a time
 INIT, NOISE, ORDER, TEST, SAMPLES = range(5)  # what a stream of random numbers is for
 

@@ -1,6 +1,7 @@
-"""The networks of the diffusion model: eps_theta(x_t, t), from noisy images and their time steps to the noise in them.
+"""The networks of the diffusion model: from noisy images x_t and their time steps t to a prediction of v.
 
-Dimensions: N images, H = W = 28, one channel; E the width of the time embedding. x_t is (N, H, W, 1), t is (N,).
+`diffusion.eps_from_v` turns v into the noise eps_theta(x_t, t) that the loss scores and the sampler uses.
+Dimensions: N images, H = W = 28, one channel. x_t is (N, H, W, 1), t is (N,), v like x_t.
 """
 
 from scratchgen.layers import (

@@ -88,10 +88,9 @@ def columns(x, K):
     n = max(1, min(N, COLUMN_BYTES // (H * W * K * K * C * x.itemsize)))
     r = K // 2
     padded = np.zeros((n, H + 2 * r, W + 2 * r, C), x.dtype)
-    s = padded.strides
-    windows = np.ndarray(
-        (n, H, W, K, K, C), x.dtype, padded, strides=(*s[:3], *s[1:])
-    )  # a view: window (h, w) starts there
+    # A view on the same memory: windows[n, h, w] is the K x K x C neighbourhood that starts at padded[n, h, w].
+    image, row, column, channel = padded.strides
+    windows = np.ndarray((n, H, W, K, K, C), x.dtype, padded, strides=(image, row, column, row, column, channel))
     cols = np.empty(windows.shape, x.dtype)
     for start in range(0, N, n):
         images = slice(start, min(start + n, N))
