@@ -120,7 +120,10 @@ def main():
     means, floor = evaluate(), vae.entropy_floor(x_test)
     metrics = {"elbo": means["reconstruction"] - means["kl"], **means, "entropy_floor": floor}
     cli.write_metrics(args, metrics, params, state)
-    print(f"test ELBO {metrics['elbo']:.2f} nats per image; the entropy of the grey pixels alone is {floor:.2f}")
+    print(
+        f"test ELBO {metrics['elbo']:.2f} = {means['reconstruction']:.2f} - {means['kl']:.2f} nats per image; "
+        f"no model gets above {-floor:.2f}, the entropy of the grey pixels"
+    )
 
     def images_from(z):
         return vae.generate(partial(decode, params), z)

@@ -18,7 +18,7 @@ from autograd.extend import defvjp, defvjp_argnums, primitive
 from autograd.tracer import getval
 
 # The columns of a convolution are built for as many images at a time as fit this many bytes, so that the matrix
-# product finds them in cache: 1.2 to 1.7 times faster than columns of a whole shard at once.
+# product finds them in cache: a U-Net step is 1.15 times faster than with the columns of a whole shard at once.
 COLUMN_BYTES = 1 << 20
 
 

@@ -6,7 +6,7 @@ and both without influence on any result's meaning:
 * BLAS runs single-threaded, and parallelism comes from workers that each take a whole shard of a minibatch. Copies,
   element-wise work and normalisation then run in parallel too, not only the matrix products.
 * The C library keeps freed memory instead of handing it back to the kernel. Otherwise each large temporary array is
-  mapped, zeroed and page-faulted anew at every step, which about doubles the time of a training step.
+  mapped, zeroed and page-faulted anew at every step. A VAE step becomes 1.7 times faster, a U-Net step 1.1 times.
 """
 
 import ctypes

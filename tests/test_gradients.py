@@ -1,6 +1,8 @@
 """Differentiation over trees, against autograd's own, and its parallel version, bit for bit."""
 
-from scratchgen import tree
+from functools import partial
+
+from scratchgen import denoisers, diffusion, tree, vae
 from scratchgen.gradients import in_parallel, sharded_value_and_grad, shards, value_and_grad
 from scratchgen.layers import init_mlp, mlp
 from scratchgen.runtime import Workers
@@ -9,6 +11,7 @@ import autograd
 import autograd.numpy as anp
 import numpy as np
 import pytest
+from autograd.core import VJPNode
 
 
 def mean_square(params, batch):
@@ -67,6 +70,38 @@ def test_a_loss_that_is_no_scalar_of_the_parameters_is_refused(loss):
 def test_float32_stays_float32(problem):
     value, gradient = value_and_grad(mean_square)(*problem)
     assert {value.dtype} | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("model", ["vae mlp", "vae conv", "unet", "denoiser mlp"])
+def test_nothing_on_the_tape_of_a_training_step_is_float64(model, rng, monkeypatch):
+    kind, arch = model.split() if " " in model else ("denoiser", model)
+    if kind == "vae":
+        init, encode, decode = vae.VAES[arch]
+        params = init(rng, 4)
+        batch = rng.random((3, 28, 28, 1), dtype=np.float32), rng.standard_normal((3, 4), dtype=np.float32)
+
+        def loss(p, batch):
+            return vae.negative_elbo(partial(encode, p), partial(decode, p), batch)
+    else:
+        init, network = denoisers.DENOISERS[arch]
+        params, schedule = init(rng), diffusion.make_schedule("linear", 10)
+        batch = diffusion.draw_batch(schedule, rng.random((3, 28, 28, 1), dtype=np.float32), rng)
+
+        def loss(p, batch):
+            def eps_theta(x, t):
+                return diffusion.eps_from_v(schedule, network(p, x, t), x, t)
+
+            return diffusion.simple_loss(eps_theta, schedule, batch)
+
+    seen, init_node = set(), VJPNode.__init__
+
+    def record(node, value, *rest):
+        seen.add(value.dtype)
+        init_node(node, value, *rest)
+
+    monkeypatch.setattr(VJPNode, "__init__", record)
+    _, gradient = value_and_grad(loss)(params, batch)
+    assert seen | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
 
 
 def test_shards_cover_the_batch_in_order(problem):
