@@ -65,7 +65,7 @@ def main():
     params = init(stream(INIT))
     ema = tree.map(np.copy, params)
     arrays, noise = {"params": params, "ema": ema, "adam": init_adam(params)}, stream(NOISE)
-    config = {"model": "ddpm"} | cli.settings(args) | {"train_images": cli.fingerprint(train)}
+    config = {"model": "ddpm"} | checkpoint.settings(args) | {"train_images": checkpoint.fingerprint(train)}
     args.out.mkdir(parents=True, exist_ok=True)
     state, save = checkpoint.begin(args.out / "checkpoint.npz", config, arrays, noise, args.resume)
 
@@ -119,7 +119,7 @@ def main():
             row["seconds"] = state["seconds"] = time.monotonic() - began
             state["log"].append(row)
             state["sums"] = {}
-            cli.write_log(args.out / "log.csv", state["log"])
+            checkpoint.write_log(args.out / "log.csv", state["log"])
             save()
             tqdm.write(
                 f"epoch {row['epoch']}/{args.epochs}  loss: train {row['train_loss']:.5f}, "
@@ -137,7 +137,7 @@ def main():
         "alpha_bar_T": float(schedule["alpha_bar"][-1]),
         "prior_kl": prior_kl,
     }
-    cli.write_metrics(args, numbers, params, state)
+    checkpoint.write_metrics(args, numbers, params, state)
     print(f"test loss {numbers['test_loss']:.5f}: mean squared error of the predicted noise, per pixel and over all t")
     plots.save(plots.ddpm_loss(state["log"], t_test, test_errors, args.T), args.out / "loss.png")
 

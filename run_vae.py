@@ -61,7 +61,7 @@ def main():
     init, encode, decode = vae.VAES[args.arch]
     params = init(stream(INIT), args.latent_dim)
     arrays, noise = {"params": params, "adam": init_adam(params)}, stream(NOISE)
-    config = {"model": "vae"} | cli.settings(args) | {"train_images": cli.fingerprint(train)}
+    config = {"model": "vae"} | checkpoint.settings(args) | {"train_images": checkpoint.fingerprint(train)}
     args.out.mkdir(parents=True, exist_ok=True)
     state, save = checkpoint.begin(args.out / "checkpoint.npz", config, arrays, noise, args.resume)
 
@@ -109,7 +109,7 @@ def main():
             row["seconds"] = state["seconds"] = time.monotonic() - began
             state["log"].append(row)
             state["sums"] = {}
-            cli.write_log(args.out / "log.csv", state["log"])
+            checkpoint.write_log(args.out / "log.csv", state["log"])
             save()
             tqdm.write(
                 f"epoch {row['epoch']}/{args.epochs}  ELBO: train {row['train_elbo']:.2f}, test {row['test_elbo']:.2f} "
@@ -119,7 +119,7 @@ def main():
 
     means, floor = evaluate(), vae.entropy_floor(x_test)
     metrics = {"elbo": means["reconstruction"] - means["kl"], **means, "entropy_floor": floor}
-    cli.write_metrics(args, metrics, params, state)
+    checkpoint.write_metrics(args, metrics, params, state)
     print(
         f"test ELBO {metrics['elbo']:.2f} = {means['reconstruction']:.2f} - {means['kl']:.2f} nats per image; "
         f"no model gets above {-floor:.2f}, the entropy of the grey pixels"

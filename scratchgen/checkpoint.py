@@ -2,11 +2,17 @@
 
 A checkpoint is one ``.npz`` without pickle: every array under its path in the tree ("params/down/0/conv1/w"), and under
 "state" a JSON text with all that is not an array: configuration, step, the generator's state, the log so far.
+Beside it lie ``log.csv`` and ``metrics.json``, written in the same way.
 """
 
+import csv
+import io
 import itertools
 import json
 import os
+import shlex
+import sys
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,6 +96,17 @@ def resume(path, config, arrays):
     return state
 
 
+def settings(args):
+    """The flags that decide what a run computes, for its checkpoint: a run resumes only with the same ones."""
+    others = {"workers", "data", "out", "resume", "latents"}
+    return {name: value for name, value in vars(args).items() if name not in others}
+
+
+def fingerprint(images):
+    """What tells one set of training images from another: their number and checksum, for the checkpoint."""
+    return f"{len(images)} of CRC-32 {zlib.crc32(images):08x}"
+
+
 def put_aside(path):
     """Rename the checkpoint of an earlier run, if there is one, so that a new run in its folder cannot overwrite it."""
     if path.exists():
@@ -118,3 +135,24 @@ def begin(path, config, arrays, noise, resuming):
     if not resuming:
         save_run()  # a disk that cannot be written is found out now, and from here on there is something to resume
     return state, save_run
+
+
+def write_log(path, rows):
+    """``log.csv``: one row an epoch, the keys of the first row as its header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_metrics(args, numbers, params, state):
+    """``metrics.json``: the model's own numbers, and what it took to get them."""
+    about = {
+        "seconds": round(state["seconds"], 1),  # of training and its evaluation, over all the sittings of a resumed run
+        "epochs": len(state["log"]),
+        "seed": args.seed,
+        "parameters": tree.size(params),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+    write_text(args.out / "metrics.json", json.dumps(numbers | about, indent=2) + "\n")

@@ -1,23 +1,18 @@
-"""What the two run scripts share at the command line: flags, one-line errors, a clean stop, the log.
+"""What the two run scripts share at the command line: flags, one-line errors, a clean stop, progress.
 
 Nothing here knows about models; the training loop stands in the scripts.
 """
 
 import argparse
-import csv
-import io
-import json
 import math
 import os
-import shlex
 import signal
 import sys
 import warnings
-import zlib
 from pathlib import Path
 
-from scratchgen import runtime, tree
-from scratchgen.checkpoint import CheckpointError, write_text
+from scratchgen import runtime
+from scratchgen.checkpoint import CheckpointError
 from scratchgen.data import DataError
 
 from tqdm import tqdm
@@ -105,17 +100,6 @@ def parser(description, epochs, batch_size, lr, out):
     return p
 
 
-def settings(args):
-    """The flags that decide what a run computes, for its checkpoint: a run resumes only with the same ones."""
-    others = {"workers", "data", "out", "resume", "latents"}
-    return {name: value for name, value in vars(args).items() if name not in others}
-
-
-def fingerprint(images):
-    """What tells one set of training images from another: their number and checksum, for the checkpoint."""
-    return f"{len(images)} of CRC-32 {zlib.crc32(images):08x}"
-
-
 def add_to_epoch(sums, means, weight):
     """Add a minibatch's means to the epoch's, ``weight`` being the minibatch's part of the epoch's images."""
     for name, mean in means.items():
@@ -173,27 +157,6 @@ def progress_over(steps, total, description):
     return tqdm(steps, description, total, unit=" steps", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
 
-def write_log(path, rows):
-    """``log.csv``: one row an epoch, the keys of the first row as its header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def write_metrics(args, numbers, params, state):
-    """``metrics.json``: the model's own numbers, and what it took to get them."""
-    about = {
-        "seconds": round(state["seconds"], 1),  # of training and its evaluation, over all the sittings of a resumed run
-        "epochs": len(state["log"]),
-        "seed": args.seed,
-        "parameters": tree.size(params),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-    write_text(args.out / "metrics.json", json.dumps(numbers | about, indent=2) + "\n")
-
-
 def run(main):
     """Call ``main()`` and exit; whatever the user can mend becomes one line on stderr and a non-zero status."""
     for name in ("stdout", "stderr"):
@@ -211,7 +174,10 @@ def run(main):
     except Stopped as stop:
         status, message = 128 + stop.args[0], "stopped and saved: the same command with --resume continues"
     except KeyboardInterrupt:
-        status, message = 130, "stopped: the same command with --resume continues from the last checkpoint"
+        status, message = (
+            130,
+            "stopped: the same command with --resume continues from the last checkpoint, if there is one",
+        )
     except OSError as error:  # a full disk, a folder that may not be written
         where = f"{error.filename}: " if error.filename else ""
         status, message = 1, f"{where}{error.strerror or error}"
