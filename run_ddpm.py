@@ -104,8 +104,7 @@ def main():
                 cli.check_finite(value, state["step"])
                 lr = cosine_decay(state["step"], args.epochs * steps, args.lr)
                 state["step"] += 1
-                # beta2: over a few thousand steps at a high rate, a shorter memory than Adam's usual 0.999.
-                adam_step(params, gradient, arrays["adam"], state["step"], lr, beta2=0.99)
+                adam_step(params, gradient, arrays["adam"], state["step"], lr)
                 ema_step(ema, params, state["step"], args.ema)
 
                 cli.add_to_epoch(state["sums"], {"loss": value}, len(images) / len(train))
