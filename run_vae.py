@@ -117,11 +117,11 @@ def main():
             )
         stop.here(save)
 
-    means, floor = evaluate(), vae.entropy_floor(x_test)
-    metrics = {"elbo": means["reconstruction"] - means["kl"], **means, "entropy_floor": floor}
+    last, floor = state["log"][-1], vae.entropy_floor(x_test)
+    metrics = {name: last[f"test_{name}"] for name in ("elbo", "reconstruction", "kl")} | {"entropy_floor": floor}
     checkpoint.write_metrics(args, metrics, params, state)
     print(
-        f"test ELBO {metrics['elbo']:.2f} = {means['reconstruction']:.2f} - {means['kl']:.2f} nats per image; "
+        f"test ELBO {metrics['elbo']:.2f} = {metrics['reconstruction']:.2f} - {metrics['kl']:.2f} nats per image; "
         f"no model gets above {-floor:.2f}, the entropy of the grey pixels"
     )
 

@@ -87,6 +87,9 @@ def test_training_lowers_the_loss(whole_run):
     log = state_in(out)["log"]
     losses = [-row["test_elbo"] if model == "vae" else row["test_loss"] for row in log]
     assert losses[-1] < losses[0]
+    for row in log:  # the training loss is the mean of its own epoch: near the test loss, not a sum over epochs
+        train, test = (row[f"{part}_{'elbo' if model == 'vae' else 'loss'}"] for part in ("train", "test"))
+        assert 0.5 < train / test < 2
 
 
 def test_same_seed_same_bits_with_any_number_of_workers(whole_run, tmp_path):
@@ -207,10 +210,15 @@ def test_a_checkpoint_of_another_model_or_T_is_one_line(whole_run, small_data, t
     assert "nothing to resume" in run(model, *flags, "--out", tmp_path, "--resume")[2]
 
 
-@pytest.mark.parametrize("flags", [("--lr", 1e6), ("--lr", 1e12, "--epochs", 1, "--batch-size", 200)])
-def test_divergence_says_so_and_keeps_the_last_checkpoint(flags, small_data, tmp_path):
+LAST_STEP = ("--lr", 1e12, "--epochs", 1, "--batch-size", 200)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"), [("vae", ("--lr", 1e6)), ("vae", LAST_STEP), ("ddpm", ("--arch", "mlp", *LAST_STEP))]
+)
+def test_divergence_says_so_and_keeps_the_last_checkpoint(model, flags, small_data, tmp_path):
     """Also in the very last step, after which no training loss shows it."""
-    status, _, stderr = run("vae", *FLAGS["vae"], "--data", small_data, "--out", tmp_path, *flags)
+    status, _, stderr = run(model, *FLAGS[model], "--data", small_data, "--out", tmp_path, *flags)
     assert status == 1 and "--lr" in stderr.splitlines()[-1] and "Traceback" not in stderr
     assert all(np.isfinite(a).all() for a in arrays_in(tmp_path).values())
     assert not (tmp_path / "metrics.json").exists()

@@ -111,7 +111,8 @@ def names_as_tree(params):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_ddpm_script(schedule, record, call, test_images, tmp_path):
     rows, grids, gifs = (record(plots, name) for name in ("row_of_times", "grid", "save_gif"))
-    flags = ["--T", 20, "--epochs", 1, "--batch-size", 16, "--train-images", 40, "--schedule", schedule]
+    losses, sampled = record(plots, "ddpm_loss"), record(diffusion, "sample")
+    flags = ["--T", 20, "--epochs", 2, "--batch-size", 16, "--train-images", 40, "--schedule", schedule]
     flags += ["--ema", 0.5, "--out", tmp_path]
     call(run_ddpm, *flags)
     (noisy, forward_times, _), (path, reverse_times, _) = rows
@@ -122,8 +123,11 @@ def test_ddpm_script(schedule, record, call, test_images, tmp_path):
         eps = (x_t - s["signal"][t] * x_0) / s["noise"][t]
         np.testing.assert_allclose(eps, (noisy[0] - s["signal"][20] * x_0) / s["noise"][20], atol=1e-4)
 
-    preview, samples = grids[0][0], grids[1][0]
-    assert len(preview) == 32 and len(samples) == 64
+    first, second, samples = (args[0] for args in grids)
+    assert len(first) == len(second) == 32 and len(samples) == 64
+    np.testing.assert_array_equal(sampled[0][2], sampled[1][2])  # both previews start from the same noise
+    assert np.abs(first - second).max() > 0
+    assert losses[0][1].tolist() == np.repeat(np.arange(1, 21), 2).tolist()  # 40 test images, each t twice
     np.testing.assert_array_equal(path[-1], samples[0])
     assert all(np.abs(a - b).max() > 0.01 for a, b in zip(path, path[1:], strict=False))
     (frames, columns, _), *_ = gifs
