@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 EPOCHS = {"unet": 6, "mlp": 12}  # by default
+BATCH = 64  # images a gradient step, by default
 SHARD = 32  # images that one worker differentiates at a time
 SAMPLE_SHARD = 16  # images that one worker denoises at a time
 CURVE_STRIDE = 5  # each epoch's point of the loss curve takes every fifth test image, the final number all
@@ -28,7 +29,7 @@ INIT, NOISE, ORDER, TEST, SAMPLES, PREVIEW = range(6)  # what a stream of random
 
 
 def parse_arguments():
-    parser = cli.parser(__doc__, EPOCHS, batch_size=64, lr=4e-3, out="runs/ddpm")
+    parser = cli.parser(__doc__, EPOCHS, batch_size=BATCH, lr=4e-3, out="runs/ddpm")
     flag = parser.add_argument
     flag(
         "--T",

@@ -20,12 +20,13 @@ import numpy as np
 from tqdm import tqdm
 
 EPOCHS = {"mlp": 14, "conv": 6}  # by default
+BATCH = 128  # images a gradient step, by default
 SHARD = 64  # images that one worker differentiates at a time
 INIT, NOISE, ORDER, TEST, SAMPLES = range(5)  # what a stream of random numbers is for
 
 
 def parse_arguments():
-    parser = cli.parser(__doc__, EPOCHS, batch_size=128, lr=2e-3, out="runs/vae")
+    parser = cli.parser(__doc__, EPOCHS, batch_size=BATCH, lr=2e-3, out="runs/vae")
     flag = parser.add_argument
     flag(
         "--latent-dim",

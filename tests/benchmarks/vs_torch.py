@@ -1,0 +1,471 @@
+"""scratchgen against PyTorch on the same cores: the same networks, weights, batches and noise.
+
+    pip install -e ".[bench]"
+    python tests/benchmarks/vs_torch.py
+
+First each pair must agree: loss, every gradient and the loss after some steps of the optimiser, or the sampled images.
+Only then are both timed, in turns, so that whatever else the machine does meets all of them alike. PyTorch runs eagerly
+with its fused Adam, once in its default layout (NCHW) and once in channels_last; its best is the faster of the two.
+
+The machine's limit is the time that the matrix products and convolutions alone would take at the rate of NumPy's large
+float32 matrix product on all cores, measured in the same run; their operations are counted by PyTorch's own counter.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the run scripts
+environment = dict(os.environ)
+
+from scratchgen import checkpoint, denoisers, diffusion, ops, tree, vae
+from scratchgen.gradients import in_parallel, shards, sharded_value_and_grad
+from scratchgen.layers import GROUPS, time_embedding
+from scratchgen.optim import adam_step, ema_step, init_adam
+from scratchgen.runtime import Workers, available_cores
+
+import numpy as np
+import run_ddpm
+import run_vae
+from tqdm import tqdm
+
+os.environ.clear()
+os.environ.update(environment)  # scratchgen asked for one BLAS thread a worker; PyTorch shall not hear of it
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+# (H = W, C, O) of the 3x3 convolutions of both networks, by falling number of operations.
+CONVOLUTIONS = [(14, 64, 32), (14, 32, 32), (7, 64, 64), (14, 36, 4), (14, 4, 32)]
+T, LATENT_DIM, LR, BETA2, EMA = 200, 20, 1e-3, 0.99, 0.998
+
+# --------------------------------------------------------------------------------- the same networks, PyTorch's idiom
+# p maps names as in tree.names(params) to tensors. Weights are laid out as PyTorch likes them best: see `exchange`.
+
+
+def norm(p, name, h):
+    return F.group_norm(h, GROUPS, p[name + "/scale"], p[name + "/shift"])
+
+
+def conv(p, name, h):
+    return F.conv2d(h, p[name + "/w"], p[name + "/b"], padding="same")
+
+
+def pointwise(p, name, h):  # a dense layer at each position, or a strided one where its kernel is 2x2
+    w = p[name + "/w"]
+    return F.conv2d(h, w, p[name + "/b"], stride=w.shape[-1])
+
+
+def linear(p, name, h):
+    return F.linear(h, p[name + "/w"], p[name + "/b"])
+
+
+def res_block(p, name, x, time):
+    h = conv(p, name + "/conv1", F.silu(norm(p, name + "/norm1", x)))
+    scale = 1 + linear(p, name + "/time_scale", time)[..., None, None]
+    shift = linear(p, name + "/time_shift", time)[..., None, None]
+    h = conv(p, name + "/conv2", F.silu(torch.addcmul(shift, F.group_norm(h, GROUPS), scale)))
+    return h + (pointwise(p, name + "/shortcut", x) if name + "/shortcut/w" in p else x)
+
+
+def unet(p, x, t):
+    time = torch.from_numpy(time_embedding(t, denoisers.TIME_WIDTH))
+    for i in range(2):
+        time = F.silu(linear(p, f"time/{i}", time))
+    patches = F.pixel_unshuffle(x, 2)
+    skip = res_block(p, "down/0", conv(p, "inlet", patches), time)
+    h = pointwise(p, "shrink", skip)
+    for i in range(2):
+        h = res_block(p, f"middle/{i}", h, time)
+    h = F.pixel_shuffle(pointwise(p, "grow", h), 2)
+    h = res_block(p, "up/0", torch.cat([h, skip], dim=1), time)
+    h = F.silu(norm(p, "norm", h))
+    return F.pixel_shuffle(conv(p, "outlet", torch.cat([h, patches], dim=1)), 2)
+
+
+def predict_noise(p, signal, noise, x_t, t):
+    return signal * unet(p, x_t, t) + noise * x_t
+
+
+def simple_loss(p, batch):
+    x_0, t, eps, signal, noise = batch
+    return F.mse_loss(predict_noise(p, signal, noise, signal * x_0 + noise * eps, t), eps)
+
+
+def negative_elbo(encode, decode, p, batch):
+    x, eps = batch
+    mu, log_var = encode(p, x)
+    logits = decode(p, mu + torch.exp(0.5 * log_var) * eps)
+    reconstruction = -F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
+    kl = 0.5 * (mu**2 + torch.exp(log_var) - 1 - log_var).sum()
+    return (kl - reconstruction) / len(x)
+
+
+def mlp_encode(p, x):
+    h = F.relu(linear(p, "encoder", x.flatten(1)))
+    return linear(p, "mu", h), linear(p, "log_var", h)
+
+
+def mlp_decode(p, z):
+    return linear(p, "decoder/1", F.relu(linear(p, "decoder/0", z))).reshape(-1, 1, 28, 28)
+
+
+def conv_encode(p, x):
+    h = F.relu(conv(p, "encoder/conv14", F.pixel_unshuffle(x, 2)))
+    h = F.relu(pointwise(p, "encoder/shrink", h))
+    h = F.relu(conv(p, "encoder/conv7", h))
+    h = h.flatten(1) if p["layout"] == "NCHW" else h.permute(0, 2, 3, 1).flatten(1)  # as it lies in memory
+    h = F.relu(linear(p, "encoder/hidden", h))
+    return linear(p, "mu", h), linear(p, "log_var", h)
+
+
+def conv_decode(p, z):
+    h = F.relu(linear(p, "decoder/spread", F.relu(linear(p, "decoder/hidden", z))))
+    h = h.reshape(-1, 64, 7, 7) if p["layout"] == "NCHW" else h.reshape(-1, 7, 7, 64).permute(0, 3, 1, 2)
+    h = F.relu(conv(p, "decoder/conv7", h))
+    h = F.relu(F.pixel_shuffle(pointwise(p, "decoder/grow", h), 2))
+    h = F.relu(conv(p, "decoder/conv14", h))
+    return F.pixel_shuffle(pointwise(p, "decoder/pixels", h), 2)
+
+
+def swap(array, axis, *sizes):
+    """Read ``axis`` as (sizes[0], sizes[1]) and exchange the two."""
+    shape = array.shape
+    split = array.reshape(*shape[:axis], *sizes, *shape[axis + 1 :])
+    return split.swapaxes(axis, axis + 1).reshape(shape)
+
+
+def exchange(name, array, layout):
+    """Our weight or bias (or its gradient) as PyTorch holds it: dense layers (O, C), kernels (O, C, K, K).
+
+    Dense layers at each position, or of 2x2 patches, become kernels too; where our channels run (p, p, C), PyTorch's
+    pixel_shuffle wants (C, p, p); and a flattened image runs (C, H, W) in NCHW.
+    """
+    layer, last = name.split("/")[-2:]
+    weight = last == "w"
+    if layer in ("grow", "pixels"):
+        array = swap(array, array.ndim - 1, 4, -1)
+    if layer == "spread" and layout == "NCHW":
+        array = swap(array, array.ndim - 1, 49, 64)
+    if layer == "hidden" and weight and len(array) == 49 * 64 and layout == "NCHW":
+        array = swap(array, 0, 49, 64)
+    if not weight:
+        return array
+    if layer == "shrink":
+        array = array.reshape(2, 2, -1, array.shape[-1])
+    if layer in ("grow", "pixels", "shortcut"):
+        array = array[None, None]
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+
+class Peer:
+    """PyTorch's copy of a tree of parameters in one layout, with what a training step of it needs."""
+
+    def __init__(self, params, layout, loss, batch):
+        self.names, self.layout, self.loss = tree.names(params), layout, loss
+        self.batch = [tensor(array, layout) for array in batch]
+        self.p = {
+            name: tensor(exchange(name, leaf, layout), layout).requires_grad_()
+            for name, leaf in zip(self.names, tree.leaves(params), strict=True)
+        }
+        self.weights = list(self.p.values())
+        self.p["layout"] = layout
+        self.ema = [weight.detach().clone() for weight in self.weights]
+        self.adam = torch.optim.Adam(self.weights, lr=LR, betas=(0.9, BETA2), fused=True)
+
+    def value_and_grad(self):
+        self.adam.zero_grad(set_to_none=True)
+        loss = self.loss(self.p, self.batch)
+        loss.backward()
+        return loss
+
+    def step(self, ema=False):
+        loss = self.value_and_grad()
+        self.adam.step()
+        if ema:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema, self.weights, 1 - EMA)
+        return loss.item()
+
+
+def tensor(array, layout):
+    """A copy of the array; images (N, H, W, C), and kernels already (O, C, K, K), in the memory order of ``layout``."""
+    copy = torch.from_numpy(np.array(array, order="C"))
+    return copy.contiguous(memory_format=LAYOUTS[layout]) if copy.ndim == 4 else copy
+
+
+def image(array, layout):  # (N, H, W, C) -> (N, C, H, W)
+    return tensor(array.transpose(0, 3, 1, 2), layout)
+
+
+# ------------------------------------------------------------------------------------------------ ours, and both agree
+
+
+def assert_close(name, ours, theirs, tolerance):
+    """Largest difference at most ``tolerance`` times the largest number."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape and ours.dtype == np.float32, (name, ours.shape, theirs.shape, ours.dtype)
+    difference, size = np.abs(ours - theirs).max(), np.abs(theirs).max()
+    assert size > 0 and difference <= tolerance * size, f"{name}: differs by {difference:.2e}, largest {size:.2e}"
+
+
+def randomised(params, rng):
+    """Some layers start at zero, and behind them every gradient would be zero: give each parameter a random part."""
+    return tree.map(lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape, dtype=np.float32), params)
+
+
+def training(params, loss, batch, shard_size, workers, peer_loss, peer_batch, ema=False, layouts=LAYOUTS):
+    """Ours and the peers' training steps as functions without arguments, after both were seen to agree."""
+    gradient_of = sharded_value_and_grad(loss, shard_size, workers)
+    peers = {layout: Peer(params, layout, peer_loss, peer_batch(layout)) for layout in layouts}
+    value, gradient = gradient_of(params, batch)
+    value = value[0] if isinstance(value, tuple) else value
+    for layout, peer in peers.items():
+        assert_close(f"loss, {layout}", value, np.float32(peer.value_and_grad().item()), 1e-5)
+        for name, leaf in zip(peer.names, tree.leaves(gradient), strict=True):
+            assert_close(f"{name}, {layout}", exchange(name, leaf, layout), peer.p[name].grad, 1e-3)
+
+    adam, average, count = init_adam(params), tree.map(np.copy, params), [0]
+
+    def step():
+        value, gradient = gradient_of(params, batch)
+        count[0] += 1
+        adam_step(params, gradient, adam, count[0], LR, beta2=BETA2)
+        if ema:
+            ema_step(average, params, count[0] + 10_000, EMA)
+        return value[0] if isinstance(value, tuple) else value
+
+    for _ in range(3):
+        ours = step()
+        for layout, peer in peers.items():
+            assert_close(f"loss after a step, {layout}", ours, np.float32(peer.step(ema)), 1e-3)
+    return step, {layout: partial(peer.step, ema) for layout, peer in peers.items()}
+
+
+def vae_step(arch, layouts, workers, rng):
+    init, encode, decode = vae.VAES[arch]
+    peer_encode, peer_decode = {"mlp": (mlp_encode, mlp_decode), "conv": (conv_encode, conv_decode)}[arch]
+    x = rng.random((run_vae.BATCH, 28, 28, 1), dtype=np.float32)
+    eps = rng.standard_normal((len(x), LATENT_DIM), dtype=np.float32)
+
+    def loss(params, batch):
+        return vae.negative_elbo(partial(encode, params), partial(decode, params), batch)
+
+    return training(
+        randomised(init(rng, LATENT_DIM), rng),
+        loss,
+        (x, eps),
+        run_vae.SHARD,
+        workers,
+        partial(negative_elbo, peer_encode, peer_decode),
+        lambda layout: (image(x, layout), eps),
+        layouts=layouts,
+    )
+
+
+def unet_case(workers, rng):
+    schedule = diffusion.make_schedule("linear", T)
+    params = randomised(denoisers.init_unet(rng), rng)
+    x_0 = rng.uniform(-1, 1, (run_ddpm.BATCH, 28, 28, 1)).astype(np.float32)
+    x_0, t, eps = diffusion.draw_batch(schedule, x_0, rng)
+
+    def eps_theta(params, x_t, t):
+        return diffusion.eps_from_v(schedule, denoisers.unet(params, x_t, t), x_t, t)
+
+    return schedule, params, (x_0, t, eps), eps_theta
+
+
+def unet_step(workers, rng):
+    schedule, params, (x_0, t, eps), eps_theta = unet_case(workers, rng)
+
+    def loss(params, batch):
+        return diffusion.simple_loss(partial(eps_theta, params), schedule, batch)
+
+    signal, noise = diffusion.at(schedule["signal"], t), diffusion.at(schedule["noise"], t)
+    return training(
+        params,
+        loss,
+        (x_0, t, eps),
+        run_ddpm.SHARD,
+        workers,
+        simple_loss,
+        lambda layout: (image(x_0, layout), t, image(eps, layout), signal, noise),
+        ema=True,
+    )
+
+
+def unet_sampling(workers, rng):
+    schedule, params, (x_T, _, noise), eps_theta = unet_case(workers, rng)
+    sharded = in_parallel(partial(eps_theta, params), run_ddpm.SAMPLE_SHARD, workers)
+    t = T // 2
+
+    def ours():
+        return diffusion.p_sample(sharded, schedule, x_T, t, noise)
+
+    def theirs(layout):
+        peer = Peer(params, layout, None, (image(x_T, layout), image(noise, layout)))
+        x_t, fresh = peer.batch
+        times = torch.full((len(x_t),), t)
+        constant = {name: float(values[t]) for name, values in schedule.items()}
+
+        @torch.inference_mode()
+        def step():
+            eps = predict_noise(peer.p, constant["signal"], constant["noise"], x_t, times)
+            x_0 = ((x_t - constant["noise"] * eps) / constant["signal"]).clamp_(-1, 1)
+            mean = constant["posterior_x0"] * x_0 + constant["posterior_xt"] * x_t
+            return mean.add_(fresh, alpha=constant["posterior_variance"] ** 0.5)
+
+        assert_close(f"sampled images, {layout}", ours().transpose(0, 3, 1, 2), step(), 1e-4)
+        return step
+
+    return ours, {layout: theirs(layout) for layout in LAYOUTS}
+
+
+def conv2d(shape, backward, workers, rng):
+    """One convolution forward, or its three gradients; shards and sum of the parts as in a training step."""
+    size, C, O = shape
+    x = rng.standard_normal((run_ddpm.BATCH, size, size, C), dtype=np.float32)
+    k = rng.standard_normal((3, 3, C, O), dtype=np.float32) * 0.1
+    b, g = rng.standard_normal(O, dtype=np.float32), rng.standard_normal((*x.shape[:3], O), dtype=np.float32)
+    forward = in_parallel(lambda x: ops.conv2d_same(x, k, b), run_ddpm.SHARD, workers)
+
+    def gradients(shard):
+        x, g = shard
+        return ops.conv2d_same_vjp((0, 1, 2), None, (x, k, b), {})(g)
+
+    def ours():
+        if not backward:
+            return forward(x)
+        dx, dk, db = zip(*workers.map(gradients, shards((x, g), run_ddpm.SHARD)), strict=True)
+        return dx, sum(dk), sum(db)
+
+    def theirs(layout):
+        arguments = [image(x, layout), tensor(k.transpose(3, 2, 0, 1), layout), torch.from_numpy(b)]
+        gradient = image(g, layout)
+        if not backward:
+            return torch.inference_mode()(lambda: F.conv2d(*arguments, padding="same"))
+        y = F.conv2d(*(argument.requires_grad_() for argument in arguments), padding="same")
+        return lambda: torch.autograd.grad(y, arguments, gradient, retain_graph=True)
+
+    peers = {layout: theirs(layout) for layout in LAYOUTS}
+    for layout, peer in peers.items():
+        if not backward:
+            assert_close(f"convolution, {layout}", ours().transpose(0, 3, 1, 2), peer(), 1e-5)
+            continue
+        dx, dk, db = ours()
+        mine = (np.concatenate(dx).transpose(0, 3, 1, 2), dk.transpose(3, 2, 0, 1), db)
+        for gradient, other in zip(mine, peer(), strict=True):
+            assert_close(f"gradient of a convolution, {layout}", gradient, other, 1e-4)
+    return ours, peers
+
+
+CASES = {
+    "vae_mlp_step": partial(vae_step, "mlp", ["NCHW"]),  # no images inside: one layout
+    "vae_conv_step": partial(vae_step, "conv", list(LAYOUTS)),
+    "unet_step": unet_step,
+    "unet_sampling": unet_sampling,
+}
+for shape in CONVOLUTIONS:
+    for backward in (False, True):
+        name = "conv2d_{0}x{0}_{1}_{2}".format(*shape) + ("_backward" if backward else "_forward")
+        CASES[name] = partial(conv2d, shape, backward)
+
+# --------------------------------------------------------------------------------------------------- timing, the table
+
+
+def seconds(f, repeats):
+    start = time.perf_counter()
+    for _ in range(repeats):
+        f()
+    return (time.perf_counter() - start) / repeats
+
+
+def medians(functions, rounds, progress):
+    """Median seconds of a call of each function, in turns: A B C A B C ...; short ones several calls a turn."""
+    repeats = []
+    for f in functions:
+        f()
+        repeats.append(max(1, round(0.03 / seconds(f, 1))))
+    times = [[] for _ in functions]
+    for _ in range(rounds):
+        for f, count, taken in zip(functions, repeats, times, strict=True):
+            f()  # untimed: now the caches hold this one's data, and the other one's threads have gone to sleep
+            taken.append(seconds(f, count))
+        progress.update()
+    return [statistics.median(taken) for taken in times]
+
+
+def sgemm_rate(workers, rounds, size=1024):
+    """Floating-point operations a second of NumPy's float32 matrix product, one of them on each worker."""
+    a = np.ones((size, size), np.float32)
+
+    def products():
+        list(workers.map(lambda _: a @ a, range(workers.count)))
+
+    products()
+    taken = statistics.median(seconds(products, 3) for _ in range(rounds))
+    return workers.count * 2 * size**3 / taken
+
+
+def operations(step):
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=21, help="turns of each (default: 21)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="cores for both (default: all)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name begins so")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, too")
+    args = parser.parse_args()
+    if args.rounds < 1 or not 1 <= args.workers <= available_cores():
+        parser.error(f"at least one round, and from 1 to {available_cores()} workers")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    cases = {name: case for name, case in CASES.items() if name.startswith(args.only)}
+    torch.set_num_threads(args.workers)
+    workers = Workers(args.workers)
+    rate = sgemm_rate(workers, args.rounds)
+    rows = []
+    with tqdm(total=args.rounds * len(cases), unit=" rounds", disable=not sys.stderr.isatty()) as progress:
+        for name, case in cases.items():
+            progress.set_description(name)
+            ours, peers = case(workers, np.random.default_rng(0))
+            mine, *others = (1e3 * s for s in medians([ours, *peers.values()], args.rounds, progress))
+            limit = operations(next(iter(peers.values()))) / rate * 1e3
+            rows.append(
+                {
+                    "name": name,
+                    "ours_ms": mine,
+                    "torch_best_ms": min(others),
+                    "torch_default_ms": others[0],
+                    "ratio_best": mine / min(others),
+                    "ratio_default": mine / others[0],
+                    "limit_share": limit / mine,
+                }
+            )
+    print(f"{args.workers} cores, SGEMM {rate / 1e9:.0f} GFLOP/s, NumPy {np.__version__}, torch {torch.__version__}; ms")
+    print(f"{'':28}{'ours':>8}{'torch best':>12}{'default':>9}{'/ best':>8}{'/ default':>11}{'of limit':>10}")
+    for row in rows:
+        name, mine, best, default, ratio_best, ratio_default, share = row.values()
+        print(
+            f"{name:28}{mine:8.2f}{best:12.2f}{default:9.2f}{ratio_best:8.2f}{ratio_default:11.2f}{share:10.0%}"
+        )
+    if args.json:
+        checkpoint.write_text(args.json, json.dumps({"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
