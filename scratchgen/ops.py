@@ -178,7 +178,7 @@ defvjp(unpatch, lambda ans, x, p: lambda g: patches(g, p))
 
 @primitive
 def relu(x):
-    return np.maximum(x, 0)
+    return np.clip(x, 0, np.inf)  # np.maximum(x, 0) takes three times as long, for whatever reason
 
 
 defvjp(relu, lambda ans, x: lambda g: g * (ans > 0))
@@ -228,9 +228,8 @@ def group_moments(x, groups, epsilon):  # (N, H, W, C) -> m and r of each channe
     N, H, W, C = x.shape
     x3 = x.reshape(N, H * W, C)
     m = group_mean(sum_positions(x3), groups, H * W)
-    centred = x3 - m[:, None]
-    centred *= centred
-    return m, 1 / np.sqrt(group_mean(sum_positions(centred), groups, H * W) + epsilon)
+    variance = group_mean(sum_positions(x3 * x3), groups, H * W) - m * m  # one pass less than the mean of (x - m)^2
+    return m, 1 / np.sqrt(np.maximum(variance, 0) + epsilon)
 
 
 @primitive
@@ -285,7 +284,7 @@ def bernoulli_log_likelihood(logits, x):  # 2 x (N, ...) -> (N,), nats per image
     softplus = np.exp(-np.abs(logits))
     softplus += 1
     np.log(softplus, out=softplus)  # log1p would be six times slower, to gain 1e-7 nats a pixel
-    softplus += np.maximum(logits, 0)
+    softplus += np.clip(logits, 0, np.inf)
     terms = x * logits
     terms -= softplus
     return terms.reshape(len(terms), -1).sum(axis=1)

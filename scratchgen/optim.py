@@ -22,16 +22,22 @@ def adam_step(params, gradient, adam, step, lr, beta1=0.9, beta2=0.999, epsilon=
     m <- beta1 m + (1 - beta1) g, v <- beta2 v + (1 - beta2) g^2, and with the corrections for their start at zero,
     m^ = m / (1 - beta1^step) and v^ = v / (1 - beta2^step):  params <- params - lr m^ / (sqrt(v^) + epsilon).
     """
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    root = math.sqrt(1 - beta2**step)  # of v's correction: taken out of the square root, it costs no pass over memory
+    rate = lr * root / (1 - beta1**step)
 
     def update(p, g, m, v):
-        m *= beta1
-        m += (1 - beta1) * g
-        v *= beta2
-        v += (1 - beta2) * (g * g)
-        denominator = np.sqrt(v * (1 / correction2))
-        denominator += epsilon
-        p -= np.divide(m, denominator, out=denominator) * (lr / correction1)
+        change = g - m  # m + (1 - beta1) (g - m) is the same average, in fewer passes; all in one temporary array
+        change *= 1 - beta1
+        m += change
+        np.multiply(g, g, out=change)
+        change -= v
+        change *= 1 - beta2
+        v += change
+        np.sqrt(v, out=change)
+        change += epsilon * root
+        np.divide(m, change, out=change)
+        change *= rate
+        p -= change
 
     tree.map(update, params, gradient, adam["m"], adam["v"])
 

@@ -16,16 +16,34 @@ from scratchgen.layers import conv, dense, init_conv, init_dense
 from scratchgen.ops import bernoulli_log_likelihood, patches, relu, sigmoid, unpatch
 
 import autograd.numpy as np
+from autograd.extend import defvjp, primitive
 
 
+@primitive
 def reparameterise(mu, log_var, eps):
     """z = mu + sigma eps, (N, D): for eps ~ N(0, I) a draw from q(z | x) that lets gradients reach mu and log_var."""
     return mu + np.exp(0.5 * log_var) * eps
 
 
+# sigma = exp(log_var / 2), so dz/dlog_var = sigma eps / 2 = (z - mu) / 2.
+defvjp(
+    reparameterise,
+    lambda z, mu, log_var, eps: lambda g: g,
+    lambda z, mu, log_var, eps: lambda g: g * (0.5 * (z - mu)),
+)
+
+
+@primitive
 def kl_per_dimension(mu, log_var):
     """D_KL(N(mu, exp(log_var)) || N(0, 1)) of each latent dimension, (N, D): App. B of the paper."""
     return 0.5 * (mu**2 + np.exp(log_var) - 1 - log_var)
+
+
+defvjp(
+    kl_per_dimension,
+    lambda kl, mu, log_var: lambda g: g * mu,
+    lambda kl, mu, log_var: lambda g: g * (0.5 * (np.exp(log_var) - 1)),
+)
 
 
 def elbo_terms(encode, decode, batch):

@@ -8,7 +8,7 @@ from scratchgen.optim import adam_step, init_adam
 
 import numpy as np
 import pytest
-from finite_differences import assert_directional
+from finite_differences import assert_directional, assert_gradients
 
 D = 3
 
@@ -63,6 +63,12 @@ def test_kl_against_monte_carlo(rng):
     estimate, error = (log_q - log_p).mean(axis=0), (log_q - log_p).std(axis=0) / np.sqrt(len(z))
     kl = vae.kl_per_dimension(mu, log_var)
     assert np.all(np.abs(kl - estimate) <= 4 * error) and kl[2] == 0 and kl[0] > 0.3
+
+
+def test_gradients_of_the_two_gaussian_primitives(rng):
+    mu, log_var, eps = rng.standard_normal((3, 4, 5))
+    assert_gradients(lambda mu, log_var: vae.reparameterise(mu, log_var, eps), [mu, log_var])
+    assert_gradients(vae.kl_per_dimension, [mu, log_var])
 
 
 def test_reparameterised_z_has_the_moments_of_q(rng):
