@@ -64,8 +64,8 @@ def main():
 
     init, network = DENOISERS[args.arch]
     params = init(stream(INIT))
-    ema = tree.map(np.copy, params)
-    arrays, noise = {"params": params, "ema": ema, "adam": init_adam(params)}, stream(NOISE)
+    arrays = workers.share({"params": params, "ema": tree.map(np.copy, params), "adam": init_adam(params)})
+    params, ema, noise = arrays["params"], arrays["ema"], stream(NOISE)
     config = {"model": "ddpm"} | checkpoint.settings(args) | {"train_images": checkpoint.fingerprint(train)}
     args.out.mkdir(parents=True, exist_ok=True)
     state, save = checkpoint.begin(args.out / "checkpoint.npz", config, arrays, noise, args.resume)

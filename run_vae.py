@@ -61,7 +61,8 @@ def main():
 
     init, encode, decode = vae.VAES[args.arch]
     params = init(stream(INIT), args.latent_dim)
-    arrays, noise = {"params": params, "adam": init_adam(params)}, stream(NOISE)
+    arrays = workers.share({"params": params, "adam": init_adam(params)})
+    params, noise = arrays["params"], stream(NOISE)
     config = {"model": "vae"} | checkpoint.settings(args) | {"train_images": checkpoint.fingerprint(train)}
     args.out.mkdir(parents=True, exist_ok=True)
     state, save = checkpoint.begin(args.out / "checkpoint.npz", config, arrays, noise, args.resume)

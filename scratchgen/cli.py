@@ -77,8 +77,8 @@ def parser(description, epochs, batch_size, lr, out):
     flag("--seed", "decides every random number: same seed, same bits (default: 0)", type=natural, default=0)
     flag(
         "--workers",
-        "threads that share each minibatch, a shard each; they change no result, and 1 keeps everything in the main "
-        f"thread, for a debugger (default: all cores, here {cores})",
+        "processes that share each minibatch, a shard each; they change no result, and 1 keeps everything in this "
+        f"one, for a debugger (default: all cores, here {cores})",
         type=whole,
         default=cores,
         metavar="N",

@@ -82,24 +82,37 @@ def sharded_value_and_grad(loss, shard_size, workers):
     """
     one_shard = value_and_grad(loss)
 
+    def differentiate(job):
+        params, shard, weight = job
+        value, gradient = one_shard(params, shard, seed=weight)
+        return tree.map(lambda number: weight * number, value), gradient
+
+    workers.introduce(differentiate)
+
     def value_and_gradient(params, batch):
         N = len(tree.leaves(batch)[0])
-
-        def differentiate(shard):
-            weight = len(tree.leaves(shard)[0]) / N
-            value, gradient = one_shard(params, shard, seed=weight)
-            return tree.map(lambda number: weight * number, value), gradient
-
+        jobs = [(params, shard, len(tree.leaves(shard)[0]) / N) for shard in shards(batch, shard_size)]
         # Added as they come, in order, and not in place: see `value_and_grad`.
-        return reduce(partial(tree.map, operator.add), workers.map(differentiate, shards(batch, shard_size)))
+        return reduce(partial(tree.map, operator.add), workers.map(differentiate, jobs, copy=False))
 
     return value_and_gradient
 
 
 def in_parallel(f, shard_size, workers):
-    """``f(*arrays)`` computed shard by shard in parallel, for an f that treats each image of its batch on its own."""
+    """``f(*arrays)`` computed shard by shard in parallel, for an f that treats each image of its batch on its own.
+
+    Arrays that f refers to and that change between calls must be `Workers.share`d.
+    """
+
+    def several_shards(part):
+        return [f(*shard) for shard in part]
+
+    workers.introduce(several_shards)
 
     def sharded(*arrays):
-        return np.concatenate(list(workers.map(lambda shard: f(*shard), shards(arrays, shard_size))))
+        cut = shards(arrays, shard_size)
+        each = -(-len(cut) // workers.count)  # one question to each worker, rather than one for each shard
+        parts = [cut[start : start + each] for start in range(0, len(cut), each)]
+        return np.concatenate([result for results in workers.map(several_shards, parts) for result in results])
 
     return sharded

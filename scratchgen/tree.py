@@ -33,6 +33,12 @@ def names(tree, prefix=""):
     return [name for key, child in children for name in names(child, f"{prefix}/{key}" if prefix else str(key))]
 
 
+def nodes(tree):
+    """The tree itself, every container in it and every leaf."""
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [tree] + [node for child in children for node in nodes(child)]
+
+
 def size(tree):
     """The number of array elements in all leaves together."""
     return sum(leaf.size for leaf in leaves(tree))

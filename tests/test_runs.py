@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scratchgen import runtime
+
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"vae": ROOT / "run_vae.py", "ddpm": ROOT / "run_ddpm.py"}
+MODELS = ["vae", "ddpm"]
 FLAGS = {  # small runs of a few seconds
     "vae": ["--latent-dim", "5", "--batch-size", "16"],
     "ddpm": ["--T", "5", "--batch-size", "16"],
@@ -33,8 +35,23 @@ def finish(command, **options):
     return result.returncode, result.stdout, result.stderr
 
 
-def run(model, *flags, **options):
-    return finish([sys.executable, SCRIPTS[model], *map(str, flags)], **options)
+# The script as a program, but with shards so small that a minibatch of 16 has work for two workers.
+PROGRAM = """
+import itertools, os, sys
+sys.path.insert(0, {root!r})
+from scratchgen import cli, runtime
+import run_{model} as script
+
+script.SHARD = 8
+sys.argv[0] = "run_{model}.py"
+{change}
+cli.run(script.main)
+"""
+
+
+def run(model, *flags, change="", **options):
+    code = PROGRAM.format(root=str(ROOT), model=model, change=change)
+    return finish([sys.executable, "-c", code, *map(str, flags)], **options)
 
 
 def arrays_in(folder):
@@ -105,36 +122,37 @@ def test_another_seed_gives_another_run(whole_run, tmp_path):
     assert all(np.any(a[name] != b[name]) for name in a if name.endswith("/w"))
 
 
-# Runs a script with a signal to itself in the middle of epoch 2, between its steps 18 and 19; an epoch has 13.
+# A signal in the middle of epoch 2, between its steps 18 and 19; an epoch has 13.
 STEPS, STOP = 13, 18
 INTERRUPTED = """
-import itertools, os, sys
-sys.path.insert(0, {root!r})
-from scratchgen import cli
-import run_{model} as script
-
 calls, here = itertools.count(), cli.StopBetweenSteps.here
+helpers, fork = [], runtime.Helper.__init__
+
+def remember(self, known):
+    fork(self, known)
+    helpers.append(self.pid)
 
 def interrupt(self, save):
     if next(calls) == {step}:
-        os.kill(os.getpid(), {how})
+        os.kill({whom}, {how})
     here(self, save)
 
+runtime.Helper.__init__ = remember
 cli.StopBetweenSteps.here = interrupt
-sys.argv[0] = "run_{model}.py"
-cli.run(script.main)
 """
 
 
-def interrupt(how, model, *flags):
-    code = INTERRUPTED.format(root=str(ROOT), model=model, step=STOP, how=int(how))
-    return finish([sys.executable, "-c", code, *map(str, flags)])
+def interrupt(how, model, *flags, whom="os.getpid()"):
+    change = INTERRUPTED.format(step=STOP, how=int(how), whom=whom)
+    return run(model, *flags, "--workers", 2, change=change, start_new_session=True)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])  # test_cli.py has SIGTERM
 def test_stopped_in_the_middle_of_epoch_2_and_resumed_gives_the_same_bits(how, whole_run, tmp_path):
     model, flags, whole, _, _ = whole_run
-    status, _, err = interrupt(how, model, *flags, "--out", tmp_path)
+    # Ctrl-C on a terminal goes to the whole group of processes, which is what 0 means to kill(2).
+    whom = "0" if how == signal.SIGINT else "os.getpid()"
+    status, _, err = interrupt(how, model, *flags, "--out", tmp_path, whom=whom)
     assert status == (-9 if how == signal.SIGKILL else 128 + how)
     assert state_in(tmp_path)["step"] == (STEPS if how == signal.SIGKILL else STOP)
     if how != signal.SIGKILL:
@@ -146,6 +164,16 @@ def test_stopped_in_the_middle_of_epoch_2_and_resumed_gives_the_same_bits(how, w
     logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in state_in(f)["log"]] for f in (whole, tmp_path)]
     assert logs[0] == logs[1]
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+@pytest.mark.skipif(not runtime.CAN_FORK, reason="workers are threads here")
+def test_a_killed_worker_is_one_line_and_nothing_is_lost(whole_run, tmp_path):
+    model, flags, whole, _, _ = whole_run
+    status, _, err = interrupt(signal.SIGKILL, model, *flags, "--out", tmp_path, whom="helpers[-1]")
+    assert status == 1 and "Traceback" not in err and "a worker process was killed" in err.splitlines()[-1]
+    assert state_in(tmp_path)["step"] == STEPS
+    assert run(model, *flags, "--out", tmp_path, "--resume")[0] == 0
+    assert_same_arrays(whole, tmp_path)
 
 
 def test_resuming_a_finished_run_draws_again_and_changes_nothing(whole_run):
@@ -190,7 +218,7 @@ def one_line_error(model, *flags):
     return stderr
 
 
-@pytest.mark.parametrize("model", SCRIPTS)
+@pytest.mark.parametrize("model", MODELS)
 def test_missing_and_broken_data_are_one_line(model, small_data, tmp_path):
     assert "nowhere" in one_line_error(model, "--data", "nowhere", "--out", tmp_path / "out")
     names = sorted(os.listdir(small_data))
@@ -224,7 +252,7 @@ def test_divergence_says_so_and_keeps_the_last_checkpoint(model, flags, small_da
     assert not (tmp_path / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("model", SCRIPTS)
+@pytest.mark.parametrize("model", MODELS)
 def test_help_names_every_flag_and_shows_examples(model):
     status, stdout, _ = run(model, "--help")
     assert status == 0 and f"python run_{model}.py" in stdout

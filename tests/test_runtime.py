@@ -1,12 +1,17 @@
-"""What importing scratchgen sets up, and the workers."""
+"""What importing scratchgen sets up, and the workers: who computes what, what they see, and how they end."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+from scratchgen import runtime
 from scratchgen.runtime import Workers
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -28,12 +33,163 @@ def test_numpy_imported_first_is_warned_of():
     assert python("import scratchgen, numpy").stderr == ""
 
 
+@pytest.fixture(params=[True, False], ids=["processes", "threads"])
+def both_kinds(request, monkeypatch):
+    monkeypatch.setattr(runtime, "CAN_FORK", request.param and runtime.CAN_FORK)
+
+
+needs_fork = pytest.mark.skipif(not runtime.CAN_FORK, reason="workers are threads here")
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_results_come_in_order(count):
+def test_results_come_in_order(both_kinds, count):
     assert list(Workers(count).map(lambda x: x * x, range(20))) == [x * x for x in range(20)]
+    assert list(Workers(count).map(lambda x: x * x, [])) == []
 
 
-def test_two_workers_are_two_threads_and_one_is_the_caller():
+def process(_):
+    time.sleep(0.05)
+    return os.getpid()
+
+
+@needs_fork
+def test_workers_are_processes_and_one_of_them_is_the_caller():
+    found = list(Workers(3).map(process, range(9)))
+    assert found[0] == os.getpid() and len(set(found)) == 3 and found[:3] * 3 == found
+    assert set(Workers(1).map(process, range(3))) == {os.getpid()}
+
+
+@needs_fork
+def test_workers_work_at_the_same_time():
+    began = time.monotonic()
+    list(Workers(4).map(lambda _: time.sleep(0.3), range(4)))
+    assert time.monotonic() - began < 0.9
+
+
+def test_threads_are_threads(monkeypatch):
+    monkeypatch.setattr(runtime, "CAN_FORK", False)
     barrier = threading.Barrier(2, timeout=10)  # passes only if two calls are under way at once
     assert sorted(Workers(2).map(lambda _: barrier.wait(), range(2))) == [0, 1]
-    assert list(Workers(1).map(lambda _: threading.current_thread(), [0])) == [threading.current_thread()]
+
+
+def test_shared_arrays_are_seen_and_changed_by_all(both_kinds):
+    workers = Workers(3)
+    original = {"a": np.zeros(3, np.float32), "b": [np.arange(4)], "empty": np.zeros((0, 2))}
+    shared = workers.share(original)
+
+    def add_one(i):  # the array of this closure is no part of the item, and yet it is the shared one
+        shared["a"][i] += 1
+        return shared["a"].dtype
+
+    for _ in range(2):
+        assert list(workers.map(add_one, range(3))) == [np.float32] * 3
+    assert list(shared["a"]) == [2, 2, 2]
+    shared["b"][0][:] = 7  # and what the caller changes, they see
+    assert [x.tolist() for x in workers.map(lambda tree: tree["b"][0], [shared] * 3)] == [[7] * 4] * 3
+    assert shared["empty"].shape == (0, 2)
+
+
+@needs_fork
+def test_arrays_that_are_not_shared_travel_as_they_are_now():
+    workers, array = Workers(2), np.zeros(2)
+    total = lambda x: float(x.sum())  # noqa: E731
+    assert list(workers.map(total, [array, array])) == [0, 0]
+    array += 1
+    assert list(workers.map(total, [array, array])) == [2, 2]
+
+
+def test_results_are_the_callers_own(both_kinds):
+    workers = Workers(2)
+    results = list(workers.map(lambda i: np.full(1000, i), range(6)))
+    assert [set(result.tolist()) for result in results] == [{i} for i in range(6)]
+    results[1][:] = 9
+    assert set(results[3].tolist()) == {3}
+
+
+@needs_fork
+def test_arrays_of_every_layout_arrive_also_where_the_mailbox_is_full(monkeypatch, rng):
+    monkeypatch.setattr(runtime, "MAILBOX_BYTES", 1 << 12)
+    a = rng.standard_normal((20, 30))  # 4,800 bytes: more than there is room for
+    arrays = [a, a.T, a[::2, ::3], a[:3], a[0, :0], np.asfortranarray(a[:4, :5]), np.float32(3), np.array(2)]
+    for result in Workers(2).map(lambda x: x, [arrays, arrays]):
+        for found, sent in zip(result, arrays, strict=True):
+            np.testing.assert_array_equal(found, sent)
+            assert found.dtype == sent.dtype
+
+
+@pytest.mark.parametrize("guilty", [0, 1])  # the caller, a helper
+def test_an_error_arrives_and_the_workers_go_on(both_kinds, guilty):
+    workers = Workers(2)
+
+    def f(i):
+        if i == guilty:
+            raise KeyError("mine")
+        return i
+
+    with pytest.raises(KeyError, match="mine"):
+        list(workers.map(f, [0, 1]))
+    assert list(workers.map(f, [2, 3])) == [2, 3]
+
+
+@needs_fork
+def test_an_error_in_a_helper_says_where():
+    with pytest.raises(ZeroDivisionError) as error:
+        list(Workers(2).map(lambda i: 1 / (1 - i), [0, 1]))
+    assert "in a worker process" in str(error.value.__cause__) and "1 / (1 - i)" in str(error.value.__cause__)
+
+
+@needs_fork
+def test_a_killed_helper_is_an_error_in_one_line_and_replaced():
+    workers, caller = Workers(2), os.getpid()
+
+    def f(die):
+        if die and os.getpid() != caller:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return die
+
+    with pytest.raises(ChildProcessError, match="^a worker process was killed"):
+        list(workers.map(f, [True, True]))
+    assert list(workers.map(f, [False, False])) == [False, False]
+
+
+def test_an_answer_nobody_waited_for_is_not_taken_for_the_next(both_kinds):
+    workers = Workers(2)
+    for _ in workers.map(lambda x: x, [1, 2, 3, 4]):
+        break
+    assert list(workers.map(lambda x: x, [5, 6])) == [5, 6]
+
+
+@needs_fork
+def test_helpers_leave_interrupts_to_the_caller():
+    workers = Workers(2)
+    _, pid = workers.map(process, range(2))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pid, number)
+    assert list(workers.map(process, range(2)))[1] == pid
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@needs_fork
+@pytest.mark.parametrize("end", ["sys.exit()", "os.kill(os.getpid(), 9)", "del workers; time.sleep(60)"])
+def test_helpers_end_with_the_caller_and_with_their_workers(end):
+    code = f"""
+import os, sys, time
+from scratchgen.runtime import Workers
+workers = Workers(3)
+print(*workers.map(lambda _: os.getpid(), range(3)), flush=True)
+{end}
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as caller:
+        _, *helpers = map(int, caller.stdout.readline().split())
+        deadline = time.monotonic() + 10
+        while any(map(is_running, helpers)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        still = [pid for pid in helpers if is_running(pid)]
+        caller.kill()
+    assert len(helpers) == 2 and not still
