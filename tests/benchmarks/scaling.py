@@ -1,0 +1,188 @@
+"""How the cost grows: with workers, batch size, T and the number of training images; time and peak memory of each.
+
+    python tests/benchmarks/scaling.py
+
+Every measurement has a process of its own, so that its peak of memory is its own too, and they are taken in turns: all
+of them once, then all of them again. The time is the median over the turns. Memory is the sum of the largest resident
+sizes of the process and its helpers; pages that a fork shares count in each, so it is an upper bound.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # the run scripts
+
+import run_ddpm
+import run_vae
+from scratchgen import denoisers, diffusion, plots, tree, vae
+from scratchgen.data import load_fashion_mnist, minibatches, scale
+from scratchgen.gradients import in_parallel, sharded_value_and_grad
+from scratchgen.optim import adam_step, ema_step, init_adam
+from scratchgen.runtime import Workers, available_cores
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+CORES = available_cores()
+SAMPLES = 16
+# name -> (what is counted, its values, what the time is of, function of a value)
+MEASUREMENTS = {
+    "U-Net step, workers": ("workers", list(range(1, CORES + 1)), "ms a step, batch 64", lambda n: unet(workers=n)),
+    "U-Net step, batch": ("batch size", [32, 64, 128, 256, 512], "ms a step", lambda n: unet(batch=n)),
+    "VAE step, batch": ("batch size", [32, 64, 128, 256, 512], "ms a step", lambda n: vae_steps(batch=n)),
+    "U-Net sampling, T": ("T", [50, 100, 200, 500, 1000], f"s for {SAMPLES} images", lambda n: sampling(n)),
+    "VAE epoch, images": ("training images", [7_500, 15_000, 30_000, 60_000], "s an epoch", lambda n: epoch(n)),
+}
+
+
+def train_images(count):
+    return load_fashion_mnist(ROOT / "data")["train_images"][:count]
+
+
+def trainer(workers, params, loss, shard_size, ema):
+    arrays = workers.share({"params": params, "ema": tree.map(np.copy, params), "adam": init_adam(params)})
+    gradient_of = sharded_value_and_grad(loss, shard_size, workers)
+
+    def step(batch, count):
+        _, gradient = gradient_of(arrays["params"], batch)
+        adam_step(arrays["params"], gradient, arrays["adam"], count, 1e-3)
+        if ema:
+            ema_step(arrays["ema"], arrays["params"], count, 0.998)
+
+    return step
+
+
+def per_step(step, steps=8):
+    """Median ms of a step, after two that warm up."""
+    times = []
+    for count in range(1, steps + 3):
+        start = time.perf_counter()
+        step(count)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
+
+
+def eps_theta(schedule, params, x_t, t):
+    return diffusion.eps_from_v(schedule, denoisers.unet(params, x_t, t), x_t, t)
+
+
+def unet(batch=run_ddpm.BATCH, workers=CORES):
+    rng, schedule, workers = np.random.default_rng(0), diffusion.make_schedule("linear", 200), Workers(workers)
+    images = scale(train_images(batch), -1, 1)
+
+    def loss(params, batch):
+        return diffusion.simple_loss(partial(eps_theta, schedule, params), schedule, batch)
+
+    step = trainer(workers, denoisers.init_unet(rng), loss, run_ddpm.SHARD, ema=True)
+    return per_step(lambda count: step(diffusion.draw_batch(schedule, images, rng), count)), workers
+
+
+def vae_trainer(workers, rng):
+    init, encode, decode = vae.VAES["mlp"]
+
+    def loss(params, batch):
+        return vae.negative_elbo(partial(encode, params), partial(decode, params), batch)
+
+    return trainer(workers, init(rng, 20), loss, run_vae.SHARD, ema=False)
+
+
+def vae_steps(batch):
+    rng, workers = np.random.default_rng(0), Workers(CORES)
+    x, step = scale(train_images(batch), 0, 1), vae_trainer(workers, rng)
+    eps = rng.standard_normal((batch, 20), dtype=np.float32)
+    return per_step(lambda count: step((x, eps), count), 30), workers
+
+
+def epoch(count):
+    rng, workers = np.random.default_rng(0), Workers(CORES)
+    images, step = train_images(count), vae_trainer(workers, rng)
+    start = time.perf_counter()
+    for number, batch in enumerate(minibatches(images, run_vae.BATCH, rng), 1):
+        step((scale(batch, 0, 1), rng.standard_normal((len(batch), 20), dtype=np.float32)), number)
+    return time.perf_counter() - start, workers
+
+
+def sampling(T):
+    rng, schedule, workers = np.random.default_rng(0), diffusion.make_schedule("linear", T), Workers(CORES)
+    params = workers.share(denoisers.init_unet(rng))
+    sharded = in_parallel(partial(eps_theta, schedule, params), run_ddpm.SAMPLE_SHARD, workers)
+    x_T = run_ddpm.noise_images(SAMPLES, rng)
+    sharded(x_T, np.full(SAMPLES, T))  # the helpers are there
+    start = time.perf_counter()
+    for _ in diffusion.sample(sharded, schedule, x_T, rng):
+        pass
+    return time.perf_counter() - start, workers
+
+
+def measure(name, value):
+    """(time, MiB) of one measurement, made in a process of its own."""
+    taken, workers = MEASUREMENTS[name][3](value)
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for helper in workers.helpers:
+        status = Path(f"/proc/{helper.pid}/status").read_text()
+        kib += int(status.split("VmHWM:")[1].split()[0])
+    return taken, kib / 1024
+
+
+def draw(results):
+    figure = Figure(figsize=(4 * len(results), 3.6), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
+        what, values, unit, _ = MEASUREMENTS[name]
+        times, memory = zip(*rows, strict=True)
+        axes.plot(values, times, "o-", label="measured")
+        ideal = [times[0] * (values[0] / v if what == "workers" else v / values[0]) for v in values]
+        axes.plot(values, ideal, "k:", lw=1, label="in proportion")
+        axes.set(title=name, xlabel=what, ylabel=unit, ylim=(0, None))
+        other = axes.twinx()
+        other.plot(values, memory, "s--", color="tab:grey", ms=4)
+        other.set_ylim(0, 1024)
+        other.set_ylabel("peak memory in MiB (dashed)", color="tab:grey")
+        axes.legend(loc="upper right" if what == "workers" else "upper left")
+        if what == "workers":
+            axes.set_xticks(values)
+    return figure
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every measurement (default: 3)")
+    parser.add_argument("--figure", type=Path, default=Path("scaling.png"), help="(default: scaling.png)")
+    args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("at least one round")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    jobs = [(name, value) for name in MEASUREMENTS for value in MEASUREMENTS[name][1]]
+    found = {job: [] for job in jobs}
+    for name, value in tqdm(jobs * args.rounds, disable=not sys.stderr.isatty()):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            found[name, value].append(fresh.submit(measure, name, value).result())
+    results = {}
+    print(f"{os.cpu_count()} processors, {CORES} used; NumPy {np.__version__}")
+    for name, (what, values, unit, _) in MEASUREMENTS.items():
+        rows = [
+            tuple(statistics.median(column) for column in zip(*found[name, value], strict=True)) for value in values
+        ]
+        results[name] = rows
+        print(f"\n{name}\n{what:>16}{unit:>22}{'per ' + what:>22}{'peak MiB':>10}")
+        for value, (taken, mib) in zip(values, rows, strict=True):
+            each = f"{rows[0][0] / taken:.2f} times one" if what == "workers" else f"{taken / value:.4f}"
+            print(f"{value:16,}{taken:22.2f}{each:>22}{mib:10.0f}")
+    plots.save(draw(results), args.figure)
+
+
+if __name__ == "__main__":
+    main()
