@@ -409,19 +409,14 @@ def medians(functions, rounds, progress):
     return [statistics.median(taken) for taken in times]
 
 
-def sgemm_rate(workers, rounds, size=1024):
-    """Floating-point operations a second of NumPy's float32 matrix product, one of them on each worker."""
+def matrix_products(workers, size=1024):
+    """A large float32 matrix product on each worker, and the number of floating-point operations of all of them."""
     a = np.ones((size, size), np.float32)
 
     def product(_):
         a @ a
 
-    def products():
-        list(workers.map(product, range(workers.count)))
-
-    products()
-    taken = statistics.median(seconds(products, 3) for _ in range(rounds))
-    return workers.count * 2 * size**3 / taken
+    return lambda: list(workers.map(product, range(workers.count))), workers.count * 2 * size**3
 
 
 def operations(step):
@@ -447,15 +442,17 @@ def main():
     cases = {name: case for name, case in CASES.items() if name.startswith(args.only)}
     torch.set_num_threads(args.workers)
     workers = Workers(args.workers)
-    rate = sgemm_rate(workers, args.rounds)
-    rows = []
+    products, products_count = matrix_products(workers)
+    rows, rates = [], []
     with tqdm(total=args.rounds * len(cases), unit=" rounds", disable=not sys.stderr.isatty()) as progress:
         for name, case in cases.items():
             progress.set_description(name)
             ours, peers = case(workers, np.random.default_rng(0))
             calls = CALLS if name.startswith("conv2d") else 1
-            mine, *others = (1e3 * s / calls for s in medians([ours, *peers.values()], args.rounds, progress))
-            limit = operations(next(iter(peers.values()))) / calls / rate * 1e3
+            taken, mine, *others = (1e3 * s for s in medians([products, ours, *peers.values()], args.rounds, progress))
+            limit = operations(next(iter(peers.values()))) / products_count * taken
+            rates.append(products_count / taken / 1e6)
+            limit, mine, *others = (ms / calls for ms in (limit, mine, *others))
             rows.append(
                 {
                     "name": name,
@@ -467,7 +464,8 @@ def main():
                     "limit_share": limit / mine,
                 }
             )
-    print(f"{args.workers} cores, {rate / 1e9:.0f} GFLOP/s, NumPy {np.__version__}, torch {torch.__version__}; in ms")
+    versions = f"NumPy {np.__version__}, torch {torch.__version__}"
+    print(f"{args.workers} cores, {statistics.median(rates):.0f} GFLOP/s, {versions}; times in ms")
     print(f"{'':28}{'ours':>8}{'torch best':>12}{'default':>9}{'/ best':>8}{'/ default':>11}{'of limit':>10}")
     for row in rows:
         name, mine, best, default, ratio_best, ratio_default, share = row.values()
