@@ -34,14 +34,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 CORES = available_cores()
-SAMPLES = 16
-# name -> (what is counted, its values, what the time is of, function of a value)
+SAMPLES = 32
+# name -> (what is counted, its values, what takes so many ms, function of a value that returns them and the workers)
 MEASUREMENTS = {
-    "U-Net step, workers": ("workers", list(range(1, CORES + 1)), "ms a step, batch 64", lambda n: unet(workers=n)),
-    "U-Net step, batch": ("batch size", [32, 64, 128, 256, 512], "ms a step", lambda n: unet(batch=n)),
-    "VAE step, batch": ("batch size", [32, 64, 128, 256, 512], "ms a step", lambda n: vae_steps(batch=n)),
-    "U-Net sampling, T": ("T", [50, 100, 200, 500, 1000], f"s for {SAMPLES} images", lambda n: sampling(n)),
-    "VAE epoch, images": ("training images", [7_500, 15_000, 30_000, 60_000], "s an epoch", lambda n: epoch(n)),
+    "U-Net step, workers": ("workers", list(range(1, CORES + 1)), "a step, batch 64", lambda n: unet(workers=n)),
+    "U-Net step, batch": ("batch size", [32, 64, 128, 256, 512], "a step", lambda n: unet(batch=n)),
+    "VAE step, batch": ("batch size", [32, 64, 128, 256, 512], "a step", lambda n: vae_steps(batch=n)),
+    "U-Net sampling, T": ("T", [50, 100, 200, 500, 1000], f"{SAMPLES} samples", lambda n: sampling(n)),
+    "VAE epoch, images": ("training images", [7_500, 15_000, 30_000, 60_000], "an epoch", lambda n: epoch(n)),
 }
 
 
@@ -109,7 +109,7 @@ def epoch(count):
     start = time.perf_counter()
     for number, batch in enumerate(minibatches(images, run_vae.BATCH, rng), 1):
         step((scale(batch, 0, 1), rng.standard_normal((len(batch), 20), dtype=np.float32)), number)
-    return time.perf_counter() - start, workers
+    return 1e3 * (time.perf_counter() - start), workers
 
 
 def sampling(T):
@@ -121,11 +121,11 @@ def sampling(T):
     start = time.perf_counter()
     for _ in diffusion.sample(sharded, schedule, x_T, rng):
         pass
-    return time.perf_counter() - start, workers
+    return 1e3 * (time.perf_counter() - start), workers
 
 
 def measure(name, value):
-    """(time, MiB) of one measurement, made in a process of its own."""
+    """(ms, MiB) of one measurement, made in a process of its own."""
     taken, workers = MEASUREMENTS[name][3](value)
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for helper in workers.helpers:
@@ -135,21 +135,21 @@ def measure(name, value):
 
 
 def draw(results):
-    figure = Figure(figsize=(4 * len(results), 3.6), layout="constrained")
-    for axes, (name, rows) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
-        what, values, unit, _ = MEASUREMENTS[name]
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    for place, (name, rows) in enumerate(results.items(), 1):
+        axes = figure.add_subplot(2, 3, place)
+        what, values, job, _ = MEASUREMENTS[name]
         times, memory = zip(*rows, strict=True)
         axes.plot(values, times, "o-", label="measured")
-        ideal = [times[0] * (values[0] / v if what == "workers" else v / values[0]) for v in values]
+        ideal = [times[0] / v if what == "workers" else times[-1] * v / values[-1] for v in values]
         axes.plot(values, ideal, "k:", lw=1, label="in proportion")
-        axes.set(title=name, xlabel=what, ylabel=unit, ylim=(0, None))
+        axes.set(title=name, xlabel=what, ylabel=f"ms for {job}", ylim=(0, None))
         other = axes.twinx()
         other.plot(values, memory, "s--", color="tab:grey", ms=4)
         other.set_ylim(0, 1024)
         other.set_ylabel("peak memory in MiB (dashed)", color="tab:grey")
         axes.legend(loc="upper right" if what == "workers" else "upper left")
-        if what == "workers":
-            axes.set_xticks(values)
+        axes.set_xticks(values if what == "workers" else axes.get_xticks()[1:-1:2])
     return figure
 
 
@@ -172,15 +172,16 @@ def main():
             found[name, value].append(fresh.submit(measure, name, value).result())
     results = {}
     print(f"{os.cpu_count()} processors, {CORES} used; NumPy {np.__version__}")
-    for name, (what, values, unit, _) in MEASUREMENTS.items():
+    for name, (what, values, job, _) in MEASUREMENTS.items():
         rows = [
             tuple(statistics.median(column) for column in zip(*found[name, value], strict=True)) for value in values
         ]
         results[name] = rows
-        print(f"\n{name}\n{what:>16}{unit:>22}{'per ' + what:>22}{'peak MiB':>10}")
+        each = "times one" if what == "workers" else "ms each"
+        print(f"\n{name}\n{what:>16}{'ms for ' + job:>24}{each:>12}{'peak MiB':>10}")
         for value, (taken, mib) in zip(values, rows, strict=True):
-            each = f"{rows[0][0] / taken:.2f} times one" if what == "workers" else f"{taken / value:.4f}"
-            print(f"{value:16,}{taken:22.2f}{each:>22}{mib:10.0f}")
+            ratio = rows[0][0] / taken if what == "workers" else taken / value
+            print(f"{value:16,}{taken:24,.1f}{ratio:12.3f}{mib:10.0f}")
     plots.save(draw(results), args.figure)
 
 
