@@ -74,10 +74,11 @@ def main():
         return np.stack(vae.elbo_terms(partial(encode, params), partial(decode, params), (x, eps)), axis=1)
 
     gradient_of = sharded_value_and_grad(loss, SHARD, workers)
+    terms_of = in_parallel(both_terms, SHARD, workers)
     eps_test = stream(TEST).standard_normal((len(x_test), args.latent_dim), dtype=np.float32)
 
     def evaluate():
-        mean = in_parallel(both_terms, SHARD, workers)(x_test, eps_test).mean(axis=0, dtype=np.float64)
+        mean = terms_of(x_test, eps_test).mean(axis=0, dtype=np.float64)
         return {"reconstruction": float(mean[0]), "kl": float(mean[1])}
 
     print(f"VAE {args.arch}, D = {args.latent_dim}: {tree.size(params):,} parameters, {len(train):,} training images")

@@ -20,6 +20,7 @@ import traceback
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from multiprocessing import Pipe
 
@@ -87,6 +88,7 @@ class Workers:
         self.count = count
         self.known = {}  # id -> an object that helpers have from their fork, and that therefore travels as its id
         self.helpers = []
+        self.at_work = False
         self.threads = ThreadPoolExecutor(count) if count > 1 and not CAN_FORK else None
         if self.threads:
             # How long a thread that comes back from a matrix product waits for another to let go of the interpreter.
@@ -95,7 +97,7 @@ class Workers:
         weakref.finalize(self, stop, self.helpers)
 
     def share(self, arrays):
-        """A copy of a tree of arrays in memory that helpers see too: changes in place by one are seen by all.
+        """The tree in memory that helpers see too (a copy, if there are any): changes in place are seen by all.
 
         In an item of `map` such a tree, any branch or leaf of it, costs nothing to send.
         """
@@ -122,15 +124,18 @@ class Workers:
     def map(self, f, items, copy=True):
         """Yield ``f(item)`` for each item, in order. An error in f arrives here, whoever computed it.
 
-        Without ``copy`` the arrays in a result may last only until the next result is asked for.
+        One map at a time, so f may not call another. The arrays of an item are f's for the time of the call only;
+        without ``copy``, those of a result are the caller's only until the next result is asked for.
         """
         if self.count == 1:
             yield from map(f, items)
         elif self.threads:
             yield from self.threads.map(f, items)
         else:
+            if self.at_work:
+                raise RuntimeError("these workers are at work on another map, which must end first")
             self.introduce(f)
-            items = iter(items)
+            self.at_work, items = True, iter(items)
             try:
                 while batch := list(islice(items, self.count)):
                     while len(self.helpers) < len(batch) - 1:
@@ -144,6 +149,8 @@ class Workers:
             except BaseException:  # Ctrl-C, or a caller that wants no more: answers may be on their way to nobody
                 stop(self.helpers)
                 raise
+            finally:
+                self.at_work = False
 
 
 def stop(helpers):
@@ -157,19 +164,20 @@ class Helper:
 
     def __init__(self, known):
         self.questions, self.answers = Post(known), Post(known)
+        # Ctrl-C goes to the whole group of processes, and some send SIGTERM to all of it, too. The parent decides what
+        # then happens; in the helper both stay blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
         self.owner, self.pid = os.getpid(), os.fork()
         if self.pid == 0:
             try:
                 self.serve()
             finally:
                 os._exit(0)  # nothing of what the parent had planned for its own end
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.questions.receiver.close()
         self.answers.sender.close()
 
     def serve(self):
-        # Ctrl-C goes to the whole group of processes, and some send SIGTERM to all of it, too; the parent decides.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.questions.sender.close()
         self.answers.receiver.close()
         try:
@@ -177,22 +185,25 @@ class Helper:
                 f, item = self.questions.receive(copy=False)
                 try:
                     answer = f(item), None
-                except Exception as error:
-                    answer = error, traceback.format_exc()
-                self.answers.send(answer)
+                except BaseException as error:
+                    answer = portable(error), traceback.format_exc()
+                try:
+                    self.answers.send(answer)
+                except (pickle.PicklingError, TypeError, AttributeError) as error:  # what f returned cannot travel
+                    self.answers.send((portable(error), traceback.format_exc()))
         except (EOFError, BrokenPipeError):  # the parent has ended, in whatever way
             return
 
     def ask(self, f, item):
         try:
             self.questions.send((f, item))
-        except BrokenPipeError:
+        except OSError:
             raise ChildProcessError(KILLED) from None
 
     def answer(self, copy):
         try:
             answer, trace = self.answers.receive(copy)
-        except EOFError:
+        except (EOFError, OSError):
             raise ChildProcessError(KILLED) from None
         if trace:
             raise answer from RuntimeError(f"in a worker process:\n{trace}")
@@ -200,8 +211,17 @@ class Helper:
 
     def kill(self):
         if self.owner == os.getpid():  # and not a copy of this object in another helper
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+            with suppress(ChildProcessError, ProcessLookupError):  # reaped by somebody else
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+
+
+def portable(error):
+    """The exception itself, if it survives pickling, or else a RuntimeError that says the same."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class Post:
@@ -223,7 +243,7 @@ class Post:
                 return True
             self.memory[end : end + raw.nbytes] = raw
             places.append(slice(end, end + raw.nbytes))
-            end += raw.nbytes
+            end += -(-raw.nbytes // 64) * 64  # the next array begins where one may begin in memory
             return False
 
         text = io.BytesIO()

@@ -128,6 +128,19 @@ def test_dense_gradients(rng):
     )
 
 
+@pytest.mark.parametrize("K", [1, 3])
+def test_convolution_gradients_of_images_in_another_memory_order(rng, K):
+    x, k, b = rng.standard_normal((N, 2, H, W)), rng.standard_normal((K, K, 2, 3)), rng.standard_normal(3)
+    assert_gradients(lambda x, k, b: ops.conv2d(x.transpose((0, 2, 3, 1)), k, b), [x, k, b])
+
+
+def test_group_norm_of_numbers_far_from_zero(rng):
+    x = (rng.standard_normal((N, H, W, C)) + 10).astype(np.float32)
+    _, found = ops.group_moments(x, 2, 1e-5)
+    _, expected = ops.group_moments(x.astype(np.float64), 2, 1e-5)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("K", [1, 3, 5])
 def test_convolution_gradients(rng, K):
     arrays = [rng.standard_normal((N, H, W, 2)), rng.standard_normal((K, K, 2, 3)), rng.standard_normal(3)]

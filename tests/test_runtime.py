@@ -168,6 +168,41 @@ def test_helpers_leave_interrupts_to_the_caller():
     assert list(workers.map(process, range(2)))[1] == pid
 
 
+@needs_fork
+def test_one_map_at_a_time():
+    workers = Workers(2)
+    with pytest.raises(RuntimeError, match="at work on another map"):
+        list(zip(workers.map(abs, [1, 2, 3]), workers.map(abs, [4, 5, 6]), strict=True))
+    with pytest.raises(RuntimeError, match="at work on another map"):
+        list(workers.map(lambda i: list(workers.map(abs, [i, i])), [1, 2]))
+    assert list(workers.map(abs, [-1, -2])) == [1, 2]
+
+
+class Awkward(Exception):
+    def __init__(self, a, b):  # which pickle cannot call with the one argument that Exception remembers
+        super().__init__(f"{a} and {b}")
+
+
+@needs_fork
+def test_what_cannot_travel_is_said_in_its_own_words():
+    def f(i):
+        if i == 1:
+            raise Awkward("this", "that")
+        return (lambda: i) if i == 2 else sys.exit("enough") if i == 3 else i
+
+    for i, error, words in ((1, RuntimeError, "Awkward: this and that"), (3, SystemExit, "enough")):
+        with pytest.raises(error, match=words):
+            list(Workers(2).map(f, [0, i]))
+    with pytest.raises((AttributeError, TypeError, RuntimeError), match="lambda"):
+        list(Workers(2).map(f, [0, 2]))
+
+
+@needs_fork
+def test_arrays_arrive_aligned():
+    sent = [np.arange(3, dtype=np.uint8), np.arange(5.0)]
+    assert all(list(Workers(2).map(lambda arrays: arrays[1].flags.aligned, [sent, sent])))
+
+
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -4,7 +4,9 @@ The scripts run in this process, with some functions wrapped so that their argum
 """
 
 import json
+import re
 from functools import partial
+from pathlib import Path
 
 import run_ddpm
 import run_vae
@@ -14,6 +16,8 @@ from scratchgen.optim import cosine_decay
 
 import numpy as np
 import pytest
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -179,3 +183,9 @@ def test_a_test_set_smaller_than_the_figures(small_data, monkeypatch, tmp_path):
         with pytest.warns(UserWarning, match="not the published"):
             module.main()
     assert (tmp_path / "out" / "reconstructions.png").exists() and (tmp_path / "out" / "trajectory.png").exists()
+
+
+def test_the_breakpoint_of_the_readme_is_where_it_says():
+    readme, code = ((ROOT / name).read_text() for name in ("README.md", "scratchgen/vae.py"))
+    line = int(re.search(r"\(Pdb\) b scratchgen/vae.py:(\d+)", readme)[1])
+    assert code.splitlines()[line - 1].strip() == "return reconstruction, kl"

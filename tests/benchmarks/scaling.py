@@ -9,7 +9,6 @@ sizes of the process and its helpers; pages that a fork shares count in each, so
 
 import argparse
 import os
-import resource
 import statistics
 import sys
 import time
@@ -127,11 +126,8 @@ def sampling(T):
 def measure(name, value):
     """(ms, MiB) of one measurement, made in a process of its own."""
     taken, workers = MEASUREMENTS[name][3](value)
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for helper in workers.helpers:
-        status = Path(f"/proc/{helper.pid}/status").read_text()
-        kib += int(status.split("VmHWM:")[1].split()[0])
-    return taken, kib / 1024
+    statuses = [Path(f"/proc/{pid}/status").read_text() for pid in ["self", *(h.pid for h in workers.helpers)]]
+    return taken, sum(int(status.split("VmHWM:")[1].split()[0]) for status in statuses) / 1024
 
 
 def draw(results):
@@ -146,7 +142,7 @@ def draw(results):
         axes.set(title=name, xlabel=what, ylabel=f"ms for {job}", ylim=(0, None))
         other = axes.twinx()
         other.plot(values, memory, "s--", color="tab:grey", ms=4)
-        other.set_ylim(0, 1024)
+        other.set_ylim(0, max(1024, *memory))
         other.set_ylabel("peak memory in MiB (dashed)", color="tab:grey")
         axes.legend(loc="upper right" if what == "workers" else "upper left")
         axes.set_xticks(values if what == "workers" else axes.get_xticks()[1:-1:2])

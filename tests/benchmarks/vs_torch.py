@@ -6,6 +6,7 @@
 First each pair must agree: loss, every gradient and the loss after some steps of the optimiser, or the sampled images.
 Only then are both timed, in turns, so that whatever else the machine does meets all of them alike. PyTorch runs eagerly
 with its fused Adam, once in its default layout (NCHW) and once in channels_last; its best is the faster of the two.
+That scratchgen tells the C library to keep freed memory holds for PyTorch in this process, too.
 
 The machine's limit is the time that the matrix products and convolutions alone would take at the rate of NumPy's large
 float32 matrix product on all cores, measured in the same run; their operations are counted by PyTorch's own counter.
@@ -335,7 +336,7 @@ def unet_sampling(workers, rng):
 
 def conv2d(shape, backward, workers, rng):
     """One convolution forward, or its three gradients, several times over: as inside a network, the images are where
-    they are needed, and only the gradients of the kernel leave the worker."""
+    they are needed and stay there. The workers meet once for all calls, and add their gradients of the kernel then."""
     size, C, O = shape
     x = rng.standard_normal((run_ddpm.BATCH, size, size, C), dtype=np.float32)
     k = rng.standard_normal((3, 3, C, O), dtype=np.float32) * 0.1
@@ -432,6 +433,8 @@ def parse_arguments():
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name begins so")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, too")
     args = parser.parse_args()
+    if not any(name.startswith(args.only) for name in CASES):
+        parser.error(f"no row begins with {args.only}; there are {', '.join(CASES)}")
     if args.rounds < 1 or not 1 <= args.workers <= available_cores():
         parser.error(f"at least one round, and from 1 to {available_cores()} workers")
     return args
