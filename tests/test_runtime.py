@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from scratchgen import runtime
+from scratchgen import processes, runtime
 from scratchgen.runtime import Workers
 
 import numpy as np
@@ -108,7 +108,7 @@ def test_results_are_the_callers_own(both_kinds):
 
 @needs_fork
 def test_arrays_of_every_layout_arrive_also_where_the_mailbox_is_full(monkeypatch, rng):
-    monkeypatch.setattr(runtime, "MAILBOX_BYTES", 1 << 12)
+    monkeypatch.setattr(processes, "MAILBOX_BYTES", 1 << 12)
     a = rng.standard_normal((20, 30))  # 4,800 bytes: more than there is room for
     arrays = [a, a.T, a[::2, ::3], a[:3], a[0, :0], np.asfortranarray(a[:4, :5]), np.float32(3), np.array(2)]
     for result in Workers(2).map(lambda x: x, [arrays, arrays]):
