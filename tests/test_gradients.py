@@ -1,8 +1,9 @@
 """Differentiation over trees, against autograd's own, and its parallel version, bit for bit."""
 
+import os
 from functools import partial
 
-from scratchgen import denoisers, diffusion, tree, vae
+from scratchgen import denoisers, diffusion, runtime, tree, vae
 from scratchgen.gradients import in_parallel, sharded_value_and_grad, shards, value_and_grad
 from scratchgen.layers import init_mlp, mlp
 from scratchgen.runtime import Workers
@@ -151,3 +152,9 @@ def test_an_error_in_a_worker_reaches_the_caller(problem):
 def test_in_parallel_returns_the_images_in_order(rng):
     x, y = rng.standard_normal((13, 2)), rng.standard_normal((13, 2))
     np.testing.assert_array_equal(in_parallel(lambda a, b: a - b, 4, Workers(3))(x, y), x - y)
+
+
+@pytest.mark.skipif(not runtime.CAN_FORK, reason="workers are threads here")
+def test_in_parallel_gives_every_worker_its_part():
+    who = in_parallel(lambda x: np.full(len(x), os.getpid()), 2, Workers(2))(np.zeros(8))
+    assert who[0] == os.getpid() and len(set(who[:4])) == len(set(who[4:])) == 1 and who[0] != who[4]

@@ -226,5 +226,6 @@ print(*workers.map(lambda _: os.getpid(), range(3)), flush=True)
         while any(map(is_running, helpers)) and time.monotonic() < deadline:
             time.sleep(0.01)
         still = [pid for pid in helpers if is_running(pid)]
+        unburied = [pid for pid in helpers if caller.poll() is None and Path(f"/proc/{pid}").exists()]  # zombies
         caller.kill()
-    assert len(helpers) == 2 and not still
+    assert len(helpers) == 2 and not still and not unburied
