@@ -39,7 +39,10 @@ from tqdm import tqdm
 os.environ.clear()
 os.environ.update(environment)  # scratchgen asked for one BLAS thread a worker; PyTorch shall not hear of it
 
-import torch
+try:
+    import torch
+except ImportError:
+    sys.exit('vs_torch.py needs PyTorch to compare with: pip install -e ".[bench]"')
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
