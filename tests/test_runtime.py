@@ -88,6 +88,12 @@ def test_shared_arrays_are_seen_and_changed_by_all(both_kinds):
     assert [x.tolist() for x in workers.map(lambda tree: tree["b"][0], [shared] * 3)] == [[7] * 4] * 3
     assert shared["empty"].shape == (0, 2)
 
+    def double(leaf):
+        leaf *= 2
+
+    list(workers.map(double, [shared["empty"], shared["a"], shared["b"][0]]))  # a leaf is as good as the whole tree
+    assert shared["a"].tolist() == [4] * 3 and shared["b"][0].tolist() == [14] * 4
+
 
 @needs_fork
 def test_arrays_that_are_not_shared_travel_as_they_are_now():

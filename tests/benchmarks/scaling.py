@@ -4,7 +4,8 @@
 
 Every measurement has a process of its own, so that its peak of memory is its own too, and they are taken in turns: all
 of them once, then all of them again. The time is the median over the turns. Memory is the sum of the largest resident
-sizes of the process and its helpers; pages that a fork shares count in each, so it is an upper bound.
+sizes of the process and its helpers; pages that a fork shares count in each, so it is an upper bound. (Linux only: the
+sizes are read from /proc.)
 """
 
 import argparse

@@ -175,7 +175,7 @@ class Peer:
     """PyTorch's copy of a tree of parameters in one layout, with what a training step of it needs."""
 
     def __init__(self, params, layout, loss, batch):
-        self.names, self.layout, self.loss = tree.names(params), layout, loss
+        self.names, self.loss = tree.names(params), loss
         self.batch = [tensor(array, layout) for array in batch]
         self.p = {
             name: tensor(exchange(name, leaf, layout), layout).requires_grad_()
@@ -202,7 +202,7 @@ class Peer:
 
 
 def tensor(array, layout):
-    """A copy of the array; images (N, H, W, C), and kernels already (O, C, K, K), in the memory order of ``layout``."""
+    """A copy of the array; images (N, C, H, W) and kernels (O, C, K, K) in the memory order of ``layout``."""
     copy = torch.tensor(np.ascontiguousarray(array))
     return copy.contiguous(memory_format=LAYOUTS[layout]) if copy.ndim == 4 else copy
 
