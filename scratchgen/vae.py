@@ -18,7 +18,7 @@ from scratchgen.ops import bernoulli_log_likelihood, patches, relu, sigmoid, unp
 import autograd.numpy as np
 from autograd.extend import defvjp, primitive
 
-# autograd could differentiate the next two by itself; as primitives they are one step each on its tape, not four and six.
+# autograd could differentiate the next two by itself; as primitives each is one step on its tape, not four or six.
 
 
 @primitive

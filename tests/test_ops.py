@@ -141,6 +141,13 @@ def test_group_norm_of_numbers_far_from_zero(rng):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+def test_group_norm_of_constant_images_is_finite():
+    constants = np.linspace(1, 1000, 50, dtype=np.float32)  # rounding makes E[x^2] - m^2 negative for some of them
+    x = np.broadcast_to(constants[:, None, None, None], (50, H, W, C)).copy()
+    _, r = ops.group_moments(x, 2, 1e-5)
+    assert np.isfinite(r).all() and np.all(r <= 1.001 / np.sqrt(1e-5))
+
+
 @pytest.mark.parametrize("K", [1, 3, 5])
 def test_convolution_gradients(rng, K):
     arrays = [rng.standard_normal((N, H, W, 2)), rng.standard_normal((K, K, 2, 3)), rng.standard_normal(3)]

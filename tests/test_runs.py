@@ -113,6 +113,10 @@ def test_same_seed_same_bits_with_any_number_of_workers(whole_run, tmp_path):
     model, flags, out, _, _ = whole_run
     assert run(model, *flags, "--workers", 2, "--out", tmp_path)[0] == 0
     assert_same_arrays(out, tmp_path)
+    # Not the weights alone: what is evaluated and drawn with them, too.
+    numbers = [json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path)]
+    assert [numbers[0][name] for name in NUMBERS[model]] == [numbers[1][name] for name in NUMBERS[model]]
+    assert (out / "samples.png").read_bytes() == (tmp_path / "samples.png").read_bytes()
 
 
 def test_another_seed_gives_another_run(whole_run, tmp_path):

@@ -158,6 +158,17 @@ def test_a_killed_helper_is_an_error_in_one_line_and_replaced():
     assert list(workers.map(f, [False, False])) == [False, False]
 
 
+@needs_fork
+def test_a_helper_killed_between_two_maps_is_the_same_error():
+    workers = Workers(2)
+    _, pid = workers.map(process, range(2))
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # until it has ended, so that the next question meets no reader
+    with pytest.raises(ChildProcessError, match="^a worker process was killed"):
+        list(workers.map(process, range(2)))
+    assert len(set(workers.map(process, range(2)))) == 2
+
+
 def test_an_answer_nobody_waited_for_is_not_taken_for_the_next(both_kinds):
     workers = Workers(2)
     for _ in workers.map(lambda x: x, [1, 2, 3, 4]):
