@@ -57,16 +57,16 @@ def save(path, arrays, state):
         np.savez(temporary, state=np.array(json.dumps(state)), **named)
 
 
-def load(path):
-    """The arrays, by name, and the state that ``save`` wrote. Raises CheckpointError."""
+def load(path, keys=("config", "noise", "step", "seconds", "sums", "log")):
+    """The arrays, by name, and the state that ``save`` wrote, which must have these keys. Raises CheckpointError."""
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: nothing to resume, there is no such file; leave --resume out to start")
+        raise CheckpointError(f"{path}: expected a checkpoint of scratchgen, found no such file")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         state = json.loads(str(arrays.pop("state")))
-        if not isinstance(state, dict) or not {"config", "noise", "step", "seconds", "sums", "log"} <= state.keys():
+        if not isinstance(state, dict) or not set(keys) <= state.keys():
             raise ValueError("it lacks part of a run's state")
     except Exception as error:  # zipfile, NumPy and json each have several for a damaged file
         reason = str(error).split("\n")[0] or type(error).__name__
@@ -79,6 +79,8 @@ def resume(path, config, arrays):
 
     ``config`` are the settings that must agree (model, T, ...). Raises CheckpointError, and then nothing was changed.
     """
+    if not path.exists():
+        raise CheckpointError(f"{path}: nothing to resume, there is no such file; leave --resume out to start")
     saved, state = load(path)
     for key, wanted in config.items():
         found = state["config"].get(key)
@@ -87,13 +89,18 @@ def resume(path, config, arrays):
                 f"{path}: made with {key} {found}, this run has {key} {wanted}; "
                 "resume with the same settings, or start afresh in another --out"
             )
+    fill(arrays, saved, path)
+    return state
+
+
+def fill(arrays, saved, path):
+    """Copy arrays, by name, into the tree ``arrays``. Raises CheckpointError, and then nothing was changed."""
     names, leaves = tree.names(arrays), tree.leaves(arrays)
     for name, leaf in zip(names, leaves, strict=True):
         if name not in saved or saved[name].shape != leaf.shape or saved[name].dtype != leaf.dtype:
             raise CheckpointError(f"{path}: expected an array {name} {leaf.shape} {leaf.dtype}, found none like it")
     for name, leaf in zip(names, leaves, strict=True):
         leaf[...] = saved[name]
-    return state
 
 
 def settings(args):
@@ -147,7 +154,10 @@ def write_log(path, rows):
 
 
 def write_metrics(args, numbers, params, state):
-    """``metrics.json``: the model's own numbers, and what it took to get them."""
+    """``metrics.json``: the model's own numbers, and what it took to get them.
+
+    What `scratchgen.evaluate` added for the same ``params``, under "evaluation", stays.
+    """
     about = {
         "seconds": round(state["seconds"], 1),  # of training and its evaluation, over all the sittings of a resumed run
         "epochs": len(state["log"]),
@@ -155,4 +165,21 @@ def write_metrics(args, numbers, params, state):
         "parameters": tree.size(params),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    write_text(args.out / "metrics.json", json.dumps(numbers | about, indent=2) + "\n")
+    path = args.out / "metrics.json"
+    earlier = {k: v for k, v in read_metrics(path, params).items() if k in ("weights", "evaluation")}
+    write_text(path, json.dumps(numbers | about | earlier, indent=2) + "\n")
+
+
+def read_metrics(path, params):
+    """What metrics.json says of a model with these weights; if it is of others, nothing but their checksum."""
+    weights = 0
+    for leaf in tree.leaves(params):
+        weights = zlib.crc32(leaf, weights)
+    weights = f"CRC-32 {weights:08x}"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if metrics["weights"] == weights:
+            return metrics
+    except (FileNotFoundError, ValueError, LookupError, TypeError):  # there is none, or it is not what we wrote
+        pass
+    return {"weights": weights}

@@ -52,13 +52,33 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
+def add_data_flags(p):
+    """The flags of everything that computes on the data: --workers and --data."""
+    cores = runtime.available_cores()
+    p.add_argument(
+        "--workers",
+        help="processes that share each minibatch, a shard each; they change no result, and 1 keeps everything in this "
+        f"one, for a debugger (default: all cores, here {cores})",
+        type=number(int, 1),
+        default=cores,
+        metavar="N",
+    )
+    p.add_argument(
+        "--data",
+        help="folder with the four FashionMNIST idx files, compressed or not (default: data/ beside the run scripts)",
+        type=Path,
+        default=Path(__file__).parent.parent / "data",
+        metavar="DIR",
+    )
+
+
 def parser(description, epochs, batch_size, lr, out):
     """A parser with the flags of every run; a script adds its model's own.
 
     ``epochs`` maps each architecture to its default number of epochs; the first architecture is the default.
     """
     p = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default_arch, cores = next(iter(epochs)), runtime.available_cores()
+    default_arch = next(iter(epochs))
     by_arch = ", ".join(f"{count} for {arch}" for arch, count in epochs.items())
     whole, positive, natural = number(int, 1), number(float, 0, above=True), number(int, 0)
 
@@ -75,21 +95,7 @@ def parser(description, epochs, batch_size, lr, out):
         default=lr,
     )
     flag("--seed", "decides every random number: same seed, same bits (default: 0)", type=natural, default=0)
-    flag(
-        "--workers",
-        "processes that share each minibatch, a shard each; they change no result, and 1 keeps everything in this "
-        f"one, for a debugger (default: all cores, here {cores})",
-        type=whole,
-        default=cores,
-        metavar="N",
-    )
-    flag(
-        "--data",
-        "folder with the four FashionMNIST idx files, compressed or not (default: data/ beside this script)",
-        type=Path,
-        default=Path(__file__).parent.parent / "data",
-        metavar="DIR",
-    )
+    add_data_flags(p)
     flag("--out", f"folder for everything the run makes (default: {out})", type=Path, default=Path(out), metavar="DIR")
     flag("--train-images", "train on the first N images, for a quick look (default: all)", type=whole, metavar="N")
     flag(
@@ -146,10 +152,16 @@ class StopBetweenSteps:
             signal.signal(number, handler)
 
 
-def progress(total, done=0):
+def progress(total, done=0, description=None):
     """A tqdm bar of images on a terminal, nothing elsewhere: a log file wants only what `tqdm.write` prints."""
     return tqdm(
-        total=total, initial=done, unit=" images", unit_scale=True, dynamic_ncols=True, disable=not sys.stderr.isatty()
+        desc=description,
+        total=total,
+        initial=done,
+        unit=" images",
+        unit_scale=True,
+        dynamic_ncols=True,
+        disable=not sys.stderr.isatty(),
     )
 
 
@@ -157,7 +169,10 @@ def progress_over(steps, total, description):
     return tqdm(steps, description, total, unit=" steps", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
 
-def run(main):
+RESUMABLE = "stopped: the same command with --resume continues from the last checkpoint, if there is one"
+
+
+def run(main, when_stopped=RESUMABLE):
     """Call ``main()`` and exit; whatever the user can mend becomes one line on stderr and a non-zero status."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
@@ -174,10 +189,7 @@ def run(main):
     except Stopped as stop:
         status, message = 128 + stop.args[0], "stopped and saved: the same command with --resume continues"
     except KeyboardInterrupt:
-        status, message = (
-            130,
-            "stopped: the same command with --resume continues from the last checkpoint, if there is one",
-        )
+        status, message = 130, when_stopped
     except OSError as error:  # a full disk, a folder that may not be written
         where = f"{error.filename}: " if error.filename else ""
         status, message = 1, f"{where}{error.strerror or error}"

@@ -88,7 +88,10 @@ def curves(axes, log, key):
 
 
 def vae_loss(log, floor):
-    """Three panels: ELBO, its first and its second term; train and test in nats per image. From the rows of log.csv."""
+    """Three panels: ELBO, its first and its second term; train and test in nats per image. From the rows of log.csv.
+
+    ``floor`` is the entropy of the pixels, None where they have none.
+    """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
     titles = {
@@ -99,7 +102,7 @@ def vae_loss(log, floor):
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         curves(axes, log, key)
         axes.set(title=title, ylabel="nats per image")
-    for axes in panels[:2]:
+    for axes in panels[: 0 if floor is None else 2]:
         axes.axhline(-floor, color="gray", linewidth=1, linestyle=":", label="minus the entropy of the pixels")
         axes.legend()
     return figure
@@ -119,6 +122,55 @@ def ddpm_loss(log, t, errors, T, bins=40):
     right.semilogy(centres[count > 0], mean[count > 0], marker=".", color="C1")
     right.set(title="test loss over t", xlabel="t", ylabel="squared error per pixel")
     right.grid(alpha=0.3, which="both")
+    return figure
+
+
+def latent_use(kl, variance, active):
+    """Two panels over latent dimensions, in falling order of KL: KL in nats, and the variance of mu over images."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    order, places = np.argsort(-kl), np.arange(len(kl))
+    for axes, values in zip(figure.subplots(1, 2), (kl, variance), strict=True):
+        axes.bar(places, values[order], color=np.where(active, "C0", "lightgray")[order])
+        axes.set(xlabel="latent dimension, by KL")
+        axes.set_xticks(
+            places, order, fontsize="xx-small" if len(kl) > 20 else "small", rotation=90 if len(kl) > 20 else 0
+        )
+        axes.grid(alpha=0.3, axis="y")
+    left, right = figure.axes
+    left.set(title=f"KL of each dimension, {kl.sum():.1f} nats in all", ylabel="nats, mean over test images")
+    right.set(
+        title=f"{active.sum()} of {len(kl)} active: variance above 0.01", ylabel="variance of $\\mu$ over test images"
+    )
+    right.axhline(1, color="gray", linewidth=1, linestyle=":")
+    return figure
+
+
+def bound_over_t(t, bits):
+    """The terms of the variational bound against t: L_0 at t = 1, then L_1 .. L_{T-1}, in bits per dimension."""
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axes = figure.add_subplot(title=f"the bound's terms: {bits.sum():.2f} bits per dimension without $L_T$")
+    axes.loglog(t, bits, marker=".", color="C1")
+    axes.annotate("$L_0$, the decoder", (t[0], bits[0]), textcoords="offset points", xytext=(10, -3))
+    axes.set(xlabel="t", ylabel="$L_{t-1}$, bits per dimension")
+    axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def distance_over_steps(curves, levels, N):
+    """Frechet distance against steps: {sampler: [(steps, distance), ..]}, and horizontal lines {name: distance}."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot(title=f"Fréchet distance of {N:,} samples")
+    for name, points in curves.items():
+        steps, distances = zip(*sorted(points), strict=True)
+        axes.loglog(steps, distances, marker="o", label=name.upper())
+    for name, distance in levels.items():
+        axes.axhline(distance, color="gray", linestyle=":", linewidth=1)
+        axes.annotate(name, (1, distance), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
+    axes.set_xticks(steps, [str(n) for n in steps])
+    axes.minorticks_off()
+    axes.set(xlabel="steps of the sampler", ylabel="Fréchet distance to the test images")
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure
 
 

@@ -12,7 +12,7 @@ of the pixels themselves (`entropy_floor`). All terms are in nats per image.
 First the bound, which takes encoder and decoder as functions; below it the two pairs of networks to choose from.
 """
 
-from scratchgen.layers import conv, dense, init_conv, init_dense
+from scratchgen.layers import conv, dense, init_conv, init_dense, init_mlp, mlp
 from scratchgen.ops import bernoulli_log_likelihood, patches, relu, sigmoid, unpatch
 
 import autograd.numpy as np
@@ -80,26 +80,25 @@ def entropy_floor(x):
     return float(entropy.sum() / len(x))
 
 
-# -------------------------------------------------------------------------------- 784 - 400 - D - 400 - 784, all dense
+# ----------------------------------------------------- 784 - 300 - 300 - D - 300 - 300 - 784, all dense
 
 
-def init_mlp_vae(rng, latent_dim, hidden=400, pixels=28 * 28):
+def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28):
     return {
-        "encoder": init_dense(rng, pixels, hidden),
-        "mu": init_dense(rng, hidden, latent_dim, gain=1.0),
-        "log_var": init_dense(rng, hidden, latent_dim, gain=0.0),  # the spread starts at 1, as in the prior
-        "decoder": [init_dense(rng, latent_dim, hidden), init_dense(rng, hidden, pixels, gain=1.0)],
+        "encoder": init_mlp(rng, [pixels, *hidden]),
+        "mu": init_dense(rng, hidden[-1], latent_dim, gain=1.0),
+        "log_var": init_dense(rng, hidden[-1], latent_dim, gain=0.0),  # the spread starts at 1, as in the prior
+        "decoder": init_mlp(rng, [latent_dim, *hidden, pixels]),
     }
 
 
 def mlp_encode(params, x):  # (N, H, W, 1) -> 2 x (N, D)
-    h = relu(dense(params["encoder"], np.reshape(x, (len(x), -1))))
+    h = relu(mlp(params["encoder"], np.reshape(x, (len(x), -1))))
     return dense(params["mu"], h), dense(params["log_var"], h)
 
 
 def mlp_decode(params, z):  # (N, D) -> (N, H, W, 1)
-    to_hidden, to_pixels = params["decoder"]
-    return np.reshape(dense(to_pixels, relu(dense(to_hidden, z))), (len(z), 28, 28, 1))
+    return np.reshape(mlp(params["decoder"], z), (len(z), 28, 28, 1))
 
 
 # ------------------------------------------------------- convolutions at 14 x 14 and 7 x 7, and the same way back

@@ -244,3 +244,135 @@ def test_sampling_with_the_exact_denoiser_of_gaussian_data_reproduces_its_varian
         variance = factor**2 * variance + (1 - before) / (1 - alpha_bar) * beta
     assert 0.9 * spread < np.sqrt(variance) < spread
     assert t == 0 and abs(x.mean()) < 0.01 and x.std() == pytest.approx(np.sqrt(variance), rel=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------------- DDIM
+
+
+def of_x_t(x_t, t):
+    """Some eps_theta that depends on x_t and t, and leads to some x_0 that are clipped and some that are not."""
+    return 0.9 * x_t + np.float32(0.002) * t.reshape(-1, 1, 1, 1)
+
+
+def test_ddim_times():
+    assert diffusion.ddim_times(200, 200) == list(range(200, -1, -1))
+    assert diffusion.ddim_times(200, 1) == [200, 0]
+    for T, steps in ((200, 7), (200, 150), (10, 9)):
+        times = diffusion.ddim_times(T, steps)
+        assert len(times) == steps + 1 and times[0] == T and times[-1] == 0
+        gaps = -np.diff(times)
+        assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+
+
+def test_with_eta_1_and_every_step_it_is_algorithm_2(rng, schedule):
+    x_T = rng.standard_normal((2, 4, 6, 1), dtype=np.float32)
+    by_2 = diffusion.sample(of_x_t, schedule, x_T, np.random.default_rng(1))
+    by_ddim = diffusion.ddim_sample(of_x_t, schedule, x_T, 200, 1.0, np.random.default_rng(1))
+    for (t, a), (s, b) in zip(by_2, by_ddim, strict=True):
+        assert t == s
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_a_step_of_ddim_keeps_the_marginal(rng, schedule):
+    """If eps_theta is the true eps, x_s must be distributed as q(x_s | x_0), for any eta: Song et al., Lemma 1."""
+    x_0 = np.broadcast_to(np.float32(0.4), (20_000, 1, 1, 1))
+    for eta in (0.0, 0.5, 1.0):
+        noise = np.random.default_rng(2)
+        eps = noise.standard_normal(x_0.shape, dtype=np.float32)
+        x_T = diffusion.q_sample(schedule, x_0, np.full(len(x_0), 200), eps)
+
+        def true_eps(x_t, t):
+            return (x_t - diffusion.at(schedule["signal"], t) * x_0) / diffusion.at(schedule["noise"], t)
+
+        for s, x_s in diffusion.ddim_sample(true_eps, schedule, x_T, 4, eta, noise):
+            signal, spread = schedule["signal"][s], schedule["noise"][s]
+            assert x_s.mean() == pytest.approx(0.4 * signal, abs=4 * spread / 20_000**0.5 + 1e-5)
+            assert x_s.std() == pytest.approx(spread, rel=0.03, abs=1e-5)
+
+
+def test_ddim_draws_nothing_and_a_perfect_network_leads_back(rng, schedule):
+    x_0, eps = images(rng, 3), rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
+    x_T = diffusion.q_sample(schedule, x_0, np.full(3, 200), eps)
+    for s, x_s in diffusion.ddim_sample(lambda x_t, t: eps, schedule, x_T, 20):  # rng is None
+        # x_T shows x_0 only faintly (alpha_bar_T = 3e-5), so float32 gives it back to some digits
+        expected = diffusion.q_sample(schedule, x_0, np.full(3, s), eps)
+        np.testing.assert_allclose(x_s, expected, atol=0.02)
+
+
+def test_ddim_takes_eps_from_the_clipped_x_0():
+    s = make_schedule("linear", 10)
+    x_T = np.full((1, 1, 1, 1), 3.0, np.float32)
+    (_, x_s), *_ = diffusion.ddim_sample(lambda x_t, t: -5 * x_t, s, x_T, 2)  # x_0 far above 1, so 1
+    eps = (3 - s["signal"][10]) / s["noise"][10]
+    assert x_s.item() == pytest.approx(s["signal"][5] + s["noise"][5] * eps, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- the bound
+
+
+def test_terms_between_are_the_general_gaussian_divergence(rng, schedule):
+    """Against log-density differences averaged over draws of q(x_{t-1} | x_t, x_0), one coordinate at a time."""
+    x_0, eps = images(rng, 1, 2, 2, 1), rng.standard_normal((1, 2, 2, 1), dtype=np.float32)
+    for t in (2, 57, 200):
+        times = np.array([t])
+        found = diffusion.bound_terms(of_x_t, schedule, x_0, times, eps)[0]
+        x_t = diffusion.q_sample(schedule, x_0, times, eps)
+        q_mean, variance = diffusion.q_posterior(schedule, x_0, x_t, times)
+        # p_theta's mean, as `p_sample` has it: its step with no noise
+        p_mean = diffusion.p_sample(of_x_t, schedule, x_t, t, np.zeros_like(x_t))
+        x = q_mean + np.sqrt(variance) * rng.standard_normal((400_000, 2, 2, 1))
+        log_ratio = ((x - p_mean) ** 2 - (x - q_mean) ** 2) / (2 * variance)
+        values = log_ratio.sum(axis=(1, 2, 3))
+        assert found == pytest.approx(values.mean(), abs=5 * values.std() / 400_000**0.5 + 1e-4 * found)
+
+
+def test_a_perfect_network_leaves_only_the_decoder(rng, schedule):
+    x_0 = np.round(255 * rng.random((6, 4, 6, 1))).astype(np.float32) / 127.5 - 1
+    eps = rng.standard_normal(x_0.shape, dtype=np.float32)
+    t = np.array([1, 2, 3, 50, 199, 200])
+    terms = diffusion.bound_terms(lambda x_t, t: eps, schedule, x_0, t, eps)
+    np.testing.assert_allclose(terms[1:5], 0, atol=1e-2)
+    assert terms[0] > 1  # even so it cannot know the grey level: sigma is wider than one
+
+
+def test_terms_need_no_image_at_t_1_and_no_t_2(rng):
+    x = images(rng, 3)
+    s = make_schedule("linear", 5)
+    assert np.isfinite(diffusion.bound_terms(of_x_t, s, x, np.array([2, 3, 5]), x)).all()
+    assert np.isfinite(diffusion.bound_terms(of_x_t, make_schedule("linear", 1), x, np.array([1, 1, 1]), x)).all()
+
+
+def test_the_probabilities_of_all_grey_levels_sum_to_one():
+    levels = (np.arange(256) / 127.5 - 1).astype(np.float32).reshape(256, 1, 1, 1)
+    for mean, sigma in ((0.0, 0.02), (-0.999, 0.02), (1.0, 0.3), (0.3, 2.0)):
+        log_p = diffusion.discretised_log_likelihood(levels, np.full(levels.shape, mean, np.float32), sigma)
+        assert np.exp(log_p).sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_grey_level_has_what_the_density_has_over_its_bin():
+    """Against the integral of the normal density by quadrature, in the middle and far out in a tail."""
+    for level, mean, sigma in ((100, -0.2, 0.05), (100, 0.4, 0.05), (100, -0.9, 0.05)):
+        x = level / 127.5 - 1
+        grid = np.linspace(x - 1 / 255, x + 1 / 255, 20_001)
+        exponents = -0.5 * ((grid - mean) / sigma) ** 2
+        top = exponents.max()
+        expected = top + np.log(np.exp(exponents - top).mean() * (2 / 255) / (sigma * np.sqrt(2 * np.pi)))
+        found = diffusion.discretised_log_likelihood(np.full((1, 1, 1, 1), x), np.full((1, 1, 1, 1), mean), sigma)
+        assert found[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_pixels_add_up_and_hopeless_ones_stay_finite():
+    x, mean = np.array([[-1.0, 1.0]]).reshape(1, 2, 1, 1), np.array([[1.0, 1.0]]).reshape(1, 2, 1, 1)
+    both = diffusion.discretised_log_likelihood(x, mean, 1e-3)
+    assert np.isfinite(both[0]) and both[0] < -600
+
+
+def test_at_t_1_the_decoder_stands_on_the_predicted_image_with_the_second_steps_variance(rng, schedule):
+    x_0 = np.round(255 * rng.random((1, 4, 6, 1))).astype(np.float32) / 127.5 - 1
+    eps, t = rng.standard_normal(x_0.shape, dtype=np.float32), np.array([1])
+    x_1 = diffusion.q_sample(schedule, x_0, t, eps)
+    mean = diffusion.predict_x_0(schedule, x_1, t, of_x_t(x_1, t))
+    alpha_bar, beta = schedule["alpha_bar"], schedule["beta"]
+    sigma = np.sqrt((1 - alpha_bar[1]) / (1 - alpha_bar[2]) * beta[2])
+    expected = -diffusion.discretised_log_likelihood(x_0, mean, sigma)
+    np.testing.assert_allclose(diffusion.bound_terms(of_x_t, schedule, x_0, t, eps), expected, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import math
 
+from scratchgen import optim, tree
 from scratchgen.optim import adam_step, cosine_decay, ema_step, init_adam
 
 import numpy as np
@@ -54,3 +55,43 @@ def test_ema_of_constant_weights_arrives_and_then_averages_slowly():
     np.testing.assert_allclose(ema["w"], 1, atol=1e-6)
     ema_step(ema, {"w": np.zeros(2)}, 10_000, decay=0.99)
     np.testing.assert_allclose(ema["w"], 0.99, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Muon
+
+
+@pytest.mark.parametrize("shape", [(9, 40), (40, 9), (16, 16)])
+def test_orthogonalise_keeps_singular_vectors_and_evens_out_singular_values(rng, shape):
+    U, _, Vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+    s = np.geomspace(30, 3, len(Vt))  # divided by their norm, all are above 0.01
+    X = optim.orthogonalise(U * s @ Vt)
+    diagonal = U.T @ X @ Vt.T
+    assert np.abs(diagonal - np.diag(np.diag(diagonal))).max() < 1e-9
+    assert np.diag(diagonal).min() > 0.6 and np.diag(diagonal).max() < 1.3
+    assert optim.orthogonalise((U * s @ Vt).astype(np.float32)).dtype == np.float32
+    assert np.all(optim.orthogonalise(np.zeros(shape)) == 0)
+
+
+def test_muon_steps_matrices_by_nesterov_momentum_and_the_rest_by_adam(rng):
+    params = {"k": rng.standard_normal((3, 3, 2, 12)), "b": rng.standard_normal(12), "narrow": np.ones((20, 4))}
+    gradients = [tree.map(lambda p: rng.standard_normal(p.shape), params) for _ in range(3)]
+    by_muon, by_adam = (tree.map(np.copy, params) for _ in range(2))
+    moments, adam = optim.init_adam(params), optim.init_adam(params)
+    m, k = 0, params["k"].copy()
+    for step, g in enumerate(gradients, 1):
+        optim.muon_step(by_muon, g, moments, step, lr=0.01, beta2=0.99)
+        optim.adam_step(by_adam, g, adam, step, lr=0.01, beta2=0.99)
+        m = 0.95 * m + g["k"]
+        direction = optim.orthogonalise((g["k"] + 0.95 * m).reshape(18, 12)).reshape(3, 3, 2, 12)
+        k -= 0.01 * 0.2 * 18**0.5 * direction
+    np.testing.assert_allclose(by_muon["k"], k, rtol=1e-12)
+    for name in ("b", "narrow"):
+        np.testing.assert_array_equal(by_muon[name], by_adam[name])
+
+
+def test_a_muon_step_has_entries_of_the_size_lr_times_0_2(rng):
+    params = [np.zeros((64, 200), np.float32)]
+    g = [rng.standard_normal((64, 200), dtype=np.float32)]
+    optim.muon_step(params, g, optim.init_adam(params), 1, lr=1.0)
+    assert params[0].dtype == np.float32
+    assert np.sqrt((params[0] ** 2).mean()) == pytest.approx(0.2, rel=0.3)

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODELS = ["vae", "ddpm"]
 FLAGS = {  # small runs of a few seconds
-    "vae": ["--latent-dim", "5", "--batch-size", "16"],
+    "vae": ["--latent-dim", "5", "--batch-size", "16", "--binarize", "--hold-out", "4"],
     "ddpm": ["--T", "5", "--batch-size", "16"],
 }
 FIGURES = {
@@ -91,7 +91,7 @@ def test_a_run_makes_all_its_figures_and_numbers(whole_run):
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics) == NUMBERS[model] | {"seconds", "epochs", "seed", "parameters", "command"}
+    assert set(metrics) == NUMBERS[model] | {"seconds", "epochs", "seed", "parameters", "command", "weights"}
     assert metrics["epochs"] == 3 and metrics["command"].startswith(f"python run_{model}.py ")
     if model == "vae":
         assert metrics["elbo"] == metrics["reconstruction"] - metrics["kl"] < -metrics["entropy_floor"]

@@ -115,12 +115,13 @@ def negative_elbo(encode, decode, p, batch):
 
 
 def mlp_encode(p, x):
-    h = F.relu(linear(p, "encoder", x.flatten(1)))
+    h = F.relu(linear(p, "encoder/1", F.relu(linear(p, "encoder/0", x.flatten(1)))))
     return linear(p, "mu", h), linear(p, "log_var", h)
 
 
 def mlp_decode(p, z):
-    return linear(p, "decoder/1", F.relu(linear(p, "decoder/0", z))).reshape(-1, 1, 28, 28)
+    h = F.relu(linear(p, "decoder/1", F.relu(linear(p, "decoder/0", z))))
+    return linear(p, "decoder/2", h).reshape(-1, 1, 28, 28)
 
 
 def conv_encode(p, x):

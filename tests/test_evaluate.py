@@ -1,0 +1,258 @@
+"""Measuring a finished run: what the numbers are made of, what is refused, and that nothing is lost."""
+
+import json
+import re
+import shutil
+
+import run_ddpm
+import run_vae
+from scratchgen import checkpoint, classifier, cli, diffusion, evaluate, metrics, plots, vae
+from scratchgen.data import binarised_test, load_fashion_mnist, scale
+from scratchgen.runtime import Workers
+
+import numpy as np
+import pytest
+
+T = 6
+
+
+def main_of(module, *flags):
+    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="not the published"):
+        patch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, flags)])
+        module.main()
+
+
+@pytest.fixture(scope="session")
+def runs(small_data, tmp_path_factory):
+    """A VAE and a diffusion model, hardly trained, in folders "vae" and "ddpm"."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ["--data", small_data, "--epochs", 1, "--train-images", 32, "--workers", 1]
+    main_of(run_vae, *flags, "--latent-dim", 4, "--out", folder / "vae")
+    main_of(run_ddpm, *flags, "--T", T, "--arch", "mlp", "--out", folder / "ddpm")
+    return folder
+
+
+@pytest.fixture
+def folder(runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def measure(folder, small_data):
+    def run(model, *flags, workers=1):
+        main_of(evaluate, folder / model, "--data", small_data, "--workers", workers, *flags)
+        return json.loads((folder / model / "metrics.json").read_text())["evaluation"]
+
+    return run
+
+
+@pytest.fixture
+def x_test(small_data):
+    with pytest.warns(UserWarning, match="not the published"):
+        return load_fashion_mnist(small_data)["test_images"]
+
+
+def model_of(folder, name):
+    config, params = evaluate.load_run(folder / name)
+    return config, params
+
+
+# ----------------------------------------------------------------------------------------------------------------- VAE
+
+
+def test_vae_numbers(folder, measure, x_test, capsys):
+    before = json.loads((folder / "vae" / "metrics.json").read_text())
+    found = measure("vae", "--iwae", 30)
+    _, params = model_of(folder, "vae")
+    mu, log_var = vae.mlp_encode(params, scale(x_test, 0, 1))
+    kl = vae.kl_per_dimension(mu, log_var).mean(axis=0)
+    np.testing.assert_allclose(found["latent"]["kl_per_dimension"], kl, atol=1e-4)
+    assert found["latent"]["active_units"] == metrics.active_units(mu).sum()
+    after = json.loads((folder / "vae" / "metrics.json").read_text())
+    assert {name: after[name] for name in before} == before  # what the run wrote is still there
+    assert before["elbo"] < found["iwae_30"]["log_likelihood"] < -before["entropy_floor"]
+    assert (folder / "vae" / "latent_use.png").exists()
+    assert f"{found['iwae_30']['log_likelihood']:.2f}" in capsys.readouterr().out
+
+
+def test_measures_add_up_and_workers_change_nothing(folder, measure):
+    first = measure("vae", "--iwae", 3)
+    second = measure("vae", "--iwae", 7, workers=2)
+    assert second.keys() == {"latent", "iwae_3", "iwae_7"} and second["iwae_3"] == first["iwae_3"]
+    assert measure("vae", "--iwae", 7)["iwae_7"] == second["iwae_7"]
+    assert measure("vae", "--iwae", 7, "--seed", 1)["iwae_7"] != second["iwae_7"]
+
+
+def test_numbers_of_other_weights_do_not_stay(folder, measure):
+    path = folder / "vae" / "metrics.json"
+    measure("vae", "--iwae", 2)
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"weights": "CRC-32 00000000"}))
+    assert measure("vae").keys() == {"latent"}
+    for damaged in ("", "[1]", "{}"):
+        path.write_text(damaged)
+        assert measure("vae").keys() == {"latent"}
+
+
+@pytest.mark.parametrize("module", [run_vae, run_ddpm])
+def test_drawing_a_finished_run_again_keeps_what_was_measured(module, folder, measure, small_data):
+    name = module.__name__.removeprefix("run_")
+    found = measure(name)
+    flags = ["--latent-dim", 4] if name == "vae" else ["--T", T, "--arch", "mlp"]
+    flags += ["--data", small_data, "--epochs", 1, "--train-images", 32, "--workers", 1, "--out", folder / name]
+    main_of(module, *flags, "--resume")
+    assert json.loads((folder / name / "metrics.json").read_text())["evaluation"] == found
+    main_of(module, *flags, "--seed", 1)  # another model, in the same folder
+    assert "evaluation" not in json.loads((folder / name / "metrics.json").read_text())
+
+
+def test_a_binarised_vae_with_held_out_images_is_measured_on_its_own_terms(folder, measure, small_data, x_test):
+    flags = ["--data", small_data, "--binarize", "--hold-out", 20, "--epochs", 4, "--lr", 0.05, "--workers", 1]
+    main_of(run_vae, *flags, "--latent-dim", 4, "--out", folder / "vae")
+    _, state = checkpoint.load(folder / "vae" / "checkpoint.npz")
+    held_out = [row["held_out_elbo"] for row in state["log"]]
+    best = state["log"][int(np.argmax(held_out))]
+    assert json.loads((folder / "vae" / "metrics.json").read_text())["elbo"] == best["test_elbo"]
+    _, params = model_of(folder, "vae")
+    x = binarised_test(x_test)
+    assert set(np.unique(x)) == {0, 1}
+    eps = np.random.default_rng([0, run_vae.TEST]).standard_normal((len(x), 4), dtype=np.float32)
+    terms = vae.elbo_terms(lambda x: vae.mlp_encode(params, x), lambda z: vae.mlp_decode(params, z), (x, eps))
+    assert (terms[0] - terms[1]).mean() == pytest.approx(best["test_elbo"], rel=1e-5)
+    assert measure("vae", "--iwae", 50)["iwae_50"]["log_likelihood"] > best["test_elbo"]
+
+
+# ----------------------------------------------------------------------------------------------------- diffusion model
+
+
+def test_the_bound_and_its_exact_sum(folder, measure, x_test):
+    found = measure("ddpm", "--bound", 40)  # all of the small test set
+    estimate, exact = found["bound_estimate"], found["bound_exact_40"]
+    assert exact["bits_per_dimension"] == pytest.approx(sum(exact[p] for p in ("prior", "between", "decoder")))
+    difference = abs(estimate["bits_per_dimension"] - exact["bits_per_dimension"])
+    assert difference < 4 * estimate["standard_error"]  # and two, in 95 of 100 cases
+    schedule = diffusion.make_schedule("linear", T)
+    prior = diffusion.prior_kl(schedule, scale(x_test, -1, 1)).mean() / (784 * np.log(2))
+    assert exact["prior"] == pytest.approx(prior, rel=1e-5)
+    assert (folder / "ddpm" / "bound.png").exists()
+
+
+def test_frechet_distance_beside_that_of_training_images_and_of_the_vae(folder, measure, x_test, monkeypatch):
+    seen = {}
+    original = plots.distance_over_steps
+    monkeypatch.setattr(plots, "distance_over_steps", lambda *args: seen.setdefault("args", args) and original(*args))
+    flags = ["--frechet", 10, "--sampler", "ddpm", "ddim", "--sample-steps", 2, T]
+    found = measure("ddpm", *flags)["frechet_10"]
+    names = {"training images", "VAE", "ddpm, 2 steps", f"ddpm, {T} steps", "ddim, 2 steps", f"ddim, {T} steps"}
+    assert found.keys() == names | {"seed"} and len(set(found.values())) == 7
+    curves, levels, N = seen["args"]
+    assert curves == {s: [(n, found[f"{s}, {n} steps"]) for n in (2, T)] for s in ("ddpm", "ddim")}
+    assert levels == {name: found[name] for name in ("training images", "VAE")} and N == 10
+    assert (folder / "ddpm" / "steps.png").exists()
+
+    ruler = classifier.load_classifier()
+    images = evaluate.drawing(*model_of(folder, "vae"), 0)(np.arange(10))
+    a, b = (classifier.features(ruler, scale(x, 0, 1)) for x in (images, x_test))
+    assert found["VAE"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-4)
+    assert measure("vae", "--frechet", 10)["frechet_10"]["VAE"] == found["VAE"]
+
+
+@pytest.mark.parametrize("model", ["vae", "ddpm"])
+def test_samples(model, folder, measure, monkeypatch):
+    monkeypatch.setattr(evaluate, "SHARD", 4)
+    files = []
+    for workers in (1, 2):
+        measure(model, "--samples", 11, workers=workers)
+        with np.load(folder / model / "samples.npz") as file:
+            assert file.files == ["images"]
+            files.append(file["images"])
+    assert files[0].shape == (11, 28, 28) and files[0].dtype == np.uint8 and files[0].std() > 10
+    assert len(np.unique(files[0], axis=0)) == 11  # no two from the same noise
+    np.testing.assert_array_equal(*files)
+
+
+def test_samples_of_ddpm_are_algorithm_2(folder):
+    config, params = model_of(folder, "ddpm")
+    schedule, eps_theta = evaluate.noise_predictor(config, params)
+    rng = np.random.default_rng([5, evaluate.SAMPLES, 0])
+    x_T = rng.standard_normal((3, 28, 28, 1), dtype=np.float32)
+    *_, (_, x_0) = diffusion.sample(eps_theta, schedule, x_T, NoLastDraw(rng))
+    images = evaluate.drawing(config, params, 5, "ddpm", T)(np.arange(3))
+    assert np.abs(images - (x_0 + 1) * 127.5).max() <= 0.51
+
+
+class NoLastDraw:
+    """Algorithm 2 draws noise at t = 1 too and multiplies it by zero: nothing comes after it."""
+
+    def __init__(self, rng):
+        self.standard_normal = rng.standard_normal
+
+
+def test_grey_levels():
+    assert evaluate.grey_levels(np.array([-1.0, 0.0, 1.0]), -1, 1).tolist() == [0, 128, 255]
+    x = np.arange(256, dtype=np.uint8)
+    for low, high in ((0, 1), (-1, 1)):
+        np.testing.assert_array_equal(evaluate.grey_levels(scale(x, low, high), low, high), x)
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "message"),
+    [
+        ("vae", ["--bound", 5], "--bound is for a diffusion model"),
+        ("vae", ["--sample-steps", 5], "--sample-steps is for a diffusion model"),
+        ("ddpm", ["--iwae", 5], "--iwae is for a VAE"),
+        ("ddpm", ["--sample-steps", T + 1], "out of range, T is 6"),
+        ("ddpm", ["--samples", 5, "--sample-steps", 2, 3], "--samples needs one"),
+        ("ddpm", ["--frechet", 201], "--frechet 201 is out of range, there are 200"),
+        ("ddpm", ["--bound", 41], "--bound 41 is out of range, there are 40"),
+        ("ddpm", ["--frechet", 10, "--vae", "nowhere"], "nowhere: expected a run of run_vae.py"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_before_any_work(model, flags, message, folder, small_data, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["evaluate", str(folder / model), "--data", str(small_data), *map(str, flags)])
+    monkeypatch.setattr(evaluate, "measure_vae", None)
+    monkeypatch.setattr(evaluate, "measure_bound", None)
+    before = {path: path.read_bytes() for path in (folder / model).iterdir()}
+    with pytest.raises(cli.UsageError, match=re.escape(message)):
+        if "there are" in message:
+            with pytest.warns(UserWarning, match="not the published"):
+                evaluate.main()
+        else:
+            evaluate.main()
+    assert before == {path: path.read_bytes() for path in (folder / model).iterdir()}
+
+
+def test_a_folder_without_a_sound_checkpoint(folder):
+    with pytest.raises(checkpoint.CheckpointError, match="no such file"):
+        evaluate.load_run(folder / "nothing")
+    (folder / "vae" / "checkpoint.npz").write_bytes(b"PK damaged")
+    with pytest.raises(checkpoint.CheckpointError, match="expected a sound checkpoint"):
+        evaluate.load_run(folder / "vae")
+
+
+@pytest.mark.parametrize(("key", "value"), [("model", "gan"), ("arch", "transformer"), ("arch", None)])
+def test_a_checkpoint_of_something_else(key, value, folder):
+    path = folder / "ddpm" / "checkpoint.npz"
+    arrays, state = checkpoint.load(path)
+    state["config"][key] = value
+    checkpoint.save(path, arrays, state)
+    with pytest.raises(checkpoint.CheckpointError):
+        evaluate.load_run(folder / "ddpm")
+
+
+def test_a_run_that_never_finished_an_epoch(folder):
+    path = folder / "ddpm" / "checkpoint.npz"
+    arrays, state = checkpoint.load(path)
+    checkpoint.save(path, arrays, state | {"log": []})
+    with pytest.raises(checkpoint.CheckpointError, match="first epoch"):
+        evaluate.load_run(folder / "ddpm")
+
+
+def test_over_images_keeps_the_order():
+    workers = Workers(2)
+    x = np.arange(23)
+    np.testing.assert_array_equal(evaluate.over_images(lambda a: a * a, [x], 3, workers, "squares"), x * x)
