@@ -119,3 +119,35 @@ def test_gif_has_every_frame_and_lingers_on_the_last(tmp_path):
     assert shades == sorted(shades) and shades[0] < 5 and shades[-1] > 250
     assert sum(durations[-1:]) >= 5 * 80  # equal frames are merged, their times added
     assert list(tmp_path.iterdir()) == [tmp_path / "x.gif"]
+
+
+def test_latent_use_shows_dimensions_in_falling_order_of_kl():
+    kl, variance, active = np.array([0.5, 2.0, 0.0]), np.array([0.4, 0.9, 0.001]), np.array([True, True, False])
+    left, right = plots.latent_use(kl, variance, active).axes
+    assert [bar.get_height() for bar in left.patches] == [2.0, 0.5, 0.0]
+    assert [bar.get_height() for bar in right.patches] == [0.9, 0.4, 0.001]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["1", "0", "2"]
+    assert "2.5 nats" in left.get_title() and "2 of 3" in right.get_title()
+    colours = [bar.get_facecolor() for bar in left.patches]
+    assert colours[0] == colours[1] != colours[2]
+
+
+def test_bound_over_t():
+    (axes,) = plots.bound_over_t(np.array([1, 2, 5]), np.array([2.0, 0.5, 0.25])).axes
+    (line,) = axes.lines
+    assert line.get_xdata().tolist() == [1, 2, 5] and line.get_ydata().tolist() == [2, 0.5, 0.25]
+    assert "2.75" in axes.get_title()
+
+
+def test_distance_over_steps():
+    curves = {"ddpm": [(200, 3.0), (10, 30.0)], "ddim": [(10, 9.0), (200, 4.0)]}
+    (axes,) = plots.distance_over_steps(curves, {"training images": 1.0, "VAE": 50.0}, 2048).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn["DDPM"] == [[10, 30], [200, 3]] and drawn["DDIM"] == [[10, 9], [200, 4]]
+    assert {text.get_text() for text in axes.texts} == {"training images", "VAE"} and "2,048" in axes.get_title()
+
+
+def test_binarised_pixels_have_no_floor_in_the_figure():
+    log = [{"epoch": 1} | {f"{p}_{k}": 1.0 for p in ("train", "test") for k in ("elbo", "reconstruction", "kl")}]
+    assert all(len(axes.lines) == 2 for axes in plots.vae_loss(log, None).axes)
+    assert len(plots.vae_loss(log, 5.0).axes[0].lines) == 3

@@ -262,3 +262,35 @@ def test_help_names_every_flag_and_shows_examples(model):
     assert status == 0 and f"python run_{model}.py" in stdout
     for flag in ("epochs", "batch-size", "lr", "seed", "workers", "data", "out", "train-images", "resume", "arch"):
         assert f"--{flag}" in stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+def test_measuring_what_is_not_there_is_one_line(tmp_path):
+    for module, flags in (("evaluate", [tmp_path]), ("evaluate", []), ("classifier", ["--data", tmp_path / "none"])):
+        status, stdout, stderr = finish([sys.executable, "-m", f"scratchgen.{module}", *map(str, flags)], cwd=ROOT)
+        assert status == 2 and stdout == "" and stderr.count("\n") == 1 and "Traceback" not in stderr
+
+
+def test_help_of_evaluate_teaches():
+    status, stdout, _ = finish([sys.executable, "-m", "scratchgen.evaluate", "--help"], cwd=ROOT)
+    assert status == 0 and "examples:" in stdout and "--iwae K" in stdout
+
+
+def test_samples_on_a_full_disk_leave_what_was_there(whole_run, small_data):
+    """The limit on file size stands in for the disk: 20 images have room in it, 2,000 have not."""
+    model, _, out, _, _ = whole_run
+    command = [sys.executable, "-m", "scratchgen.evaluate", str(out), "--data", str(small_data), "--workers", "1"]
+    status, _, stderr = finish([*command, "--samples", "20"], cwd=ROOT)
+    assert status == 0, stderr
+    before = (out / "samples.npz").read_bytes()
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    status, _, stderr = finish([*command, "--samples", "2000"], cwd=ROOT, preexec_fn=small_files)
+    assert status == 1 and "samples.npz" in stderr.splitlines()[-1] and "Traceback" not in stderr
+    assert (out / "samples.npz").read_bytes() == before
+    (out / "samples.npz").unlink()
