@@ -4,7 +4,7 @@ examples:
   python run_vae.py                                about a minute and a half on two cores
   python run_vae.py --arch conv                    convolutions in place of dense layers
   python run_vae.py --latent-dim 2 --out runs/2d   a latent space that latents_0_1.png shows whole
-  python run_vae.py --binarize --latent-dim 40 --hold-out 10000 --epochs 100 --out runs/vae-binarized
+  python run_vae.py --binarize --latent-dim 40 --hold-out 10000 --epochs 100 --warm-up 20 --out runs/vae-binarized
                                                    the protocol of published numbers; the README says how to finish it
 """
 
@@ -43,6 +43,21 @@ def parse_arguments():
         nargs=2,
         metavar=("I", "J"),
         help="the dimensions that latents_I_J.png varies (default: the two with most KL)",
+    )
+    flag(
+        "--beta",
+        type=cli.number(float, 0),
+        default=1.0,
+        metavar="B",
+        help="weight of the KL in the loss: 1 for the ELBO, 0 for an autoencoder (default: 1)",
+    )
+    flag(
+        "--warm-up",
+        type=cli.number(int, 0),
+        default=0,
+        metavar="N",
+        help="raise that weight from 0 over the first N epochs, so that no latent dimension is given up before the "
+        "decoder has learned to use it (default: 0)",
     )
     flag(
         "--binarize",
@@ -84,12 +99,13 @@ def main():
         arrays["best"] = tree.map(np.copy, params)
     arrays = workers.share(arrays)
     params, noise = arrays["params"], stream(NOISE)
+    beta = workers.share(np.ones(1, np.float32))
     config = {"model": "vae"} | checkpoint.settings(args) | {"train_images": checkpoint.fingerprint(train)}
     args.out.mkdir(parents=True, exist_ok=True)
     state, save = checkpoint.begin(args.out / "checkpoint.npz", config, arrays, noise, args.resume)
 
     def loss(params, batch):
-        return vae.negative_elbo(partial(encode, params), partial(decode, params), batch)
+        return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, beta[0])
 
     def both_terms(x, eps):  # -> (N, 2)
         return np.stack(vae.elbo_terms(partial(encode, params), partial(decode, params), (x, eps)), axis=1)
@@ -115,6 +131,7 @@ def main():
                 stop.here(save)
                 x = binarise(images, noise) if args.binarize else scale(images, 0, 1)
                 eps = noise.standard_normal((len(x), args.latent_dim), dtype=np.float32)
+                beta[0] = args.beta * min(1, (state["step"] + 1) / max(1, args.warm_up * steps))
                 (value, means), gradient = gradient_of(params, (x, eps))
                 cli.check_finite(value, state["step"])
                 lr = cosine_decay(state["step"], args.epochs * steps, args.lr)

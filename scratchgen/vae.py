@@ -61,10 +61,13 @@ def elbo_terms(encode, decode, batch):
     return reconstruction, kl
 
 
-def negative_elbo(encode, decode, batch):
-    """The loss, -ELBO as a mean over the batch, and its two terms to report."""
+def negative_elbo(encode, decode, batch, beta=1.0):
+    """The loss, -ELBO as a mean over the batch, and its two terms to report.
+
+    With another weight ``beta`` of the second term it is a beta-VAE's (Higgins et al. 2017), and no longer a bound.
+    """
     reconstruction, kl = (np.sum(term) * (1 / len(batch[0])) for term in elbo_terms(encode, decode, batch))
-    return kl - reconstruction, {"reconstruction": reconstruction, "kl": kl}
+    return kl * beta - reconstruction, {"reconstruction": reconstruction, "kl": kl}
 
 
 def generate(decode, z):

@@ -107,6 +107,16 @@ def test_vae_script(record, call, test_images, tmp_path):
     assert m["kl"] == pytest.approx(kl.sum(), rel=1e-4)
 
 
+def test_beta_and_warm_up_reach_the_loss(record, call, tmp_path):
+    losses = record(vae, "negative_elbo")
+    flags = ["--latent-dim", 2, "--batch-size", 16, "--train-images", 64, "--workers", 1, "--out", tmp_path]
+    call(run_vae, *flags, "--epochs", 3, "--beta", 4, "--warm-up", 2)
+    assert [args[3] for args in losses] == [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4, 4, 4, 4]
+    losses.clear()
+    call(run_vae, *flags, "--epochs", 1)
+    assert [args[3] for args in losses] == [1] * 4
+
+
 def names_as_tree(params):
     names = iter(tree.names(params))
     return tree.map(lambda _: next(names), params)

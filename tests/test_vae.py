@@ -138,3 +138,12 @@ def test_one_batch_can_be_learned_by_heart(rng, arch, steps):
         adam_step(params, gradient, adam, step, lr=3e-3)
     floor = vae.entropy_floor(batch[0])
     assert value - floor < 0.5 * (before - floor)
+
+
+def test_beta_weighs_the_second_term_alone(rng):
+    _, encode, decode = vae.VAES["mlp"]
+    params, batch = vae.VAES["mlp"][0](rng, D), make_batch(rng, 5)
+    for beta in (0.0, 0.5, 10.0):
+        value, means = vae.negative_elbo(partial(encode, params), partial(decode, params), batch, beta)
+        assert value == pytest.approx(beta * means["kl"] - means["reconstruction"], rel=1e-6)
+        assert means == bound("mlp", params, batch)[1]  # what is reported does not depend on it
