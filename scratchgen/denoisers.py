@@ -1,7 +1,7 @@
 """The networks of the diffusion model: from noisy images x_t and their time steps t to a prediction of v.
 
-`diffusion.eps_from_v` turns v into the noise eps_theta(x_t, t) that the loss scores and the sampler uses.
-Dimensions: N images, H = W = 28, one channel. x_t is (N, H, W, 1), t is (N,), v like x_t.
+`diffusion.predict_noise` adds a second channel to x_t before, and makes of v the noise eps_theta(x_t, t) that the loss
+scores and the sampler uses. Dimensions: N images, H = W = 28. x is (N, H, W, 2), t is (N,), v is (N, H, W, 1).
 """
 
 from scratchgen.layers import (
@@ -29,24 +29,24 @@ def init_unet(rng, channels=(32, 64), blocks=1):
     wide, deep = channels
     return {
         "time": [init_dense(rng, TIME_WIDTH, TIME_WIDTH), init_dense(rng, TIME_WIDTH, TIME_WIDTH)],
-        "inlet": init_conv(rng, 4, wide, gain=1.0),
+        "inlet": init_conv(rng, 8, wide, gain=1.0),
         "down": [init_res_block(rng, wide, wide, TIME_WIDTH) for _ in range(blocks)],
         "shrink": init_dense(rng, 4 * wide, deep, gain=1.0),
         "middle": [init_res_block(rng, deep, deep, TIME_WIDTH) for _ in range(2 * blocks)],
         "grow": init_dense(rng, deep, 4 * wide, gain=1.0),
         "up": [init_res_block(rng, 2 * wide if i == 0 else wide, wide, TIME_WIDTH) for i in range(blocks)],
         "norm": init_group_norm(wide),
-        "outlet": init_conv(rng, wide + 4, 4, gain=0.0),
+        "outlet": init_conv(rng, wide + 8, 4, gain=0.0),
     }
 
 
-def unet(params, x, t):  # (N, H, W, 1), (N,) -> (N, H, W, 1)
+def unet(params, x, t):  # (N, H, W, 2), (N,) -> (N, H, W, 1)
     """Ho et al. 2020, App. B, in small: no layer works at 28 x 28, where it would cost four times as much."""
     time = time_embedding(t, TIME_WIDTH)
     for layer in params["time"]:
         time = silu(dense(layer, time))
 
-    p = patches(x, 2)  # (N, 14, 14, 4)
+    p = patches(x, 2)  # (N, 14, 14, 8)
     h = conv(params["inlet"], p)
     for block in params["down"]:
         h = res_block(block, h, time)
@@ -65,13 +65,13 @@ def unet(params, x, t):  # (N, H, W, 1), (N,) -> (N, H, W, 1)
 
 def init_mlp_denoiser(rng, hidden=1024, layers=3):
     pixels = 28 * 28
-    return init_mlp(rng, [pixels + TIME_WIDTH, *[hidden] * layers, pixels])
+    return init_mlp(rng, [2 * pixels + TIME_WIDTH, *[hidden] * layers, pixels])
 
 
-def mlp_denoiser(params, x, t):  # (N, H, W, 1), (N,) -> (N, H, W, 1)
+def mlp_denoiser(params, x, t):  # (N, H, W, 2), (N,) -> (N, H, W, 1)
     """Pixels and time embedding side by side through a plain MLP: the smallest thing that can work."""
     pixels = np.reshape(x, (len(x), -1))
-    return np.reshape(mlp(params, np.concatenate([pixels, time_embedding(t, TIME_WIDTH)], axis=1)), x.shape)
+    return np.reshape(mlp(params, np.concatenate([pixels, time_embedding(t, TIME_WIDTH)], axis=1)), x[..., :1].shape)
 
 
 # --arch on the command line: name -> (init, apply)

@@ -108,6 +108,22 @@ def eps_from_v(schedule, v, x_t, t):
     return at(schedule["signal"], t) * v + at(schedule["noise"], t) * x_t
 
 
+def above_black(schedule, x_t, t):
+    """How far each pixel is above where black would be, -sqrt(alpha_bar_t), in units of the noise and within +-3.
+
+    Where x_0 is black, -1, as half of all pixels are, this is eps itself. To get it from x_t alone a network would have
+    to amplify x_t by 1 / sqrt(1 - alpha_bar_t), 45 times at t = 1, and its backgrounds stay a little grey.
+    """
+    distance = (x_t + at(schedule["signal"], t)) / at(schedule["noise"], t)
+    return np.clip(distance, -3, 3, out=distance)
+
+
+def predict_noise(network, schedule, x_t, t):
+    """eps_theta(x_t, t) by a network that sees x_t and `above_black`, (N, H, W, 2), and t, and predicts v."""
+    seen = np.concatenate([x_t, above_black(schedule, x_t, t)], axis=3)
+    return eps_from_v(schedule, network(seen, t), x_t, t)
+
+
 def squared_errors(eps_theta, schedule, batch):
     """The eps-loss of each image, (N,): Eq. (14) before its expectation, divided by the number of pixels d."""
     x_0, t, eps = batch

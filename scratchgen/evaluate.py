@@ -156,11 +156,7 @@ def measure_vae(args, config, params, data, workers):
 def noise_predictor(config, params):
     """The schedule of a run, and its eps_theta(x_t, t)."""
     schedule, network = diffusion.make_schedule(config["schedule"], config["T"]), DENOISERS[config["arch"]][1]
-
-    def eps_theta(x_t, t):
-        return diffusion.eps_from_v(schedule, network(params, x_t, t), x_t, t)
-
-    return schedule, eps_theta
+    return schedule, partial(diffusion.predict_noise, partial(network, params), schedule)
 
 
 def measure_bound(args, config, params, data, workers):

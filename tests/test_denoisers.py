@@ -19,9 +19,15 @@ def make_batch(rng, N, H=28, W=28):
     return diffusion.draw_batch(SCHEDULE, rng.random((N, H, W, 1), dtype=np.float32) * 2 - 1, rng)
 
 
+def what_it_sees(rng, N):
+    """x (N, 28, 28, 2) and t (N,) as they reach a network."""
+    x_t, t, _ = make_batch(rng, N)
+    return np.concatenate([x_t, diffusion.above_black(SCHEDULE, x_t, t)], axis=3), t
+
+
 def loss_of(network):
     def predict_noise(params, x_t, t):
-        return diffusion.eps_from_v(SCHEDULE, network(params, x_t, t), x_t, t)
+        return diffusion.predict_noise(partial(network, params), SCHEDULE, x_t, t)
 
     return lambda params, batch: diffusion.simple_loss(partial(predict_noise, params), SCHEDULE, batch)
 
@@ -46,7 +52,7 @@ def test_the_whole_mlp_loss_against_finite_differences(rng):
 def test_output_is_an_image_and_everything_float32(rng, arch):
     init, network = DENOISERS[arch]
     params, batch = init(rng), make_batch(rng, 3)
-    assert network(params, batch[0], batch[1]).shape == (3, 28, 28, 1)
+    assert network(params, *what_it_sees(rng, 3)).shape == (3, 28, 28, 1)
     value, gradient = value_and_grad(loss_of(network))(params, batch)
     assert {value.dtype} | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
 
@@ -54,7 +60,7 @@ def test_output_is_an_image_and_everything_float32(rng, arch):
 @pytest.mark.parametrize("arch", DENOISERS)
 def test_each_image_is_treated_on_its_own(rng, arch):
     init, network = DENOISERS[arch]
-    params, (x, t, _) = shaken(rng, init(rng)), make_batch(rng, 6)
+    params, (x, t) = shaken(rng, init(rng)), what_it_sees(rng, 6)
     f = partial(network, params)
     np.testing.assert_allclose(in_parallel(f, 2, Workers(2))(x, t), f(x, t), rtol=1e-3, atol=1e-4)
 
@@ -62,7 +68,7 @@ def test_each_image_is_treated_on_its_own(rng, arch):
 @pytest.mark.parametrize("arch", DENOISERS)
 def test_the_time_step_matters(rng, arch):
     init, network = DENOISERS[arch]
-    params, x = shaken(rng, init(rng)), np.repeat(make_batch(rng, 1)[0], 2, axis=0)
+    params, x = shaken(rng, init(rng)), np.repeat(what_it_sees(rng, 1)[0], 2, axis=0)
     y = network(params, x, np.array([1, 40]))
     assert np.abs(y[0] - y[1]).max() > 1e-3
 
@@ -77,10 +83,10 @@ def test_every_parameter_of_the_unet_gets_a_gradient(rng):
 @pytest.mark.parametrize("half", ["from below", "skip", "input"])
 def test_the_unet_uses_both_halves_of_its_joins(rng, half):
     """Weights that read one half of a concatenation, set to zero, must change the output."""
-    params, (x, t, _) = shaken(rng, init_unet(rng)), make_batch(rng, 2)
+    params, (x, t) = shaken(rng, init_unet(rng)), what_it_sees(rng, 2)
     before = unet(params, x, t)
     if half == "input":
-        params["outlet"]["w"][:, :, -4:] = 0
+        params["outlet"]["w"][:, :, -8:] = 0
     else:
         channels = slice(0, 32) if half == "from below" else slice(32, 64)
         params["up"][0]["norm1"]["scale"][channels] = params["up"][0]["norm1"]["shift"][channels] = 0

@@ -246,6 +246,28 @@ def test_sampling_with_the_exact_denoiser_of_gaussian_data_reproduces_its_varian
     assert t == 0 and abs(x.mean()) < 0.01 and x.std() == pytest.approx(np.sqrt(variance), rel=0.03)
 
 
+def test_above_black_is_eps_on_black_pixels_and_more_on_others(schedule, rng):
+    x_0, eps = np.full((5, 4, 6, 1), -1, np.float32), rng.standard_normal((5, 4, 6, 1), dtype=np.float32)
+    t = np.array([1, 2, 20, 150, 200])
+    x_0[:, 0] = 1
+    found = diffusion.above_black(schedule, diffusion.q_sample(schedule, x_0, t, eps), t)
+    np.testing.assert_allclose(found[:, 1:], np.clip(eps[:, 1:], -3, 3), atol=2e-3)
+    assert np.all(found[:2, 0] == 3) and np.all(found[:, 0] >= np.clip(eps[:, 0], -3, 3) - 1e-3)
+
+
+def test_predict_noise_shows_the_network_both_channels_and_takes_its_answer_for_v(schedule, rng):
+    x_0, eps = images(rng, 3), rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
+    t = np.array([1, 60, 200])
+    x_t = diffusion.q_sample(schedule, x_0, t, eps)
+
+    def network(x, times):
+        np.testing.assert_array_equal(x, np.concatenate([x_t, diffusion.above_black(schedule, x_t, t)], axis=3))
+        assert times is t
+        return diffusion.at(schedule["signal"], t) * eps - diffusion.at(schedule["noise"], t) * x_0
+
+    np.testing.assert_allclose(diffusion.predict_noise(network, schedule, x_t, t), eps, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------- DDIM
 
 

@@ -73,7 +73,7 @@ def per_step(step, steps=8):
 
 
 def eps_theta(schedule, params, x_t, t):
-    return diffusion.eps_from_v(schedule, denoisers.unet(params, x_t, t), x_t, t)
+    return diffusion.predict_noise(partial(denoisers.unet, params), schedule, x_t, t)
 
 
 def unet(batch=run_ddpm.BATCH, workers=CORES):

@@ -286,7 +286,7 @@ def unet_case(workers, rng):
     x_0, t, eps = diffusion.draw_batch(schedule, x_0, rng)
 
     def eps_theta(params, x_t, t):
-        return diffusion.eps_from_v(schedule, denoisers.unet(params, x_t, t), x_t, t)
+        return diffusion.predict_noise(partial(denoisers.unet, params), schedule, x_t, t)
 
     return schedule, params, (x_0, t, eps), eps_theta
 
