@@ -1,7 +1,7 @@
 """Train a denoising diffusion model on FashionMNIST, measure how well it predicts noise, and draw samples with it.
 
 examples:
-  python run_ddpm.py --T 200                       some eleven minutes on two cores
+  python run_ddpm.py --T 200                       some twelve minutes on two cores
   python run_ddpm.py --T 200 --train-images 6000   a first look in two minutes; samples are still rough
   python run_ddpm.py --schedule cosine --arch mlp  another schedule, and the plainest network that can work
 """

@@ -72,16 +72,21 @@ def main():
     if args.samples and len(args.sampler) * len(args.sample_steps) > 1:
         raise cli.UsageError("--samples needs one --sampler and one number of --sample-steps")
     args.vae = args.vae or args.run.parent / "vae"
-    if args.frechet and not is_vae and not (args.vae / "checkpoint.npz").exists():
+    if args.frechet and not is_vae and not is_run_of_vae(args.vae):
         raise cli.UsageError(f"{args.vae}: expected a run of run_vae.py to compare with; --vae names another folder")
     data, workers = load_fashion_mnist(args.data), Workers(args.workers)
     for name, images in ("bound", data["test_images"]), ("frechet", data["train_images"]):
         if (getattr(args, name) or 0) > len(images):
             raise cli.UsageError(f"--{name} {getattr(args, name)} is out of range, there are {len(images)} images")
 
-    (measure_vae if is_vae else measure_bound)(args, config, params, data, workers)
+    if args.iwae or args.bound or not (args.frechet or args.samples):
+        (measure_vae if is_vae else measure_bound)(args, config, params, data, workers)
     if args.frechet or args.samples:
         measure_samples(args, config, params, data, workers)
+
+
+def is_run_of_vae(folder):
+    return (folder / "checkpoint.npz").exists() and load_run(folder)[0]["model"] == "vae"
 
 
 def load_run(folder):

@@ -150,7 +150,7 @@ def bound_over_t(t, bits):
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.add_subplot(title=f"the bound's terms: {bits.sum():.2f} bits per dimension without $L_T$")
     axes.loglog(t, bits, marker=".", color="C1")
-    axes.annotate("$L_0$, the decoder", (t[0], bits[0]), textcoords="offset points", xytext=(12, 2))
+    axes.annotate("$L_0$, the decoder", (t[0], bits[0]), textcoords="offset points", xytext=(12, -2), va="center")
     axes.set(xlabel="t", ylabel="$L_{t-1}$, bits per dimension")
     axes.grid(alpha=0.3, which="both")
     return figure

@@ -150,6 +150,7 @@ def test_frechet_distance_beside_that_of_training_images_and_of_the_vae(folder, 
     assert curves == {s: [(n, found[f"{s}, {n} steps"]) for n in (2, T)] for s in ("ddpm", "ddim")}
     assert levels == {name: found[name] for name in ("training images", "VAE")} and N == 10
     assert (folder / "ddpm" / "steps.png").exists()
+    assert not (folder / "ddpm" / "bound.png").exists()  # an exact one that was there stays
 
     ruler = classifier.load_classifier()
     images = evaluate.drawing(*model_of(folder, "vae"), 0)(np.arange(10))
@@ -210,9 +211,11 @@ def test_grey_levels():
         ("ddpm", ["--frechet", 201], "--frechet 201 is out of range, there are 200"),
         ("ddpm", ["--bound", 41], "--bound 41 is out of range, there are 40"),
         ("ddpm", ["--frechet", 10, "--vae", "nowhere"], "nowhere: expected a run of run_vae.py"),
+        ("ddpm", ["--frechet", 10, "--vae", "DDPM"], "expected a run of run_vae.py"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused_before_any_work(model, flags, message, folder, small_data, monkeypatch):
+    flags = [folder / "ddpm" if flag == "DDPM" else flag for flag in flags]
     monkeypatch.setattr("sys.argv", ["evaluate", str(folder / model), "--data", str(small_data), *map(str, flags)])
     monkeypatch.setattr(evaluate, "measure_vae", None)
     monkeypatch.setattr(evaluate, "measure_bound", None)

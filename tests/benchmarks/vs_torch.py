@@ -48,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 # (H = W, C, O) of the 3x3 convolutions of both networks, by falling number of operations.
-CONVOLUTIONS = [(14, 64, 32), (14, 32, 32), (7, 64, 64), (14, 36, 4), (14, 4, 32)]
+CONVOLUTIONS = [(14, 64, 32), (14, 32, 32), (7, 64, 64), (14, 40, 4), (14, 8, 32)]
 CALLS = 10  # of a convolution between one look at the clock and the next
 T, LATENT_DIM, LR, BETA2, EMA = 200, 20, 1e-3, 0.99, 0.998
 
@@ -85,7 +85,8 @@ def unet(p, x, t):
     time = torch.from_numpy(time_embedding(t, denoisers.TIME_WIDTH))
     for i in range(2):
         time = F.silu(linear(p, f"time/{i}", time))
-    patches = F.pixel_unshuffle(x, 2)
+    # pixel_unshuffle has all positions of one channel first; `ops.patches`, and so the weights, all channels of one.
+    patches = F.pixel_unshuffle(x, 2).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
     skip = res_block(p, "down/0", conv(p, "inlet", patches), time)
     h = pointwise(p, "shrink", skip)
     for i in range(2):
@@ -97,7 +98,8 @@ def unet(p, x, t):
 
 
 def predict_noise(p, signal, noise, x_t, t):
-    return signal * unet(p, x_t, t) + noise * x_t
+    seen = torch.cat([x_t, ((x_t + signal) / noise).clamp(-3, 3)], dim=1)
+    return signal * unet(p, seen, t) + noise * x_t
 
 
 def simple_loss(p, batch):
