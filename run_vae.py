@@ -168,7 +168,7 @@ def main():
     if args.hold_out:
         last = max(state["log"], key=lambda row: row["held_out_elbo"])
         tree.map(np.copyto, params, arrays["best"])
-        print(f"kept the weights of epoch {last['epoch']}, whose held-out ELBO, {last['held_out_elbo']:.2f}, is best")
+        print(f"kept the weights of best held-out ELBO, {last['held_out_elbo']:.2f}: row {last['epoch']} of log.csv")
     metrics = {name: last[f"test_{name}"] for name in ("elbo", "reconstruction", "kl")} | {"entropy_floor": floor}
     checkpoint.write_metrics(args, metrics, params, state)
     limit = "0, since pixels are 0 or 1" if args.binarize else f"{-floor:.2f}, the entropy of the grey pixels"
