@@ -5,7 +5,7 @@ examples:
   python run_vae.py --arch conv                    convolutions in place of dense layers
   python run_vae.py --latent-dim 2 --out runs/2d   a latent space that latents_0_1.png shows whole
   python run_vae.py --binarize --latent-dim 40 --hold-out 10000 --epochs 100 --warm-up 20 --out runs/vae-binarized
-                                                   the protocol of published numbers; the README says how to finish it
+                                                   the protocol of published numbers; docs/quality.md has the rest
 """
 
 import math
