@@ -204,15 +204,25 @@ def ddim_sample(eps_theta, schedule, x_T, steps, eta=0.0, rng=None):
 # be replaced, by beta~_2, or a pixel that is off by one grey level would cost infinitely much.
 
 
+def gaussian_kl(mean, variance, mean_theta, variance_theta):
+    """D_KL(N(mean, variance) || N(mean_theta, variance_theta)) of each component, in nats; arguments broadcast.
+
+    It is 1/2 (tr(S_theta^-1 S) - d + log(det S_theta / det S) + (m_theta - m)^T S_theta^-1 (m_theta - m)) where both
+    covariances are diagonal: then it is a sum over components. Where they are equal, only the last term is left.
+    """
+    ratio = variance / variance_theta
+    return 0.5 * (ratio - 1 - np.log(ratio) + (mean - mean_theta) ** 2 / variance_theta)
+
+
 def bound_terms(eps_theta, schedule, x_0, t, eps):
     """L_{t-1} of each image at its own t, in nats, (N,) float64; eps (N, H, W, C) leads to the x_t that it is for."""
     x_t = q_sample(schedule, x_0, t, eps)
     x_0_theta = predict_x_0(schedule, x_t, t, eps_theta(x_t, t))
     mean, variance = q_posterior(schedule, x_0, x_t, t)
     mean_theta, _ = q_posterior(schedule, x_0_theta, x_t, t)
-    # Two Gaussians of the same covariance: only the distance of their means is left of the divergence.
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 at t = 1, where the decoder takes its place
-        terms = ((mean - mean_theta) ** 2 / (2 * variance)).reshape(len(t), -1).sum(axis=1, dtype=np.float64)
+        divergence = gaussian_kl(mean, variance, mean_theta, variance)
+    terms = divergence.reshape(len(t), -1).sum(axis=1, dtype=np.float64)
     last = t == 1
     sigma = math.sqrt(schedule["posterior_variance"][min(2, len(schedule["beta"]) - 1)] or schedule["beta"][1])
     terms[last] = -discretised_log_likelihood(x_0[last], mean_theta[last], sigma)

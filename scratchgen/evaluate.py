@@ -139,10 +139,16 @@ def measure_vae(args, config, params, data, workers):
     codes = over_images(lambda x: np.stack(encode(x), axis=1), [x], SHARD, workers, "codes")  # (N, 2, D)
     mu, log_var = codes[:, 0], codes[:, 1]
     kl, active = vae.kl_per_dimension(mu, log_var).mean(axis=0, dtype=np.float64), metrics.active_units(mu)
-    numbers = {"kl_per_dimension": kl.round(4).tolist(), "active_units": int(active.sum())}
+    variance, spread = mu.var(axis=0, dtype=np.float64), np.exp(log_var).mean(axis=0, dtype=np.float64)
+    numbers = {
+        "kl_per_dimension": kl.round(4).tolist(),
+        "variance_of_mu": variance.round(4).tolist(),
+        "mean_of_variance": spread.round(4).tolist(),
+        "active_units": int(active.sum()),
+    }
     line = ("active latent dimensions", f"{active.sum()}", f"of {len(kl)}; their KL: {kl[active].sum():.2f} nats")
     report(args, params, "latent", numbers, line)
-    plots.save(plots.latent_use(kl, mu.var(axis=0), active), args.run / "latent_use.png")
+    plots.save(plots.latent_use(kl, variance, spread, active), args.run / "latent_use.png")
 
     if args.iwae:
 

@@ -125,23 +125,28 @@ def ddpm_loss(log, t, errors, T, bins=40):
     return figure
 
 
-def latent_use(kl, variance, active):
-    """Two panels over latent dimensions, in falling order of KL: KL in nats, and the variance of mu over images."""
+def latent_use(kl, variance, spread, active):
+    """Two panels over latent dimensions, in falling order of KL: KL in nats, and how z gets the variance of the prior.
+
+    All are (D,): ``variance`` is that of mu over images and ``spread`` the mean of sigma^2. Their sum is the variance
+    of z, 1 if codes are distributed as the prior is.
+    """
     figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     order, places = np.argsort(-kl), np.arange(len(kl))
-    for axes, values in zip(figure.subplots(1, 2), (kl, variance), strict=True):
-        axes.bar(places, values[order], color=np.where(active, "C0", "lightgray")[order])
-        axes.set(xlabel="latent dimension, by KL")
-        axes.set_xticks(
-            places, order, fontsize="xx-small" if len(kl) > 20 else "small", rotation=90 if len(kl) > 20 else 0
-        )
-        axes.grid(alpha=0.3, axis="y")
-    left, right = figure.axes
+    colours = np.where(active, "C0", "lightgray")[order]
+    left.bar(places, kl[order], color=colours)
     left.set(title=f"KL of each dimension, {kl.sum():.1f} nats in all", ylabel="nats, mean over test images")
-    right.set(
-        title=f"{active.sum()} of {len(kl)} active: variance above 0.01", ylabel="variance of $\\mu$ over test images"
-    )
-    right.axhline(1, color="gray", linewidth=1, linestyle=":")
+    right.bar(places, variance[order], color=colours, label="variance of $\\mu$")
+    right.bar(places, spread[order], bottom=variance[order], color="C1", alpha=0.5, label="mean of $\\sigma^2$")
+    right.axhline(1, color="gray", linewidth=1, linestyle=":", label="variance of the prior")
+    right.set(title=f"{active.sum()} of {len(kl)} active: variance of $\\mu$ above 0.01", ylabel="over test images")
+    right.legend(fontsize="small", loc="lower center")
+    crowded = len(kl) > 20
+    for axes in (left, right):
+        axes.set_xlabel("latent dimension, by KL")
+        axes.set_xticks(places, order, fontsize="xx-small" if crowded else "small", rotation=90 if crowded else 0)
+        axes.grid(alpha=0.3, axis="y")
     return figure
 
 

@@ -68,6 +68,8 @@ def test_vae_numbers(folder, measure, x_test, capsys):
     mu, log_var = vae.mlp_encode(params, scale(x_test, 0, 1))
     kl = vae.kl_per_dimension(mu, log_var).mean(axis=0)
     np.testing.assert_allclose(found["latent"]["kl_per_dimension"], kl, atol=1e-4)
+    np.testing.assert_allclose(found["latent"]["variance_of_mu"], mu.var(axis=0), atol=1e-4)
+    np.testing.assert_allclose(found["latent"]["mean_of_variance"], np.exp(log_var).mean(axis=0), atol=1e-4)
     assert found["latent"]["active_units"] == metrics.active_units(mu).sum()
     after = json.loads((folder / "vae" / "metrics.json").read_text())
     assert {name: after[name] for name in before} == before  # what the run wrote is still there

@@ -123,9 +123,11 @@ def test_gif_has_every_frame_and_lingers_on_the_last(tmp_path):
 
 def test_latent_use_shows_dimensions_in_falling_order_of_kl():
     kl, variance, active = np.array([0.5, 2.0, 0.0]), np.array([0.4, 0.9, 0.001]), np.array([True, True, False])
-    left, right = plots.latent_use(kl, variance, active).axes
+    spread = np.array([0.6, 0.2, 0.999])
+    left, right = plots.latent_use(kl, variance, spread, active).axes
     assert [bar.get_height() for bar in left.patches] == [2.0, 0.5, 0.0]
-    assert [bar.get_height() for bar in right.patches] == [0.9, 0.4, 0.001]
+    np.testing.assert_allclose([bar.get_height() for bar in right.patches], [0.9, 0.4, 0.001, 0.2, 0.6, 0.999])
+    np.testing.assert_allclose([bar.get_y() for bar in right.patches[3:]], [0.9, 0.4, 0.001])  # stands on the other
     assert [label.get_text() for label in left.get_xticklabels()] == ["1", "0", "2"]
     assert "2.5 nats" in left.get_title() and "2 of 3" in right.get_title()
     colours = [bar.get_facecolor() for bar in left.patches]
