@@ -125,15 +125,25 @@ def predict_noise(network, schedule, x_t, t):
 
 
 def squared_errors(eps_theta, schedule, batch):
-    """The eps-loss of each image, (N,): Eq. (14) before its expectation, divided by the number of pixels d."""
+    """The eps-loss of each image, (N,): its expectation, 1 for a network that predicts no noise, is L_simple / d.
+
+    L_simple is the loss of Eq. (14), and d the number of pixels.
+    """
     x_0, t, eps = batch
     difference = eps_theta(q_sample(schedule, x_0, t, eps), t) - eps
     return (difference * difference).reshape((len(t), -1)).sum(axis=1) * (1 / eps[0].size)
 
 
-def simple_loss(eps_theta, schedule, batch):
-    """L_simple, Eq. (14), as a mean over pixels too: 1 for a network that predicts no noise at all."""
-    return squared_errors(eps_theta, schedule, batch).sum() * (1 / len(batch[1]))
+def weighted_loss(eps_theta, schedule, batch):
+    """What training minimises, L_simple / d with weights 1 / sqrt(alpha_bar_t), and L_simple / d itself to report.
+
+    What a picture shows is decided where alpha_bar_t is between 0.5 and 0.01, and there L_simple, in terms of v
+    alpha_bar_t ||v - v_theta||^2, hardly counts. Scoring v itself would count little but the noisiest steps, at which
+    hardly anything can be known. This is half-way, the geometric mean of both: sqrt(alpha_bar_t) ||v - v_theta||^2.
+    """
+    errors, t = squared_errors(eps_theta, schedule, batch), batch[1]
+    weights = (1 / schedule["signal"][t]).astype(np.float32)
+    return (errors * weights).sum() * (1 / len(t)), {"loss": errors.sum() * (1 / len(t))}
 
 
 # ----------------------------------------------------------------------------------------- p, the way back to an image

@@ -29,7 +29,7 @@ def loss_of(network):
     def predict_noise(params, x_t, t):
         return diffusion.predict_noise(partial(network, params), SCHEDULE, x_t, t)
 
-    return lambda params, batch: diffusion.simple_loss(partial(predict_noise, params), SCHEDULE, batch)
+    return lambda params, batch: diffusion.weighted_loss(partial(predict_noise, params), SCHEDULE, batch)[0]
 
 
 def shaken(rng, params):

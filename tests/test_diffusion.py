@@ -87,18 +87,29 @@ def test_draw_batch_takes_every_t_from_1_to_T_and_unit_noise(rng):
 
 def test_loss_of_no_prediction_is_the_noises_variance_and_of_an_oracle_zero(schedule, rng):
     batch = diffusion.draw_batch(schedule, images(rng, 400), rng)
-    silent = diffusion.simple_loss(lambda x_t, t: 0 * x_t, schedule, batch)
+    silent = diffusion.squared_errors(lambda x_t, t: 0 * x_t, schedule, batch).mean()
     assert silent == pytest.approx(np.mean(batch[2] ** 2), rel=1e-5)
     # eps is a quotient by sqrt(1 - alpha_bar_t), small at t = 1: that is the rounding allowed for.
-    assert diffusion.simple_loss(oracle(schedule, batch[0]), schedule, batch) < 1e-8
+    assert diffusion.squared_errors(oracle(schedule, batch[0]), schedule, batch).mean() < 1e-8
 
 
 def test_squared_errors_are_per_image_means_over_pixels(schedule, rng):
     batch = diffusion.draw_batch(schedule, images(rng, 5), rng)
     errors = diffusion.squared_errors(lambda x_t, t: x_t, schedule, batch)
     x_t = diffusion.q_sample(schedule, *batch)
-    np.testing.assert_allclose(errors, ((x_t - batch[2]) ** 2).mean(axis=(1, 2, 3)), rtol=1e-5)
     assert errors.dtype == np.float32
+    np.testing.assert_allclose(errors, ((x_t - batch[2]) ** 2).mean(axis=(1, 2, 3)), rtol=1e-5)
+
+
+def test_training_weighs_an_error_in_v_by_the_square_root_of_alpha_bar(schedule, rng):
+    batch = x_0, t, eps = diffusion.draw_batch(schedule, images(rng, 50), rng)
+    signal, noise = (np.sqrt(a)[t].reshape(-1, 1, 1, 1) for a in (schedule["alpha_bar"], 1 - schedule["alpha_bar"]))
+    v = signal * eps - noise * x_0
+    v_theta = v + rng.standard_normal(x_0.shape)
+    eps_theta = signal * v_theta + noise * (signal * x_0 + noise * eps)
+    value, reported = diffusion.weighted_loss(lambda x_t, t: eps_theta, schedule, batch)
+    assert value == pytest.approx(np.mean(signal * (v - v_theta) ** 2), rel=1e-4)
+    assert reported["loss"] == pytest.approx(np.mean((eps - eps_theta) ** 2), rel=1e-4)
 
 
 def test_eps_from_v_undoes_the_definition_of_v(schedule, rng):

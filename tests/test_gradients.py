@@ -92,7 +92,7 @@ def test_nothing_on_the_tape_of_a_training_step_is_float64(model, rng, monkeypat
             def eps_theta(x, t):
                 return diffusion.predict_noise(partial(network, p), schedule, x, t)
 
-            return diffusion.simple_loss(eps_theta, schedule, batch)
+            return diffusion.weighted_loss(eps_theta, schedule, batch)
 
     seen, init_node = set(), VJPNode.__init__
 

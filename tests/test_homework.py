@@ -424,7 +424,7 @@ def test_question_10_the_kl_is_the_weighted_squared_error_of_the_noise(schedule,
 
         found = diffusion.bound_terms(lambda x_t, t, wrong=wrong: wrong, schedule, x_0, times, eps)[0]
         assert found == pytest.approx(weight * squared_error, rel=1e-2)
-        simple = diffusion.simple_loss(lambda x_t, t, wrong=wrong: wrong, schedule, (x_0, times, eps))
+        (simple,) = diffusion.squared_errors(lambda x_t, t, wrong=wrong: wrong, schedule, (x_0, times, eps))
         assert simple == pytest.approx(squared_error / eps.size, rel=1e-4)
 
 

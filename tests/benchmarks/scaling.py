@@ -81,7 +81,7 @@ def unet(batch=run_ddpm.BATCH, workers=CORES):
     images = scale(train_images(batch), -1, 1)
 
     def loss(params, batch):
-        return diffusion.simple_loss(partial(eps_theta, schedule, params), schedule, batch)
+        return diffusion.weighted_loss(partial(eps_theta, schedule, params), schedule, batch)
 
     step = trainer(workers, denoisers.init_unet(rng), loss, run_ddpm.SHARD, ema=True)
     return per_step(lambda count: step(diffusion.draw_batch(schedule, images, rng), count)), workers

@@ -102,9 +102,9 @@ def predict_noise(p, signal, noise, x_t, t):
     return signal * unet(p, seen, t) + noise * x_t
 
 
-def simple_loss(p, batch):
+def weighted_loss(p, batch):
     x_0, t, eps, signal, noise = batch
-    return F.mse_loss(predict_noise(p, signal, noise, signal * x_0 + noise * eps, t), eps)
+    return ((predict_noise(p, signal, noise, signal * x_0 + noise * eps, t) - eps) ** 2 / signal).mean()
 
 
 def negative_elbo(encode, decode, p, batch):
@@ -297,7 +297,7 @@ def unet_step(workers, rng):
     schedule, params, (x_0, t, eps), eps_theta = unet_case(workers, rng)
 
     def loss(params, batch):
-        return diffusion.simple_loss(partial(eps_theta, params), schedule, batch)
+        return diffusion.weighted_loss(partial(eps_theta, params), schedule, batch)
 
     signal, noise = diffusion.at(schedule["signal"], t), diffusion.at(schedule["noise"], t)
     return training(
@@ -306,7 +306,7 @@ def unet_step(workers, rng):
         (x_0, t, eps),
         run_ddpm.SHARD,
         workers,
-        simple_loss,
+        weighted_loss,
         lambda layout: (image(x_0, layout), t, image(eps, layout), signal, noise),
         ema=True,
     )
