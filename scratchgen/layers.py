@@ -22,16 +22,20 @@ def dense(params, x):  # (..., C) -> (..., O)
     return ops.dense(x, params["w"], params["b"])
 
 
-def init_mlp(rng, sizes):
-    """Dense layers from sizes[0] to sizes[-1]; the last, which no ReLU follows, with gain 1."""
+def init_mlp(rng, sizes, gated=False):
+    """Dense layers from sizes[0] to sizes[-1]; the last, which no activation follows, with gain 1.
+
+    ``gated``: every other layer has twice as many outputs, for `ops.glu` to halve.
+    """
+    outputs = [size * (1 + gated) for size in sizes[1:-1]] + [sizes[-1]]
     gains = [2.0] * (len(sizes) - 2) + [1.0]
-    return [init_dense(rng, *io, gain) for *io, gain in zip(sizes, sizes[1:], gains, strict=False)]
+    return [init_dense(rng, i, o, gain) for i, o, gain in zip(sizes, outputs, gains, strict=False)]
 
 
-def mlp(params, x):  # (N, sizes[0]) -> (N, sizes[-1])
-    """Dense layers with a ReLU between one and the next."""
+def mlp(params, x, activation=ops.relu):  # (N, sizes[0]) -> (N, sizes[-1])
+    """Dense layers with an activation, by default a ReLU, between one and the next."""
     for layer in params[:-1]:
-        x = ops.relu(dense(layer, x))
+        x = activation(dense(layer, x))
     return dense(params[-1], x)
 
 

@@ -216,6 +216,24 @@ def silu(x):
     return times_sigmoid(x, sigmoid(getval(x)))
 
 
+@primitive
+def times_gate(x, gate):
+    return x[..., : gate.shape[-1]] * gate
+
+
+def times_gate_vjp(ans, x, gate):
+    # y = a s(b) with x = (a, b): dy/da = s and dy/db = a s (1 - s) = y (1 - s).
+    return lambda g: np.concatenate([g * gate, g * ans * (1 - gate)], axis=-1)
+
+
+defvjp(times_gate, times_gate_vjp)
+
+
+def glu(x):
+    """One half of the channels times the sigmoid of the other: (.., 2 C) -> (.., C) (Dauphin et al. 2017, "gated")."""
+    return times_gate(x, sigmoid(getval(x)[..., x.shape[-1] // 2 :]))
+
+
 # --------------------------------------------------------------------------------------------------------- group norm
 # Over the positions and channels of each group of an image, with m their mean and r = 1 / sqrt(variance + epsilon):
 # xhat = (x - m) r, y = scale xhat + shift. For one image and channel that is y = a x + (shift - m a) with a = scale r:

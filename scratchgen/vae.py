@@ -9,11 +9,13 @@ Dimensions: N images, H = W = 28, one channel; D latent dimensions. Images x are
 read as probabilities: the first term is then minus a cross-entropy, and no model can bring it above minus the entropy
 of the pixels themselves (`entropy_floor`). All terms are in nats per image.
 
-First the bound, which takes encoder and decoder as functions; below it the two pairs of networks to choose from.
+First the bound, which takes encoder and decoder as functions; below it the pairs of networks to choose from.
 """
 
+from functools import partial
+
 from scratchgen.layers import conv, dense, init_conv, init_dense, init_mlp, mlp
-from scratchgen.ops import bernoulli_log_likelihood, patches, relu, sigmoid, unpatch
+from scratchgen.ops import bernoulli_log_likelihood, glu, patches, relu, sigmoid, unpatch
 
 import autograd.numpy as np
 from autograd.extend import defvjp, primitive
@@ -83,25 +85,26 @@ def entropy_floor(x):
     return float(entropy.sum() / len(x))
 
 
-# ----------------------------------------------------- 784 - 300 - 300 - D - 300 - 300 - 784, all dense
+# ----------------------------------------- 784 - 300 - 300 - D - 300 - 300 - 784, all dense, with ReLUs or with gates
 
 
-def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28):
+def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28, gated=False):
+    *before, last = hidden
     return {
-        "encoder": init_mlp(rng, [pixels, *hidden]),
-        "mu": init_dense(rng, hidden[-1], latent_dim, gain=1.0),
-        "log_var": init_dense(rng, hidden[-1], latent_dim, gain=0.0),  # the spread starts at 1, as in the prior
-        "decoder": init_mlp(rng, [latent_dim, *hidden, pixels]),
+        "encoder": init_mlp(rng, [pixels, *before, last * (1 + gated)], gated),
+        "mu": init_dense(rng, last, latent_dim, gain=1.0),
+        "log_var": init_dense(rng, last, latent_dim, gain=0.0),  # the spread starts at 1, as in the prior
+        "decoder": init_mlp(rng, [latent_dim, *hidden, pixels], gated),
     }
 
 
-def mlp_encode(params, x):  # (N, H, W, 1) -> 2 x (N, D)
-    h = relu(mlp(params["encoder"], np.reshape(x, (len(x), -1))))
+def mlp_encode(params, x, activation=relu):  # (N, H, W, 1) -> 2 x (N, D)
+    h = activation(mlp(params["encoder"], np.reshape(x, (len(x), -1)), activation))
     return dense(params["mu"], h), dense(params["log_var"], h)
 
 
-def mlp_decode(params, z):  # (N, D) -> (N, H, W, 1)
-    return np.reshape(mlp(params["decoder"], z), (len(z), 28, 28, 1))
+def mlp_decode(params, z, activation=relu):  # (N, D) -> (N, H, W, 1)
+    return np.reshape(mlp(params["decoder"], z, activation), (len(z), 28, 28, 1))
 
 
 # ------------------------------------------------------- convolutions at 14 x 14 and 7 x 7, and the same way back
@@ -147,4 +150,12 @@ def conv_decode(params, z):  # (N, D) -> (N, H, W, 1)
 
 
 # --arch on the command line: name -> (init, encode, decode)
-VAES = {"mlp": (init_mlp_vae, mlp_encode, mlp_decode), "conv": (init_conv_vae, conv_encode, conv_decode)}
+VAES = {
+    "mlp": (init_mlp_vae, mlp_encode, mlp_decode),
+    "gated": (
+        partial(init_mlp_vae, gated=True),
+        partial(mlp_encode, activation=glu),
+        partial(mlp_decode, activation=glu),
+    ),
+    "conv": (init_conv_vae, conv_encode, conv_decode),
+}

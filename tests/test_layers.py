@@ -1,6 +1,8 @@
 """Each layer's gradient with respect to its parameters and its input, and what its initial state promises."""
 
-from scratchgen import layers, tree
+from functools import partial
+
+from scratchgen import layers, ops, tree
 from scratchgen.gradients import value_and_grad
 
 import numpy as np
@@ -18,6 +20,11 @@ def shaken(rng, params):
 CASES = {
     "dense": (lambda r: layers.init_dense(r, C, O), layers.dense, [(N, C)]),
     "mlp": (lambda r: layers.init_mlp(r, [C, 7, 5, O]), layers.mlp, [(N, C)]),
+    "gated mlp": (
+        lambda r: layers.init_mlp(r, [C, 7, 5, O], gated=True),
+        partial(layers.mlp, activation=ops.glu),
+        [(N, C)],
+    ),
     "conv": (lambda r: layers.init_conv(r, C, O), layers.conv, [(N, H, W, C)]),
     "conv 1x1": (lambda r: layers.init_conv(r, C, O, kernel_size=1), layers.conv, [(N, H, W, C)]),
     "group_norm": (lambda r: layers.init_group_norm(O), layers.group_norm, [(N, H, W, O)]),

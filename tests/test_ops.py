@@ -96,6 +96,8 @@ def test_activations_equal_their_definitions(rng):
     x = rng.standard_normal((N, C)) * 5
     np.testing.assert_allclose(ops.silu(x), x / (1 + np.exp(-x)))
     np.testing.assert_array_equal(ops.relu(x), np.where(x > 0, x, 0))
+    a, b = rng.standard_normal((2, N, C)) * 5
+    np.testing.assert_allclose(ops.glu(np.concatenate([a, b], axis=1)), a / (1 + np.exp(-b)))
 
 
 def test_bernoulli_log_likelihood_equals_its_definition(rng):
@@ -164,6 +166,7 @@ def test_patch_gradients(rng):
 
 def test_activation_gradients(rng):
     assert_gradients(ops.silu, [rng.standard_normal((N, C)) * 3])
+    assert_gradients(ops.glu, [rng.standard_normal((N, 2 * C)) * 3])
     assert_gradients(ops.relu, [away_from_zero(rng, N, C)])
 
 
@@ -209,6 +212,7 @@ CASES = {
     "unpatch": (lambda x: ops.unpatch(x, 2), [(N, H, W, C)]),
     "relu": (ops.relu, [(N, C)]),
     "silu": (ops.silu, [(N, C)]),
+    "glu": (ops.glu, [(N, 2 * C)]),
     "group_norm": (lambda *a: ops.group_norm(*a, 2), [(N, H, W, C), (C,), (C,)]),
     "group_norm per image": (lambda *a: ops.group_norm(*a, 2), [(N, H, W, C), (N, C), (N, C)]),
     "bernoulli": (lambda logits: ops.bernoulli_log_likelihood(logits, np.zeros((N, C), F32)), [(N, C)]),

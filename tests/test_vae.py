@@ -101,7 +101,7 @@ def test_generated_pixels_are_probabilities_even_far_from_the_prior(rng, arch):
     assert np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1
 
 
-@pytest.mark.parametrize(("arch", "steps"), [("mlp", 150), ("conv", 60)])
+@pytest.mark.parametrize(("arch", "steps"), [("mlp", 150), ("gated", 150), ("conv", 60)])
 def test_one_batch_can_be_learned_by_heart(rng, arch, steps):
     params, batch = vae.VAES[arch][0](rng, D), make_batch(rng, 8)
     adam, step_of = init_adam(params), value_and_grad(partial(bound, arch))
