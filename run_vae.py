@@ -4,8 +4,8 @@ examples:
   python run_vae.py                                about two minutes on two cores
   python run_vae.py --arch conv                    convolutions in place of dense layers
   python run_vae.py --latent-dim 2 --out runs/2d   a latent space that latents_0_1.png shows whole
-  python run_vae.py --binarize --latent-dim 40 --hold-out 10000 --epochs 100 --warm-up 20 --out runs/vae-binarized
-                                                   the protocol of published numbers; docs/quality.md has the rest
+  python run_vae.py --arch gated --binarize --latent-dim 40 --hold-out 10000 --epochs 150 --warm-up 30 \\
+    --out runs/vae-binarized                       the protocol of published numbers; docs/quality.md has the rest
 """
 
 import math
