@@ -4,8 +4,11 @@ What is on trial is the package's code; what it is compared with is worked out h
 joint Gaussians, by quadrature, by exact fractions, by Monte Carlo.
 """
 
+import importlib
 import math
+import re
 from fractions import Fraction
+from pathlib import Path
 
 from scratchgen import diffusion, plots, vae
 from scratchgen.diffusion import make_schedule
@@ -472,3 +475,25 @@ def test_errata_eps_t_is_not_the_last_step(rng):
     assert total.var() == pytest.approx(1, abs=0.2)
     for wrong in (x_t - before, step_noise[1]):
         assert np.abs(diffusion.predict_x_0(s, x_t, at_t, wrong) - x_0).mean() > 0.2
+
+
+# ------------------------------------------------------------------------------------------------------ the document
+
+
+def test_whatever_the_document_names_exists_and_it_names_every_test_above():
+    docs, tests = Path(__file__).parent.parent / "docs", Path(__file__).parent
+    text = (docs / "homework.md").read_text()
+    named, ours = (
+        set(re.findall(r"`(test_\w+)`", text)),
+        set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.M)),
+    )
+    everywhere = {
+        name for file in tests.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    assert named <= everywhere
+    assert {name for name in ours if re.match("test_(question|errata)", name)} <= named
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https:") or (docs / link).exists(), link
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", text):
+        if (docs.parent / "scratchgen" / f"{module}.py").exists():
+            assert hasattr(importlib.import_module(f"scratchgen.{module}"), name), f"{module}.{name}"

@@ -1,0 +1,108 @@
+"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in some ten minutes on two cores.
+
+The runs, from the folder of the run scripts:
+  python run_vae.py
+  python run_vae.py --beta 0 --out runs/vae-beta-0
+  python run_vae.py --beta 10 --out runs/vae-beta-10
+  python run_ddpm.py --T 200
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+from scratchgen import cli, diffusion, evaluate, plots, vae
+from scratchgen.data import load_fashion_mnist, scale
+
+import numpy as np
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+ROOT, FIGURES = HERE.parent, HERE / "figures"
+BETAS = {0: "vae-beta-0", 1: "vae", 10: "vae-beta-10"}
+OF_RUN = {  # the run that a figure of docs/figures/ comes from -> its figures
+    "vae": ("loss", "samples", "reconstructions", "latents", "interpolation", "latent_use"),
+    "ddpm": ("loss", "samples", "trajectory", "forward", "sampling", "bound", "steps"),
+}
+
+
+def parse_arguments():
+    parser = cli.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="the folder of the runs (default: runs/)")
+    cli.add_data_flags(parser)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    for run in (*BETAS.values(), "ddpm"):
+        if not (args.runs / run / "checkpoint.npz").exists():
+            raise cli.UsageError(f"{args.runs / run}: expected a finished run; --help says which command makes it")
+    models = {beta: evaluate.load_run(args.runs / run) for beta, run in BETAS.items()}
+    for beta, (config, _) in models.items():
+        if config["beta"] != beta:
+            raise cli.UsageError(f"{args.runs / BETAS[beta]}: expected a run with --beta {beta}")
+    x_test = load_fashion_mnist(args.data)["test_images"]
+
+    # A finished run that is resumed draws its figures again.
+    again = ["--resume", "--data", args.data, "--workers", args.workers, "--out"]
+    measure = ["-m", "scratchgen.evaluate", "--data", args.data, "--workers", args.workers]
+    steps = ["--frechet", 512, "--sampler", "ddpm", "ddim", "--sample-steps", 10, 20, 50, 100, 200]
+    for command in (
+        [ROOT / "run_vae.py", *again, args.runs / "vae"],
+        [ROOT / "run_ddpm.py", "--T", 200, *again, args.runs / "ddpm"],
+        [*measure, args.runs / "vae"],
+        [*measure, args.runs / "ddpm", "--bound", 100],
+        [*measure, args.runs / "ddpm", *steps],
+    ):
+        if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
+            sys.exit(status)  # it has said what is wrong
+    for run, names in OF_RUN.items():
+        for name in names:
+            (path,) = (args.runs / run).glob(f"{name}_[0-9]*.png" if name == "latents" else f"{name}.*")
+            shutil.copyfile(path, FIGURES / f"{run}_{name}{path.suffix}")
+    plots.save(beta_rows(models, scale(x_test[:10], 0, 1)), FIGURES / "homework_beta.png")
+    plots.save(prior_kl(scale(x_test, -1, 1)), FIGURES / "homework_prior_kl.png")
+    print(f"figures are in {FIGURES}")
+
+
+def beta_rows(models, x):
+    """Ten test images, their reconstructions by the VAE of each beta, and what it decodes from z ~ N(0, I)."""
+    rows, samples, z = {"test images": x}, {}, np.random.default_rng(0).standard_normal((10, 20), dtype=np.float32)
+    for beta, (config, params) in models.items():
+        encode, decode = (partial(f, params) for f in vae.VAES[config["arch"]][1:])
+        mu, _ = encode(x)
+        rows[f"$\\beta$ = {beta}: decoded from $\\mu$"] = vae.generate(decode, mu)
+        samples[f"$\\beta$ = {beta}: from N(0, I)"] = vae.generate(decode, z)
+    rows |= samples
+    return plots.grid(np.concatenate(list(rows.values())), 10, "", row_labels=list(rows))
+
+
+def prior_kl(x):
+    """D_KL(q(x_T | x_0) || N(0, I)), mean over images, against T for three schedules."""
+    unscaled = {"linear, unscaled": lambda T: np.linspace(1e-4, 0.02, T)}
+    names = {"linear": "linear, scaled by 1000 / T", "cosine": "cosine"}
+    betas_of = unscaled | {names[name]: betas for name, betas in diffusion.SCHEDULES.items()}
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot(title="how far $x_T$ is from pure noise")
+    every_T = np.unique(np.geomspace(20, 1000, 40).round().astype(int))
+    for name, betas in betas_of.items():
+        kl = [prior_kl_of_betas(betas(T), x) for T in every_T]
+        axes.loglog(every_T, kl, label=name)
+    axes.axvline(200, color="gray", linestyle=":", linewidth=1)
+    axes.annotate("T = 200", (206, 0.95), xycoords=("data", "axes fraction"), color="gray")
+    axes.set(xlabel="T", ylabel="$D_{KL}(q(x_T|x_0)\\,||\\,N(0, I))$, nats per image")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def prior_kl_of_betas(betas, x):
+    return diffusion.prior_kl({"alpha_bar": np.cumprod(1 - betas)}, x).mean()
+
+
+if __name__ == "__main__":
+    cli.run(main)
