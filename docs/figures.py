@@ -75,10 +75,12 @@ def beta_rows(models, x):
     for beta, (config, params) in models.items():
         encode, decode = (partial(f, params) for f in vae.VAES[config["arch"]][1:])
         mu, _ = encode(x)
-        rows[f"$\\beta$ = {beta}: decoded from $\\mu$"] = vae.generate(decode, mu)
-        samples[f"$\\beta$ = {beta}: from N(0, I)"] = vae.generate(decode, z)
+        rows[f"$\\beta$ = {beta}, from $\\mu$"] = vae.generate(decode, mu)
+        samples[f"$\\beta$ = {beta}, from N(0, I)"] = vae.generate(decode, z)
     rows |= samples
-    return plots.grid(np.concatenate(list(rows.values())), 10, "", row_labels=list(rows))
+    figure = plots.grid(np.concatenate(list(rows.values())), 10, "", row_labels=list(rows))
+    figure.set_size_inches(7.8, 4.4)  # the labels are wide
+    return figure
 
 
 def prior_kl(x):
