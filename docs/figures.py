@@ -1,4 +1,4 @@
-"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in some ten minutes on two cores.
+"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in some five minutes on two cores.
 
 The runs, from the folder of the run scripts:
   python run_vae.py
@@ -76,10 +76,10 @@ def beta_rows(models, x):
         encode, decode = (partial(f, params) for f in vae.VAES[config["arch"]][1:])
         mu, _ = encode(x)
         rows[f"$\\beta$ = {beta}, from $\\mu$"] = vae.generate(decode, mu)
-        samples[f"$\\beta$ = {beta}, from N(0, I)"] = vae.generate(decode, z)
+        samples[f"$\\beta$ = {beta}, from $z$"] = vae.generate(decode, z)
     rows |= samples
     figure = plots.grid(np.concatenate(list(rows.values())), 10, "", row_labels=list(rows))
-    figure.set_size_inches(7.8, 4.4)  # the labels are wide
+    figure.set_size_inches(7.6, 4.4)  # the labels are wide
     return figure
 
 

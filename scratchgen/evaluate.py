@@ -52,10 +52,6 @@ def parse_arguments():
     flag("--sampler", nargs="+", choices=("ddpm", "ddim"), default=["ddpm"], help=help)
     help = "diffusion: the sampler's steps, at most T (default: T); several for a figure"
     flag("--sample-steps", type=whole(1), nargs="+", metavar="S", help=help)
-    help = (
-        "diffusion: of the noise that ddpm adds at a step, the share that ddim adds, in standard deviation (default: 0)"
-    )
-    flag("--eta", type=cli.number(float, 0, high=1), default=0.0, metavar="E", help=help)
     help = "the VAE run that --frechet compares a diffusion model with (default: vae beside it)"
     flag("--vae", type=Path, metavar="FOLDER", help=help)
     flag("--seed", type=whole(0), default=0, help="decides every random number (default: 0)")
@@ -67,7 +63,7 @@ def main():
     args = parse_arguments()
     config, params = load_run(args.run)
     is_vae = config["model"] == "vae"
-    if wrong := [name for name in (("bound", "sample_steps", "eta") if is_vae else ("iwae",)) if getattr(args, name)]:
+    if wrong := [name for name in (("bound", "sample_steps") if is_vae else ("iwae",)) if getattr(args, name)]:
         kind = "a diffusion model" if is_vae else "a VAE"
         raise cli.UsageError(f"--{wrong[0].replace('_', '-')} is for {kind}, which {args.run} is not")
     args.sample_steps = args.sample_steps or [config.get("T")]
@@ -220,11 +216,8 @@ def mean_and_standard_error(values):
 # --------------------------------------------------------------------------------------- samples and Frechet distance
 
 
-def drawing(config, params, seed, eta=0.0, steps=None):
-    """A function from the numbers of images, (N,), to images that the model draws, uint8 (N, 28, 28, 1).
-
-    For a diffusion model with eta = 1 and all T steps, it is Algorithm 2.
-    """
+def drawing(config, params, seed, sampler=None, steps=None):
+    """A function from the numbers of images, (N,), to images that the model draws, uint8 (N, 28, 28, 1)."""
 
     def from_vae(numbers):
         rng = np.random.default_rng([seed, SAMPLES, numbers[0]])
@@ -238,6 +231,7 @@ def drawing(config, params, seed, eta=0.0, steps=None):
     def from_noise(numbers):
         rng = np.random.default_rng([seed, SAMPLES, numbers[0]])
         x_T = rng.standard_normal((len(numbers), 28, 28, 1), dtype=np.float32)
+        eta = {"ddpm": 1.0, "ddim": 0.0}[sampler]  # with eta = 1 and all T steps, this is Algorithm 2
         *_, (_, x_0) = diffusion.ddim_sample(eps_theta, schedule, x_T, steps, eta, rng)
         return grey_levels(x_0, -1, 1)
 
@@ -257,9 +251,9 @@ def measure_samples(args, config, params, data, workers):
             np.savez(temporary, images=images[: args.samples, ..., 0])
         print(f"wrote {args.samples:,} images to {args.run / 'samples.npz'}")
 
-    model, N, eta_of = (config, params, args.seed), args.frechet, {"ddpm": 1.0, "ddim": args.eta}
+    model, N = (config, params, args.seed), args.frechet
     if not N:
-        return save_samples(draw(args.samples, *model, eta_of[args.sampler[0]], args.sample_steps[0]))
+        return save_samples(draw(args.samples, *model, args.sampler[0], args.sample_steps[0]))
 
     ruler = classifier.load_classifier()
 
@@ -283,11 +277,10 @@ def measure_samples(args, config, params, data, workers):
         levels["VAE"] = distance("VAE", draw(N, *load_run(args.vae), args.seed))
     for sampler in args.sampler:
         for steps in args.sample_steps:
-            images = draw(max(N, args.samples or 0), *model, eta_of[sampler], steps)
+            images = draw(max(N, args.samples or 0), *model, sampler, steps)
             if args.samples:
                 save_samples(images)
-            name = f"{sampler}, {steps} steps" + (f", eta {args.eta}" if sampler == "ddim" and args.eta else "")
-            value = distance("VAE" if config["model"] == "vae" else name, images)
+            value = distance("VAE" if config["model"] == "vae" else f"{sampler}, {steps} steps", images)
             curves.setdefault(sampler, []).append((steps, value))
     if len(args.sample_steps) > 1:
         plots.save(plots.distance_over_steps(curves, levels, N), args.run / "steps.png")
