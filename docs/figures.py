@@ -43,8 +43,8 @@ def main():
             raise cli.UsageError(f"{args.runs / run}: expected a finished run; --help says which command makes it")
     models = {beta: evaluate.load_run(args.runs / run) for beta, run in BETAS.items()}
     for beta, (config, _) in models.items():
-        if config["beta"] != beta:
-            raise cli.UsageError(f"{args.runs / BETAS[beta]}: expected a run with --beta {beta}")
+        if config.get("beta") != beta:
+            raise cli.UsageError(f"{args.runs / BETAS[beta]}: expected a run of run_vae.py with --beta {beta}")
     x_test = load_fashion_mnist(args.data)["test_images"]
 
     # A finished run that is resumed draws its figures again.
@@ -62,8 +62,9 @@ def main():
             sys.exit(status)  # it has said what is wrong
     for run, names in OF_RUN.items():
         for name in names:
-            (path,) = (args.runs / run).glob(f"{name}_[0-9]*.png" if name == "latents" else f"{name}.*")
-            shutil.copyfile(path, FIGURES / f"{run}_{name}{path.suffix}")
+            pattern = {"latents": "latents_*.png", "sampling": "sampling.gif"}.get(name, f"{name}.png")
+            newest = max((args.runs / run).glob(pattern), key=lambda path: path.stat().st_mtime)
+            shutil.copyfile(newest, FIGURES / f"{run}_{name}{newest.suffix}")
     plots.save(beta_rows(models, scale(x_test[:10], 0, 1)), FIGURES / "homework_beta.png")
     plots.save(prior_kl(scale(x_test, -1, 1)), FIGURES / "homework_prior_kl.png")
     print(f"figures are in {FIGURES}")

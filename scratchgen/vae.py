@@ -91,7 +91,7 @@ def entropy_floor(x):
 def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28, gated=False):
     *before, last = hidden
     return {
-        "encoder": init_mlp(rng, [pixels, *before, last * (1 + gated)], gated),
+        "encoder": init_mlp(rng, [pixels, *before, last * (1 + gated)], gated),  # an activation follows the last, too
         "mu": init_dense(rng, last, latent_dim, gain=1.0),
         "log_var": init_dense(rng, last, latent_dim, gain=0.0),  # the spread starts at 1, as in the prior
         "decoder": init_mlp(rng, [latent_dim, *hidden, pixels], gated),
