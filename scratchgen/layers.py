@@ -25,7 +25,8 @@ def dense(params, x):  # (..., C) -> (..., O)
 def init_mlp(rng, sizes, gated=False):
     """Dense layers from sizes[0] to sizes[-1]; the last, which no activation follows, with gain 1.
 
-    ``gated``: every other layer has twice as many outputs, for `ops.glu` to halve.
+    ``gated``: every other layer has twice as many outputs, for `ops.glu` to halve. The other gains are 2,
+    derived for ReLUs; they serve for gates, too.
     """
     outputs = [size * (1 + gated) for size in sizes[1:-1]] + [sizes[-1]]
     gains = [2.0] * (len(sizes) - 2) + [1.0]

@@ -230,7 +230,7 @@ defvjp(times_gate, times_gate_vjp)
 
 
 def glu(x):
-    """One half of the channels times the sigmoid of the other: (.., 2 C) -> (.., C) (Dauphin et al. 2017, "gated")."""
+    """The first half of the channels times the sigmoid of the second, (.., 2 C) -> (.., C) (Dauphin et al. 2017)."""
     return times_gate(x, sigmoid(getval(x)[..., x.shape[-1] // 2 :]))
 
 
