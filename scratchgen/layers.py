@@ -90,3 +90,30 @@ def res_block(params, x, time):  # (N, H, W, C), (N, E) -> (N, H, W, O)
     scale, shift = 1 + dense(params["time_scale"], time), dense(params["time_shift"], time)
     h = conv(params["conv2"], ops.silu(ops.group_norm(h, scale, shift, GROUPS)))
     return h + (dense(params["shortcut"], x) if params["shortcut"] else x)
+
+
+def init_global_block(rng, size, channels, squeezed, hidden, time_width):
+    """For images of ``size`` = (H, W) only, S = ``squeezed`` channels a position; it starts as the identity."""
+    positions = size[0] * size[1]
+    return {
+        "norm": init_group_norm(channels),
+        "squeeze": init_dense(rng, channels, squeezed, gain=1.0),
+        "gather": init_dense(rng, positions * squeezed, hidden),
+        "time_scale": init_dense(rng, time_width, hidden, gain=0.1),
+        "time_shift": init_dense(rng, time_width, hidden, gain=0.1),
+        "scatter": init_dense(rng, hidden, positions * squeezed, gain=1.0),
+        "expand": init_dense(rng, squeezed, channels, gain=0.0),
+    }
+
+
+def global_block(params, x, time):  # (N, H, W, C), (N, E) -> (N, H, W, C)
+    """A residual block whose hidden units each see all positions at once, and each have weights of their own for each.
+
+    Norm, SiLU, and a dense layer that leaves S of C channels at each position; then all H W S numbers of the image
+    through one dense layer, where the time embedding sets scale and shift, SiLU, and the same way back.
+    """
+    h = dense(params["squeeze"], ops.silu(group_norm(params["norm"], x)))  # (N, H, W, S)
+    units = dense(params["gather"], h.reshape((len(x), -1)))
+    scale, shift = 1 + dense(params["time_scale"], time), dense(params["time_shift"], time)
+    units = ops.silu(units * scale + shift)
+    return x + dense(params["expand"], dense(params["scatter"], units).reshape(h.shape))

@@ -30,6 +30,11 @@ CASES = {
     "group_norm": (lambda r: layers.init_group_norm(O), layers.group_norm, [(N, H, W, O)]),
     "res_block": (lambda r: layers.init_res_block(r, C, O, E), layers.res_block, [(N, H, W, C), (N, E)]),
     "res_block same width": (lambda r: layers.init_res_block(r, C, C, E), layers.res_block, [(N, H, W, C), (N, E)]),
+    "global_block": (
+        lambda r: layers.init_global_block(r, (H, W), C, 3, 7, E),
+        layers.global_block,
+        [(N, H, W, C), (N, E)],
+    ),
 }
 
 
@@ -87,6 +92,37 @@ def test_a_residual_block_hears_the_time(rng):
     x = np.repeat(rng.standard_normal((1, H, W, C), dtype=np.float32), 2, axis=0)
     y = layers.res_block(params, x, rng.standard_normal((2, E), dtype=np.float32))
     assert np.abs(y[0] - y[1]).max() > 0.01
+
+
+def test_a_global_block_starts_as_the_identity_and_is_what_its_docstring_says(rng):
+    p, S = layers.init_global_block(rng, (H, W), C, 3, 7, E), 3
+    x, time = rng.standard_normal((N, H, W, C)), rng.standard_normal((N, E))
+    np.testing.assert_array_equal(layers.global_block(p, x, time), x)
+
+    def affine(layer, x):
+        return np.einsum("...i,io->...o", x, layer["w"]) + layer["b"]
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    p = tree.map(np.float64, shaken(rng, p))
+    mean, variance = x.mean(axis=(1, 2), keepdims=True), x.var(axis=(1, 2), keepdims=True)  # C = 8: groups of one
+    h = (x - mean) / np.sqrt(variance + 1e-5) * p["norm"]["scale"] + p["norm"]["shift"]
+    h = affine(p["squeeze"], silu(h))
+    to_unit = p["gather"]["w"].reshape(H, W, S, 7)
+    units = np.einsum("nhws,hwsu->nu", h, to_unit) + p["gather"]["b"]
+    units = silu(units * (1 + affine(p["time_scale"], time)) + affine(p["time_shift"], time))
+    back = np.einsum("nu,uhws->nhws", units, p["scatter"]["w"].reshape(7, H, W, S)) + p["scatter"]["b"].reshape(H, W, S)
+    np.testing.assert_allclose(layers.global_block(p, x, time), x + affine(p["expand"], back), atol=1e-9)
+
+
+def test_in_a_global_block_each_position_hears_of_every_other(rng):
+    params = shaken(rng, layers.init_global_block(rng, (H, W), C, 3, 7, E))
+    x, time = rng.standard_normal((1, H, W, C)), rng.standard_normal((1, E))
+    corner = x.copy()
+    corner[0, 0, 0] = rng.standard_normal(C)
+    difference = layers.global_block(params, corner, time) - layers.global_block(params, x, time)
+    assert np.abs(difference).max(axis=3).min() > 1e-3
 
 
 def test_time_embedding_follows_its_formula_and_tells_steps_apart():

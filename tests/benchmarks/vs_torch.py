@@ -81,6 +81,16 @@ def res_block(p, name, x, time):
     return h + (pointwise(p, name + "/shortcut", x) if name + "/shortcut/w" in p else x)
 
 
+def global_block(p, name, x, time):
+    h = pointwise(p, name + "/squeeze", F.silu(norm(p, name + "/norm", x)))
+    flat = h.flatten(1) if p["layout"] == "NCHW" else h.permute(0, 2, 3, 1).flatten(1)  # as it lies in memory
+    units = linear(p, name + "/gather", flat)
+    scale, shift = 1 + linear(p, name + "/time_scale", time), linear(p, name + "/time_shift", time)
+    back = linear(p, name + "/scatter", F.silu(torch.addcmul(shift, units, scale)))
+    back = back.reshape(h.shape) if p["layout"] == "NCHW" else back.reshape(-1, 7, 7, h.shape[1]).permute(0, 3, 1, 2)
+    return x + pointwise(p, name + "/expand", back)
+
+
 def unet(p, x, t):
     time = torch.from_numpy(time_embedding(t, denoisers.TIME_WIDTH))
     for i in range(2):
@@ -89,8 +99,8 @@ def unet(p, x, t):
     patches = F.pixel_unshuffle(x, 2).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
     skip = res_block(p, "down/0", conv(p, "inlet", patches), time)
     h = pointwise(p, "shrink", skip)
-    for i in range(2):
-        h = res_block(p, f"middle/{i}", h, time)
+    h = res_block(p, "middle/0", h, time)
+    h = res_block(p, "middle/1", global_block(p, "global", h, time), time)
     h = F.pixel_shuffle(pointwise(p, "grow", h), 2)
     h = res_block(p, "up/0", torch.cat([h, skip], dim=1), time)
     h = F.silu(norm(p, "norm", h))
@@ -165,11 +175,15 @@ def exchange(name, array, layout):
         array = swap(array, array.ndim - 1, 49, 64)
     if layer == "hidden" and weight and len(array) == 49 * 64 and layout == "NCHW":
         array = swap(array, 0, 49, 64)
+    if layer == "scatter" and layout == "NCHW":
+        array = swap(array, array.ndim - 1, 49, denoisers.GLOBAL_CHANNELS)
+    if layer == "gather" and weight and layout == "NCHW":
+        array = swap(array, 0, 49, denoisers.GLOBAL_CHANNELS)
     if not weight:
         return array
     if layer == "shrink":
         array = array.reshape(2, 2, -1, array.shape[-1])
-    if layer in ("grow", "pixels", "shortcut"):
+    if layer in ("grow", "pixels", "shortcut", "squeeze", "expand"):
         array = array[None, None]
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
