@@ -48,8 +48,8 @@ def init_unet(rng, channels=(32, 64), blocks=1, size=(28, 28)):
 def unet(params, x, t):  # (N, H, W, 2), (N,) -> (N, H, W, 1)
     """Ho et al. 2020, App. B, in small: no layer works at 28 x 28, where it would cost four times as much.
 
-    Where theirs has self-attention, halfway at the lowest resolution, ours has `global_block`. Convolutions have to pass
-    on from neighbour to neighbour what the two sleeves of a shirt must agree on; and since all garments stand in the
+    Where theirs has self-attention, halfway at the lowest resolution, ours has `global_block`. Convolutions have to
+    hand on, neighbour to neighbour, what the two sleeves of a shirt must agree on; and since all garments stand in the
     middle and fill the picture, it pays to learn what belongs where.
     """
     time = time_embedding(t, TIME_WIDTH)
