@@ -6,8 +6,8 @@ examples:
   python -m scratchgen.evaluate runs/ddpm                   the variational bound in bits per dimension
   python -m scratchgen.evaluate runs/ddpm --bound 100       the same without chance in t, and its parts, on 100 images
   python -m scratchgen.evaluate runs/ddpm --frechet 2048    Frechet distance of 2048 samples (needs runs/vae too)
-  python -m scratchgen.evaluate runs/ddpm --frechet 2048 --sampler ddpm ddim --sample-steps 10 20 50 100 200
-  python -m scratchgen.evaluate runs/ddpm --samples 10000 --sampler ddim --sample-steps 20
+  python -m scratchgen.evaluate runs/ddpm --frechet 2048 --sampler ddpm ddim dpm++ --sample-steps 10 20 50 200
+  python -m scratchgen.evaluate runs/ddpm --samples 10000 --sampler dpm++ --sample-steps 20
 
 Whatever is measured appears on the screen and, under "evaluation", in metrics.json of the run's folder, where figures
 go too.
@@ -30,6 +30,7 @@ import numpy as np
 
 SHARD = 32  # images that one worker draws or measures at a time
 IWAE_SHARD = 8  # the same where each image takes K samples
+SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2)}  # -> eta and order of `diffusion.ddim_sample`
 BOUND, EXACT_BOUND, IMPORTANCE, SAMPLES, REAL = range(100, 105)  # what a stream of random numbers is for
 
 
@@ -48,8 +49,8 @@ def parse_arguments():
     help = "Frechet distance from N samples to all test images, beside that of N training images and of N from a VAE"
     flag("--frechet", type=whole(2), metavar="N", help=help)
     flag("--samples", type=whole(1), metavar="N", help="write samples.npz, with images, uint8 (N, 28, 28)")
-    help = "diffusion: ddpm adds noise at each step, ddim none (default: ddpm); both for a figure"
-    flag("--sampler", nargs="+", choices=("ddpm", "ddim"), default=["ddpm"], help=help)
+    help = "diffusion: ddpm adds noise at each step, ddim none, dpm++ is ddim of second order (default: ddpm)"
+    flag("--sampler", nargs="+", choices=SAMPLERS, default=["ddpm"], help=help)
     help = "diffusion: the sampler's steps, at most T (default: T); several for a figure"
     flag("--sample-steps", type=whole(1), nargs="+", metavar="S", help=help)
     help = "the VAE run that --frechet compares a diffusion model with (default: vae beside it)"
@@ -231,8 +232,8 @@ def drawing(config, params, seed, sampler=None, steps=None):
     def from_noise(numbers):
         rng = np.random.default_rng([seed, SAMPLES, numbers[0]])
         x_T = rng.standard_normal((len(numbers), 28, 28, 1), dtype=np.float32)
-        eta = {"ddpm": 1.0, "ddim": 0.0}[sampler]  # with eta = 1 and all T steps, this is Algorithm 2
-        *_, (_, x_0) = diffusion.ddim_sample(eps_theta, schedule, x_T, steps, eta, rng)
+        eta, order = SAMPLERS[sampler]  # with eta = 1 and all T steps, this is Algorithm 2
+        *_, (_, x_0) = diffusion.ddim_sample(eps_theta, schedule, x_T, steps, eta, rng, order)
         return grey_levels(x_0, -1, 1)
 
     return from_noise

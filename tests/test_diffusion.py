@@ -281,6 +281,28 @@ def test_ddim_takes_eps_from_the_clipped_x_0():
     assert x_s.item() == pytest.approx(s["signal"][5] + s["noise"][5] * eps, rel=1e-5)
 
 
+def test_order_of_the_samplers():
+    """Where all is known: x_0 ~ N(0, 0.04 I), so E[x_0 | x_t] is linear in x_t, and the equation dx_t/dt = f(x_t, t)
+    that DDIM solves keeps x_t / sqrt(Var[x_t]) as it is at T. Twice the steps make the error 2 or 4 times smaller."""
+    schedule, T, s = make_schedule("linear", 6400), 6400, 1600
+    spread = np.sqrt(schedule["alpha_bar"] * 0.2**2 + 1 - schedule["alpha_bar"])  # of x_t
+
+    def eps_theta(x_t, t):
+        t = t[0]
+        x_0 = 0.2**2 * schedule["signal"][t] / spread[t] ** 2 * x_t
+        return (x_t - schedule["signal"][t] * x_0) / schedule["noise"][t]
+
+    def error(order, steps):
+        x_T = np.full((1, 1, 1, 1), 1.5)
+        x_s = dict(diffusion.ddim_sample(eps_theta, schedule, x_T, steps, order=order))[s]
+        return abs(x_s.item() - 1.5 * spread[s] / spread[T])
+
+    for order in (1, 2):
+        ratios = [error(order, steps) / error(order, 2 * steps) for steps in (16, 32, 64)]
+        assert ratios == pytest.approx([2**order] * 3, rel=0.2)
+    assert error(2, 32) < error(1, 32) / 5
+
+
 # ----------------------------------------------------------------------------------------------------------- the bound
 
 
