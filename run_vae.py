@@ -4,8 +4,8 @@ examples:
   python run_vae.py                                about two minutes on two cores
   python run_vae.py --arch conv                    convolutions in place of dense layers
   python run_vae.py --latent-dim 2 --out runs/2d   a latent space that latents_0_1.png shows whole
-  python run_vae.py --arch gated --binarize --latent-dim 40 --hold-out 10000 --epochs 150 --warm-up 30 \\
-    --out runs/vae-binarized                       the protocol of published numbers; docs/quality.md has the rest
+  python run_vae.py --arch gated --binarize --latent-dim 40 --hold-out 10000 --epochs 450 --warm-up 100 \\
+    --lr 2e-3 --out runs/vae-binarized             the protocol of published numbers; docs/quality.md has the rest
 """
 
 import math
@@ -15,7 +15,7 @@ from functools import partial
 from scratchgen import checkpoint, cli, plots, tree, vae  # before NumPy, whose threads it sets up
 from scratchgen.data import binarise, binarised_test, load_fashion_mnist, minibatches, scale
 from scratchgen.gradients import in_parallel, sharded_value_and_grad
-from scratchgen.optim import adam_step, cosine_decay, init_adam
+from scratchgen.optim import cosine_decay, init_adam, muon_step
 from scratchgen.runtime import Workers
 
 import numpy as np
@@ -94,7 +94,7 @@ def main():
 
     init, encode, decode = vae.VAES[args.arch]
     params = init(stream(INIT), args.latent_dim)
-    arrays = {"params": params, "adam": init_adam(params)}
+    arrays = {"params": params, "moments": init_adam(params)}
     if args.hold_out:
         arrays["best"] = tree.map(np.copy, params)
     arrays = workers.share(arrays)
@@ -136,7 +136,7 @@ def main():
                 cli.check_finite(value, state["step"])
                 lr = cosine_decay(state["step"], args.epochs * steps, args.lr)
                 state["step"] += 1
-                adam_step(params, gradient, arrays["adam"], state["step"], lr)
+                muon_step(params, gradient, arrays["moments"], state["step"], lr)
 
                 cli.add_to_epoch(state["sums"], means, len(x) / len(train))
                 state["seconds"] = time.monotonic() - began
