@@ -64,7 +64,7 @@ def metrics(folder):
 
 
 def test_vae_script(record, call, test_images, tmp_path):
-    adam, latents = record(run_vae, "adam_step"), record(plots, "plot_latents")
+    steps_taken, latents = record(run_vae, "muon_step"), record(plots, "plot_latents")
     reconstructions, grids, losses = (record(plots, name) for name in ("reconstructions", "grid", "vae_loss"))
     flags = [
         "--latent-dim",
@@ -82,12 +82,12 @@ def test_vae_script(record, call, test_images, tmp_path):
     ]
     call(run_vae, *flags)
     steps = 2 * 4  # 50 images are 16 + 16 + 16 + 2
-    assert [args[3] for args in adam] == list(range(1, steps + 1))
-    assert [args[4] for args in adam] == [cosine_decay(step, steps, 0.01) for step in range(steps)]
+    assert [args[3] for args in steps_taken] == list(range(1, steps + 1))
+    assert [args[4] for args in steps_taken] == [cosine_decay(step, steps, 0.01) for step in range(steps)]
 
     _, encode, decode = vae.VAES["mlp"]
     with np.load(tmp_path / "checkpoint.npz") as file:
-        params = tree.map(lambda name: file[f"params/{name}"], names_as_tree(adam[-1][0]))
+        params = tree.map(lambda name: file[f"params/{name}"], names_as_tree(steps_taken[-1][0]))
     x = scale(test_images, 0, 1)
     mu, log_var = encode(params, x)
     ((shown, decoded),) = reconstructions
