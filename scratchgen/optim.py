@@ -26,6 +26,7 @@ def adam_step(params, gradient, adam, step, lr, beta1=0.9, beta2=0.999, epsilon=
     rate = lr * root / (1 - beta1**step)
 
     def update(p, g, m, v):
+        flush(step, m, v)
         change = g - m  # m + (1 - beta1) (g - m) is the same average, in fewer passes; all in one temporary array
         change *= 1 - beta1
         m += change
@@ -42,6 +43,17 @@ def adam_step(params, gradient, adam, step, lr, beta1=0.9, beta2=0.999, epsilon=
     tree.map(update, params, gradient, adam["m"], adam["v"])
 
 
+def flush(step, *moments):
+    """Set to 0 what is below 1.2e-38, the smallest of float32's usual numbers; every hundredth step is often enough.
+
+    The gradient of a weight behind a ReLU that is off for all images stays 0, and its moments decay to denormal numbers
+    and remain there. A processor can take a hundred cycles for one of those, and whole layers of them halve the speed.
+    """
+    if step % 100 == 0:
+        for moment in moments:
+            moment[np.abs(moment) < np.finfo(np.float32).tiny] = 0
+
+
 def muon_step(params, gradient, moments, step, lr, momentum=0.95, beta2=0.999):
     """One step of Muon (Jordan et al. 2024) for the weights that are matrices, of Adam for all others; in place.
 
@@ -55,6 +67,7 @@ def muon_step(params, gradient, moments, step, lr, momentum=0.95, beta2=0.999):
     def update(p, g, m, v):
         if p.ndim < 2 or min(p.size // p.shape[-1], p.shape[-1]) not in MUON_SIDES:
             return adam_step(p, g, {"m": m, "v": v}, step, lr, beta2=beta2)
+        flush(step, m)
         m *= momentum
         m += g
         direction = orthogonalise((g + momentum * m).reshape(-1, p.shape[-1]))

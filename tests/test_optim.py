@@ -31,6 +31,17 @@ def test_adam_works_in_place_and_in_float32():
     assert adam["m"]["w"].dtype == adam["v"]["w"].dtype == w.dtype == np.float32
 
 
+@pytest.mark.parametrize("step_of", [adam_step, optim.muon_step])
+def test_moments_of_a_dead_unit_end_at_zero_and_not_just_above(step_of):
+    p, g = {"w": np.ones((8, 8), np.float32)}, {"w": np.eye(8, dtype=np.float32)}
+    moments = init_adam(p)
+    for step in range(1, 2001):
+        step_of(p, g, moments, step, lr=1e-3, beta2=0.95)
+        g["w"][:4] = 0  # four of the eight units die after the first step
+    assert not moments["m"]["w"][:4].any() and not moments["v"]["w"][:4].any()
+    assert np.all(np.diag(moments["m"]["w"])[4:] > 0.9)
+
+
 def test_learning_rate_rises_then_falls_to_zero():
     rates = [cosine_decay(step, 1000, 0.01) for step in range(1001)]
     assert rates[0] == pytest.approx(0.0001) and np.argmax(rates) == 99
