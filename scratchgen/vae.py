@@ -85,6 +85,27 @@ def entropy_floor(x):
     return float(entropy.sum() / len(x))
 
 
+# --------------------------------------------------------------------------------- q(z | x), where every encoder ends
+
+MAX_LOG_VAR = 2.0  # of q(z | x), where the prior has 0
+
+
+def init_gaussian(rng, hidden, latent_dim):
+    return {
+        "mu": init_dense(rng, hidden, latent_dim, gain=1.0),
+        "log_var": init_dense(rng, hidden, latent_dim, gain=0.0),  # the spread starts at 1, as in the prior
+    }
+
+
+def gaussian(params, h):  # (N, C) -> 2 x (N, D)
+    """mu and log_var of q(z | x); log_var is cut off above.
+
+    No image that was trained on comes near that limit. But one that is unlike all of them can get any log_var: a single
+    test image had 9.9, z thirty times as far out as in training, and a bound of -300,000 nats.
+    """
+    return dense(params["mu"], h), np.clip(dense(params["log_var"], h), -np.inf, MAX_LOG_VAR)
+
+
 # ----------------------------------------- 784 - 300 - 300 - D - 300 - 300 - 784, all dense, with ReLUs or with gates
 
 
@@ -92,15 +113,14 @@ def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28, gated=False
     *before, last = hidden
     return {
         "encoder": init_mlp(rng, [pixels, *before, last * (1 + gated)], gated),  # an activation follows the last, too
-        "mu": init_dense(rng, last, latent_dim, gain=1.0),
-        "log_var": init_dense(rng, last, latent_dim, gain=0.0),  # the spread starts at 1, as in the prior
+        **init_gaussian(rng, last, latent_dim),
         "decoder": init_mlp(rng, [latent_dim, *hidden, pixels], gated),
     }
 
 
 def mlp_encode(params, x, activation=relu):  # (N, H, W, 1) -> 2 x (N, D)
     h = activation(mlp(params["encoder"], np.reshape(x, (len(x), -1)), activation))
-    return dense(params["mu"], h), dense(params["log_var"], h)
+    return gaussian(params, h)
 
 
 def mlp_decode(params, z, activation=relu):  # (N, D) -> (N, H, W, 1)
@@ -118,8 +138,7 @@ def init_conv_vae(rng, latent_dim, hidden=256):
             "conv7": init_conv(rng, 64, 64),
             "hidden": init_dense(rng, 7 * 7 * 64, hidden),
         },
-        "mu": init_dense(rng, hidden, latent_dim, gain=1.0),
-        "log_var": init_dense(rng, hidden, latent_dim, gain=0.0),
+        **init_gaussian(rng, hidden, latent_dim),
         "decoder": {
             "hidden": init_dense(rng, latent_dim, hidden),
             "spread": init_dense(rng, hidden, 7 * 7 * 64),
@@ -137,7 +156,7 @@ def conv_encode(params, x):  # (N, H, W, 1) -> 2 x (N, D)
     h = relu(dense(layer["shrink"], patches(h, 2)))  # (N, 7, 7, 64)
     h = relu(conv(layer["conv7"], h))
     h = relu(dense(layer["hidden"], np.reshape(h, (len(x), -1))))
-    return dense(params["mu"], h), dense(params["log_var"], h)
+    return gaussian(params, h)
 
 
 def conv_decode(params, z):  # (N, D) -> (N, H, W, 1)

@@ -46,6 +46,17 @@ def test_shapes_and_dtypes(rng, arch):
     assert {value.dtype} | {leaf.dtype for leaf in tree.leaves([gradient, terms])} == {np.dtype(np.float32)}
 
 
+@pytest.mark.parametrize("arch", vae.VAES)
+def test_an_image_unlike_all_others_does_not_get_a_boundless_spread(rng, arch):
+    params = shaken(rng, vae.VAES[arch][0](rng, D))
+    params["log_var"]["b"][:] = [50, -50, 1.5]  # as such an image might bring about; exp(50) is 5e21
+    _, log_var = vae.VAES[arch][1](params, make_batch(rng, 2)[0])
+    assert np.all(log_var[:, 0] == vae.MAX_LOG_VAR) and np.all(log_var[:, 1] < -40)
+    assert np.all(log_var[:, 2] < vae.MAX_LOG_VAR) and np.ptp(log_var[:, 2]) > 0
+    (value, _), gradient = value_and_grad(partial(bound, arch))(params, make_batch(rng, 2))
+    assert np.isfinite(value) and gradient["log_var"]["b"][0] == 0 != gradient["log_var"]["b"][1]
+
+
 def test_the_loss_is_minus_the_mean_elbo_of_the_images(rng):
     _, encode, decode = vae.VAES["mlp"]
     params, batch = vae.VAES["mlp"][0](rng, D), make_batch(rng, 5)

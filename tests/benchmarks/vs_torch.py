@@ -128,7 +128,7 @@ def negative_elbo(encode, decode, p, batch):
 
 def mlp_encode(p, x):
     h = F.relu(linear(p, "encoder/1", F.relu(linear(p, "encoder/0", x.flatten(1)))))
-    return linear(p, "mu", h), linear(p, "log_var", h)
+    return linear(p, "mu", h), linear(p, "log_var", h).clamp(max=vae.MAX_LOG_VAR)
 
 
 def mlp_decode(p, z):
@@ -142,7 +142,7 @@ def conv_encode(p, x):
     h = F.relu(conv(p, "encoder/conv7", h))
     h = h.flatten(1) if p["layout"] == "NCHW" else h.permute(0, 2, 3, 1).flatten(1)  # as it lies in memory
     h = F.relu(linear(p, "encoder/hidden", h))
-    return linear(p, "mu", h), linear(p, "log_var", h)
+    return linear(p, "mu", h), linear(p, "log_var", h).clamp(max=vae.MAX_LOG_VAR)
 
 
 def conv_decode(p, z):
