@@ -50,7 +50,7 @@ def parse_arguments():
     flag("--frechet", type=whole(2), metavar="N", help=help)
     flag("--samples", type=whole(1), metavar="N", help="write samples.npz, with images, uint8 (N, 28, 28)")
     help = "diffusion: ddpm adds noise at each step, ddim none, dpm++ is ddim of second order (default: ddpm)"
-    flag("--sampler", nargs="+", choices=SAMPLERS, default=["ddpm"], help=help)
+    flag("--sampler", nargs="+", choices=SAMPLERS, help=help)
     help = "diffusion: the sampler's steps, at most T (default: T); several for a figure"
     flag("--sample-steps", type=whole(1), nargs="+", metavar="S", help=help)
     help = "the VAE run that --frechet compares a diffusion model with (default: vae beside it)"
@@ -64,10 +64,11 @@ def main():
     args = parse_arguments()
     config, params = load_run(args.run)
     is_vae = config["model"] == "vae"
-    if wrong := [name for name in (("bound", "sample_steps") if is_vae else ("iwae",)) if getattr(args, name)]:
+    flags_of_the_other = ("bound", "sampler", "sample_steps", "vae") if is_vae else ("iwae",)
+    if wrong := [name for name in flags_of_the_other if getattr(args, name)]:
         kind = "a diffusion model" if is_vae else "a VAE"
         raise cli.UsageError(f"--{wrong[0].replace('_', '-')} is for {kind}, which {args.run} is not")
-    args.sample_steps = args.sample_steps or [config.get("T")]
+    args.sampler, args.sample_steps = args.sampler or ["ddpm"], args.sample_steps or [config.get("T")]
     if not is_vae and max(args.sample_steps) > config["T"]:
         raise cli.UsageError(f"--sample-steps {max(args.sample_steps)} is out of range, T is {config['T']}")
     if args.samples and len(args.sampler) * len(args.sample_steps) > 1:

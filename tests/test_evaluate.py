@@ -207,6 +207,8 @@ def test_grey_levels():
     [
         ("vae", ["--bound", 5], "--bound is for a diffusion model"),
         ("vae", ["--sample-steps", 5], "--sample-steps is for a diffusion model"),
+        ("vae", ["--frechet", 5, "--sampler", "ddim"], "--sampler is for a diffusion model"),
+        ("vae", ["--frechet", 5, "--vae", "elsewhere"], "--vae is for a diffusion model"),
         ("ddpm", ["--iwae", 5], "--iwae is for a VAE"),
         ("ddpm", ["--sample-steps", T + 1], "out of range, T is 6"),
         ("ddpm", ["--samples", 5, "--sample-steps", 2, 3], "--samples needs one"),
