@@ -76,24 +76,31 @@ def muon_step(params, gradient, moments, step, lr, momentum=0.95, beta2=0.999):
     tree.map(update, params, gradient, moments["m"], moments["v"])
 
 
-# The shorter side of the matrices that Muon steps: below there is little to make equal, above its products, which grow
-# with the square of that side, take longer than the gradient does.
-MUON_SIDES = range(8, 129)
+# The shorter side of the matrices that Muon steps: below there is little to make equal, above its products take too
+# long. The U-Net's two layers of the time step and two of its global block have 128; with Adam for these four a step of
+# the optimiser takes half the time, and samples are as good.
+MUON_SIDES = range(8, 65)
 
 
 def orthogonalise(G, iterations=5):
     """A matrix like G with the same singular vectors, and all singular values somewhere near one.
 
-    For X = U S V^T, X <- a X + (b X X^T + c (X X^T)^2) X only turns each singular value s into a s + b s^3 + c s^5.
-    With these a, b, c, found by Jordan et al. by experiment, five turns bring all from 0.01 .. 1 to about 0.7 .. 1.2:
-    not exact, but a few products instead of a singular value decomposition.
+    For X = U diag(s) V^T, X <- P X with P = a I + b S + c S^2 and S = X X^T only turns each singular value s into
+    a s + b s^3 + c s^5. With these a, b, c, found by Jordan et al. by experiment, five turns bring all from 0.01 .. 1
+    to about 0.7 .. 1.2: not exact, but a few products instead of a singular value decomposition.
+
+    P X has the small square matrix P S P for its S, so X itself need not be there before the end, when it is multiplied
+    by the product of all P. For the 576 x 64 matrix of a 3 x 3 kernel that is 2.5 times faster.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.T if len(G) > G.shape[1] else G  # then X X^T is the smaller of the two products
     X = X / (np.linalg.norm(X) + 1e-7)  # no singular value is larger than the root of the sum of their squares
+    S, product = X @ X.T, np.eye(len(X), dtype=X.dtype)
     for _ in range(iterations):
-        A = X @ X.T
-        X = a * X + (b * A + c * A @ A) @ X
+        P = b * S + c * S @ S
+        np.fill_diagonal(P, P.diagonal() + a)
+        S, product = P @ S @ P, P @ product
+    X = product @ X
     return X.T if len(G) > G.shape[1] else X
 
 
