@@ -1,7 +1,7 @@
 """Train a denoising diffusion model on FashionMNIST, measure how well it predicts noise, and draw samples with it.
 
 examples:
-  python run_ddpm.py --T 200                       some fourteen minutes on two cores
+  python run_ddpm.py --T 200                       ten to fifteen minutes on two cores
   python run_ddpm.py --T 200 --train-images 6000   a first look in two minutes; samples are still rough
   python run_ddpm.py --schedule cosine --arch mlp  another schedule, and the plainest network that can work
 """
@@ -20,7 +20,7 @@ from scratchgen.runtime import Workers
 import numpy as np
 from tqdm import tqdm
 
-EPOCHS = {"unet": 7, "mlp": 12}  # by default
+EPOCHS = {"unet": 8, "mlp": 12}  # by default
 BATCH = 64  # images a gradient step, by default
 SHARD = 32  # images that one worker differentiates at a time
 SAMPLE_SHARD = 16  # images that one worker denoises at a time

@@ -24,7 +24,7 @@ from scratchgen.ops import patches, silu, unpatch
 import autograd.numpy as np
 
 TIME_WIDTH = 128
-GLOBAL_CHANNELS, GLOBAL_UNITS = 16, 256  # of the U-Net's global block: channels that it reads, and its hidden units
+GLOBAL_CHANNELS, GLOBAL_UNITS = 16, 256  # of each global block: channels that it reads, and its hidden units
 
 
 def init_unet(rng, channels=(32, 64), blocks=1, size=(28, 28)):
@@ -37,7 +37,9 @@ def init_unet(rng, channels=(32, 64), blocks=1, size=(28, 28)):
         "down": [init_res_block(rng, wide, wide, TIME_WIDTH) for _ in range(blocks)],
         "shrink": init_dense(rng, 4 * wide, deep, gain=1.0),
         "middle": [init_res_block(rng, deep, deep, TIME_WIDTH) for _ in range(2 * blocks)],
-        "global": init_global_block(rng, middle, deep, GLOBAL_CHANNELS, GLOBAL_UNITS, TIME_WIDTH),
+        "global": [
+            init_global_block(rng, middle, deep, GLOBAL_CHANNELS, GLOBAL_UNITS, TIME_WIDTH) for _ in range(2 * blocks)
+        ],
         "grow": init_dense(rng, deep, 4 * wide, gain=1.0),
         "up": [init_res_block(rng, 2 * wide if i == 0 else wide, wide, TIME_WIDTH) for i in range(blocks)],
         "norm": init_group_norm(wide),
@@ -48,9 +50,9 @@ def init_unet(rng, channels=(32, 64), blocks=1, size=(28, 28)):
 def unet(params, x, t):  # (N, H, W, 2), (N,) -> (N, H, W, 1)
     """Ho et al. 2020, App. B, in small: no layer works at 28 x 28, where it would cost four times as much.
 
-    Where theirs has self-attention, halfway at the lowest resolution, ours has `global_block`. Convolutions have to
-    hand on, neighbour to neighbour, what the two sleeves of a shirt must agree on; and since all garments stand in the
-    middle and fill the picture, it pays to learn what belongs where.
+    Where theirs has self-attention, between blocks of the lowest resolution, ours has `global_block`. Convolutions have
+    to hand on, neighbour to neighbour, what the two sleeves of a shirt must agree on; and since all garments stand in
+    the middle and fill the picture, it pays to learn what belongs where.
     """
     time = time_embedding(t, TIME_WIDTH)
     for layer in params["time"]:
@@ -62,10 +64,8 @@ def unet(params, x, t):  # (N, H, W, 2), (N,) -> (N, H, W, 1)
         h = res_block(block, h, time)
     skip = h
     h = dense(params["shrink"], patches(h, 2))  # (N, 7, 7, C)
-    for i, block in enumerate(params["middle"]):
-        if i == len(params["middle"]) // 2:
-            h = global_block(params["global"], h, time)
-        h = res_block(block, h, time)
+    for block, whole_image in zip(params["middle"], params["global"], strict=True):
+        h = global_block(whole_image, res_block(block, h, time), time)
     h = unpatch(dense(params["grow"], h), 2)  # (N, 14, 14, C)
     h = np.concatenate([h, skip], axis=3)
     for block in params["up"]:

@@ -99,8 +99,8 @@ def unet(p, x, t):
     patches = F.pixel_unshuffle(x, 2).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
     skip = res_block(p, "down/0", conv(p, "inlet", patches), time)
     h = pointwise(p, "shrink", skip)
-    h = res_block(p, "middle/0", h, time)
-    h = res_block(p, "middle/1", global_block(p, "global", h, time), time)
+    for i in range(2):
+        h = global_block(p, f"global/{i}", res_block(p, f"middle/{i}", h, time), time)
     h = F.pixel_shuffle(pointwise(p, "grow", h), 2)
     h = res_block(p, "up/0", torch.cat([h, skip], dim=1), time)
     h = F.silu(norm(p, "norm", h))
