@@ -21,7 +21,7 @@ from scratchgen.runtime import Workers
 import numpy as np
 from tqdm import tqdm
 
-EPOCHS = {"mlp": 17, "gated": 12, "conv": 6}  # by default
+EPOCHS = {"mlp": 17, "gated": 12, "conv": 7}  # by default
 BATCH = 128  # images a gradient step, by default
 SHARD = 64  # images that one worker differentiates at a time
 INIT, NOISE, ORDER, TEST, SAMPLES, HELD_OUT = range(6)  # what a stream of random numbers is for
