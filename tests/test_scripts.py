@@ -165,6 +165,13 @@ def test_ddpm_script(schedule, record, call, test_images, tmp_path):
     assert np.abs(grids[-1][0] - samples).max() > 0.01 and metrics(tmp_path)["test_loss"] != m["test_loss"]
 
 
+def test_the_diffusion_model_is_trained_on_the_weighted_loss(record, call, tmp_path):
+    losses = record(diffusion, "weighted_loss")
+    flags = ["--T", 5, "--arch", "mlp", "--batch-size", 16, "--train-images", 40, "--workers", 1, "--out", tmp_path]
+    call(run_ddpm, *flags, "--epochs", 2)
+    assert [len(args[2][0]) for args in losses] == [16, 16, 8] * 2  # the images of each step, and of nothing else
+
+
 def test_an_image_that_cannot_become_noise_is_warned_of(call, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(diffusion.SCHEDULES, "linear", lambda T: np.full(T, 0.01))
     call(run_ddpm, "--T", 5, "--epochs", 1, "--train-images", 16, "--arch", "mlp", "--out", tmp_path)
