@@ -50,7 +50,7 @@ def main():
     # A finished run that is resumed draws its figures again.
     again = ["--resume", "--data", args.data, "--workers", args.workers, "--out"]
     measure = ["-m", "scratchgen.evaluate", "--data", args.data, "--workers", args.workers]
-    steps = ["--frechet", 2048, "--sampler", "ddpm", "ddim", "dpm++", "--sample-steps", 10, 20, 50, 200]
+    steps = ["--frechet", 2048, "--sampler", "ddpm", "ddim", "dpm++", "sde-dpm++", "--sample-steps", 10, 20, 50, 200]
     for command in (
         [ROOT / "run_vae.py", *again, args.runs / "vae"],
         [ROOT / "run_ddpm.py", "--T", 200, *again, args.runs / "ddpm"],

@@ -195,7 +195,8 @@ def ddim_sample(eps_theta, schedule, x_T, steps, eta=0.0, rng=None, order=1):
     stayed the same from t to s. ``order`` = 2 allows for its change: it takes x_0 as it will be in the middle of the
     step, if it goes on as it did in the last one. Middle and change are measured in lambda = log(sqrt(alpha_bar) /
     sqrt(1 - alpha_bar)). This is DPM-Solver++(2M) of Lu et al. 2022: errors shrink with the square of the step, not
-    with the step, and the network is asked no more often.
+    with the step, and the network is asked no more often. With eta = 1 it is their SDE-DPM-Solver++(2M): fresh noise at
+    each step covers up some of what the network got wrong before.
     """
     alpha_bar = schedule["alpha_bar"]
 

@@ -6,8 +6,8 @@ examples:
   python -m scratchgen.evaluate runs/ddpm                   the variational bound in bits per dimension
   python -m scratchgen.evaluate runs/ddpm --bound 100       the same without chance in t, and its parts, on 100 images
   python -m scratchgen.evaluate runs/ddpm --frechet 2048    Frechet distance of 2048 samples (needs runs/vae too)
-  python -m scratchgen.evaluate runs/ddpm --frechet 2048 --sampler ddpm ddim dpm++ --sample-steps 10 20 50 200
-  python -m scratchgen.evaluate runs/ddpm --samples 10000 --sampler dpm++ --sample-steps 20
+  python -m scratchgen.evaluate runs/ddpm --frechet 2048 --sampler ddpm ddim sde-dpm++ --sample-steps 10 20 50
+  python -m scratchgen.evaluate runs/ddpm --samples 10000 --sampler sde-dpm++ --sample-steps 20
 
 Whatever is measured appears on the screen and, under "evaluation", in metrics.json of the run's folder, where figures
 go too.
@@ -30,7 +30,8 @@ import numpy as np
 
 SHARD = 32  # images that one worker draws or measures at a time
 IWAE_SHARD = 8  # the same where each image takes K samples
-SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2)}  # -> eta and order of `diffusion.ddim_sample`
+# name -> eta and order of `diffusion.ddim_sample`
+SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}
 BOUND, EXACT_BOUND, IMPORTANCE, SAMPLES, REAL = range(100, 105)  # what a stream of random numbers is for
 
 
@@ -49,7 +50,10 @@ def parse_arguments():
     help = "Frechet distance from N samples to all test images, beside that of N training images and of N from a VAE"
     flag("--frechet", type=whole(2), metavar="N", help=help)
     flag("--samples", type=whole(1), metavar="N", help="write samples.npz, with images, uint8 (N, 28, 28)")
-    help = "diffusion: ddpm adds noise at each step, ddim none, dpm++ is ddim of second order (default: ddpm)"
+    help = (
+        "diffusion: ddpm adds noise at each step, ddim none; dpm++ and sde-dpm++ are ddim and ddpm of second order, "
+        "for few steps (default: ddpm)"
+    )
     flag("--sampler", nargs="+", choices=SAMPLERS, help=help)
     help = "diffusion: the sampler's steps, at most T (default: T); several for a figure"
     flag("--sample-steps", type=whole(1), nargs="+", metavar="S", help=help)

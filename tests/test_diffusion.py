@@ -303,6 +303,35 @@ def test_order_of_the_samplers():
     assert error(2, 32) < error(1, 32) / 5
 
 
+def test_order_of_the_samplers_with_fresh_noise():
+    """The same data, and so Var[x_s] is known. All is linear: x_s = c_0 x_T + c_1 z_1 + c_2 z_2 + .., and where image k
+    of the batch gets draw k alone, its x_s is c_k: the sum of their squares is Var[x_s] as the sampler has it."""
+    schedule, T, s = make_schedule("linear", 6400), 6400, 1600
+    variance = schedule["alpha_bar"] * 0.2**2 + 1 - schedule["alpha_bar"]
+
+    def eps_theta(x_t, t):
+        t = t[0]
+        x_0 = 0.2**2 * schedule["signal"][t] / variance[t] * x_t
+        return (x_t - schedule["signal"][t] * x_0) / schedule["noise"][t]
+
+    class OneImageAtATime:
+        def __init__(self, draws):
+            self.rows = iter(np.eye(draws).reshape(draws, draws, 1, 1, 1))
+
+        def standard_normal(self, shape, dtype):
+            return next(self.rows)
+
+    def error(order, steps):
+        rng = OneImageAtATime(steps + 1)
+        x_T = np.sqrt(variance[T]) * rng.standard_normal((steps + 1, 1, 1, 1), np.float64)
+        c = dict(diffusion.ddim_sample(eps_theta, schedule, x_T, steps, 1.0, rng, order))[s]
+        return abs((c**2).sum() - variance[s])
+
+    for order in (1, 2):
+        ratios = [error(order, steps) / error(order, 2 * steps) for steps in (32, 64, 128)]
+        assert ratios == pytest.approx([2**order] * 3, rel=0.1)
+
+
 # ----------------------------------------------------------------------------------------------------------- the bound
 
 
