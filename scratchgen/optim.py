@@ -77,8 +77,8 @@ def muon_step(params, gradient, moments, step, lr, momentum=0.95, beta2=0.999):
 
 
 # The shorter side of the matrices that Muon steps: below there is little to make equal, above its products take too
-# long. The U-Net's two layers of the time step and two of its global block have 128; with Adam for these four a step of
-# the optimiser takes half the time, and samples are as good.
+# long. What has 128 in the U-Net hears the time step: with Adam for that, a step of the optimiser takes half the time,
+# and samples are as good.
 MUON_SIDES = range(8, 65)
 
 

@@ -281,16 +281,25 @@ def test_ddim_takes_eps_from_the_clipped_x_0():
     assert x_s.item() == pytest.approx(s["signal"][5] + s["noise"][5] * eps, rel=1e-5)
 
 
-def test_order_of_the_samplers():
-    """Where all is known: x_0 ~ N(0, 0.04 I), so E[x_0 | x_t] is linear in x_t, and the equation dx_t/dt = f(x_t, t)
-    that DDIM solves keeps x_t / sqrt(Var[x_t]) as it is at T. Twice the steps make the error 2 or 4 times smaller."""
-    schedule, T, s = make_schedule("linear", 6400), 6400, 1600
-    spread = np.sqrt(schedule["alpha_bar"] * 0.2**2 + 1 - schedule["alpha_bar"])  # of x_t
+def where_all_is_known(T):
+    """x_0 ~ N(0, 0.04 I), so E[x_0 | x_t] is linear in x_t: the schedule, Var[x_t] for each t, the best eps_theta."""
+    schedule = make_schedule("linear", T)
+    variance = schedule["alpha_bar"] * 0.2**2 + 1 - schedule["alpha_bar"]
 
     def eps_theta(x_t, t):
         t = t[0]
-        x_0 = 0.2**2 * schedule["signal"][t] / spread[t] ** 2 * x_t
+        x_0 = 0.2**2 * schedule["signal"][t] / variance[t] * x_t
         return (x_t - schedule["signal"][t] * x_0) / schedule["noise"][t]
+
+    return schedule, variance, eps_theta
+
+
+def test_order_of_the_samplers():
+    """The equation dx_t/dt = f(x_t, t) that DDIM solves keeps x_t / sqrt(Var[x_t]) as it is at T. Twice the steps make
+    the error 2 or 4 times smaller."""
+    T, s = 6400, 1600
+    schedule, variance, eps_theta = where_all_is_known(T)
+    spread = np.sqrt(variance)
 
     def error(order, steps):
         x_T = np.full((1, 1, 1, 1), 1.5)
@@ -304,15 +313,10 @@ def test_order_of_the_samplers():
 
 
 def test_order_of_the_samplers_with_fresh_noise():
-    """The same data, and so Var[x_s] is known. All is linear: x_s = c_0 x_T + c_1 z_1 + c_2 z_2 + .., and where image k
-    of the batch gets draw k alone, its x_s is c_k: the sum of their squares is Var[x_s] as the sampler has it."""
-    schedule, T, s = make_schedule("linear", 6400), 6400, 1600
-    variance = schedule["alpha_bar"] * 0.2**2 + 1 - schedule["alpha_bar"]
-
-    def eps_theta(x_t, t):
-        t = t[0]
-        x_0 = 0.2**2 * schedule["signal"][t] / variance[t] * x_t
-        return (x_t - schedule["signal"][t] * x_0) / schedule["noise"][t]
+    """All is linear: x_s = c_0 x_T + c_1 z_1 + c_2 z_2 + .., and where image k of the batch gets draw k alone, its x_s
+    is c_k: the sum of their squares is Var[x_s] as the sampler has it."""
+    T, s = 6400, 1600
+    schedule, variance, eps_theta = where_all_is_known(T)
 
     class OneImageAtATime:
         def __init__(self, draws):

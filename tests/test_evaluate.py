@@ -144,12 +144,13 @@ def test_frechet_distance_beside_that_of_training_images_and_of_the_vae(folder, 
     seen = {}
     original = plots.distance_over_steps
     monkeypatch.setattr(plots, "distance_over_steps", lambda *args: seen.setdefault("args", args) and original(*args))
-    flags = ["--frechet", 10, "--sampler", "ddpm", "ddim", "sde-dpm++", "--sample-steps", 3, T]
+    samplers = ("ddpm", "ddim", "dpm++", "sde-dpm++")
+    flags = ["--frechet", 10, "--sampler", *samplers, "--sample-steps", 3, T]
     found = measure("ddpm", *flags)["frechet_10"]
-    names = {f"{sampler}, {steps} steps" for sampler in ("ddpm", "ddim", "sde-dpm++") for steps in (3, T)}
-    assert found.keys() == names | {"training images", "VAE", "seed"} and len(set(found.values())) == 9
+    names = {f"{sampler}, {steps} steps" for sampler in samplers for steps in (3, T)}
+    assert found.keys() == names | {"training images", "VAE", "seed"} and len(set(found.values())) == 11
     curves, levels, N = seen["args"]
-    assert curves == {s: [(n, found[f"{s}, {n} steps"]) for n in (3, T)] for s in ("ddpm", "ddim", "sde-dpm++")}
+    assert curves == {s: [(n, found[f"{s}, {n} steps"]) for n in (3, T)] for s in samplers}
     assert levels == {name: found[name] for name in ("training images", "VAE")} and N == 10
     assert (folder / "ddpm" / "steps.png").exists()
     assert not (folder / "ddpm" / "bound.png").exists()  # an exact one that was there stays
