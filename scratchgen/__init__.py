@@ -8,7 +8,7 @@ Reading order, each file in one sitting:
 3.  ``ops.py``          the primitives, each with its vector-Jacobian product (VJP) beneath it
 4.  ``gradients.py``    reverse-mode differentiation over a tree of parameters, and in parallel over shards
 5.  ``optim.py``        Adam, Muon, the learning-rate schedule, the moving average of the weights
-6.  ``diffusion.py``    the noising process q, the reverse process p, loss, samplers, bound; knows no network
+6.  ``diffusion.py``    the noising process q, the reverse process p, loss, samplers; knows no network
 7.  ``denoisers.py``    the networks behind eps_theta(x_t, t): a U-Net and an MLP
 8.  ``metrics.py``      how good is it? with ``classifier.py``, and ``evaluate.py``, which measures a finished run
 

@@ -1,4 +1,4 @@
-"""The denoising diffusion model of Ho, Jain and Abbeel 2020 ("the paper"): q, p, the loss, the samplers, the bound.
+"""The denoising diffusion model of Ho, Jain and Abbeel 2020 ("the paper"): q, p, the loss and the samplers.
 
 Time runs t = 1..T as in the paper, and index 0 is the clean image: every array of a schedule has length T + 1.
 
@@ -219,62 +219,3 @@ def ddim_sample(eps_theta, schedule, x_T, steps, eta=0.0, rng=None, order=1):
         if variance > 0:
             x += np.float32(math.sqrt(variance)) * rng.standard_normal(x.shape, dtype=np.float32)
         yield s, x
-
-
-# ---------------------------------------------------------------------------------------------------------- the bound
-# Eq. (5): -log p(x_0) <= L_T + L_{T-1} + .. + L_0 in expectation over q, with L_T = `prior_kl` and, for t = T .. 1,
-#
-#     L_{t-1} = D_KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) for t > 1,    L_0 = -log p_theta(x_0 | x_1).
-#
-# The model is exactly what `p_sample` draws from, clipped x_0 and variance beta~_t included; only beta~_1 = 0 has to
-# be replaced, by beta~_2, or a pixel that is off by one grey level would cost infinitely much.
-
-
-def gaussian_kl(mean, variance, mean_theta, variance_theta):
-    """D_KL(N(mean, variance) || N(mean_theta, variance_theta)) of each component, in nats; arguments broadcast.
-
-    It is 1/2 (tr(S_theta^-1 S) - d + log(det S_theta / det S) + (m_theta - m)^T S_theta^-1 (m_theta - m)) where both
-    covariances are diagonal: then it is a sum over components. Where they are equal, only the last term is left.
-    """
-    ratio = variance / variance_theta
-    return 0.5 * (ratio - 1 - np.log(ratio) + (mean - mean_theta) ** 2 / variance_theta)
-
-
-def bound_terms(eps_theta, schedule, x_0, t, eps):
-    """L_{t-1} of each image at its own t, in nats, (N,) float64; eps (N, H, W, C) leads to the x_t that it is for."""
-    x_t = q_sample(schedule, x_0, t, eps)
-    x_0_theta = predict_x_0(schedule, x_t, t, eps_theta(x_t, t))
-    mean, variance = q_posterior(schedule, x_0, x_t, t)
-    mean_theta, _ = q_posterior(schedule, x_0_theta, x_t, t)
-    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 at t = 1, where the decoder takes its place
-        divergence = gaussian_kl(mean, variance, mean_theta, variance)
-    terms = divergence.reshape(len(t), -1).sum(axis=1, dtype=np.float64)
-    last = t == 1
-    sigma = math.sqrt(schedule["posterior_variance"][min(2, len(schedule["beta"]) - 1)] or schedule["beta"][1])
-    terms[last] = -discretised_log_likelihood(x_0[last], mean_theta[last], sigma)
-    return terms
-
-
-def discretised_log_likelihood(x, mean, sigma, levels=256):
-    """log p(x) in nats per image, (N,): the decoder of Sec. 3.3. x and mean are (N, H, W, C), x on the grey levels.
-
-    A pixel's probability is what N(mean, sigma^2) puts between the middles of its grey level and the next ones; the
-    first and the last level, -1 and 1, have all that lies beyond them too.
-    """
-    half = 1 / (levels - 1)
-    x, mean = x.astype(np.float64), mean.astype(np.float64)
-    above, below = (x + half - mean) / sigma, (x - half - mean) / sigma
-    above[x > 1 - half], below[x < -1 + half] = np.inf, -np.inf
-    # Phi(above) - Phi(below) = Phi(-below) - Phi(-above): on the side where both are small, nothing cancels.
-    flip = above + below > 0
-    above, below = np.where(flip, -below, above), np.where(flip, -above, below)
-    probability = normal_cdf(above) - normal_cdf(below)
-    log_p = np.log(np.maximum(probability, 1e-300))  # 37 sigma away float64 has only 0
-    return log_p.sum(axis=(1, 2, 3))
-
-
-def normal_cdf(x):
-    return 0.5 * erfc(-x / math.sqrt(2))
-
-
-erfc = np.vectorize(math.erfc, otypes=[float])  # NumPy has none; ten million pixels a second is fast enough

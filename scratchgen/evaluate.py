@@ -180,7 +180,7 @@ def measure_bound(args, config, params, data, workers):
     (schedule, eps_theta), T = noise_predictor(config, params), config["T"]
     x, rng = scale(data["test_images"], -1, 1), np.random.default_rng([args.seed, BOUND])
     bits = partial(metrics.bits_per_dimension, dimensions=x[0].size)
-    terms_of = partial(diffusion.bound_terms, eps_theta, schedule)
+    terms_of = partial(metrics.bound_terms, eps_theta, schedule)
 
     # T L_{t-1} at one t, drawn evenly from 1..T, is in expectation the sum of all L_{t-1}.
     prior = bits(diffusion.prior_kl(schedule, x))

@@ -3,6 +3,7 @@
 import struct
 from pathlib import Path
 
+from scratchgen import diffusion
 from scratchgen.data import load_fashion_mnist
 
 import numpy as np
@@ -14,6 +15,11 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture(params=diffusion.SCHEDULES)
+def schedule(request):
+    return diffusion.make_schedule(request.param, 200)
 
 
 @pytest.fixture(scope="session")

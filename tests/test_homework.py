@@ -13,7 +13,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-from scratchgen import diffusion, plots, vae
+from scratchgen import diffusion, metrics, plots, vae
 from scratchgen.diffusion import make_schedule
 from scratchgen.gradients import value_and_grad
 from scratchgen.optim import adam_step, init_adam
@@ -410,9 +410,9 @@ def test_question_10_gaussian_kl_is_the_general_formula_for_diagonal_covariances
     m_1, m_2 = rng.standard_normal((2, 5))
     v_1, v_2 = np.exp(rng.standard_normal((2, 5)))
     expected = general_kl(m_1, np.diag(v_1), m_2, np.diag(v_2))
-    assert diffusion.gaussian_kl(m_1, v_1, m_2, v_2).sum() == pytest.approx(expected, rel=1e-12)
+    assert metrics.gaussian_kl(m_1, v_1, m_2, v_2).sum() == pytest.approx(expected, rel=1e-12)
     equal = general_kl(m_1, np.diag(v_1), m_2, np.diag(v_1))
-    assert diffusion.gaussian_kl(m_1, v_1, m_2, v_1).sum() == pytest.approx(equal, rel=1e-12)
+    assert metrics.gaussian_kl(m_1, v_1, m_2, v_1).sum() == pytest.approx(equal, rel=1e-12)
     assert equal == pytest.approx((0.5 * (m_1 - m_2) ** 2 / v_1).sum(), rel=1e-12)
     # The VAE's second term is the same divergence, to the prior.
     expected = general_kl(m_1, np.diag(v_1), np.zeros(5), np.eye(5))
@@ -433,7 +433,7 @@ def test_question_10_the_kl_is_the_weighted_squared_error_of_the_noise(schedule,
         variance = (1 - alpha_bar / (1 - beta)) / (1 - alpha_bar) * beta
         weight = beta**2 / (2 * variance * (1 - beta) * (1 - alpha_bar))
 
-        found = diffusion.bound_terms(lambda x_t, t, wrong=wrong: wrong, schedule, x_0, times, eps)[0]
+        found = metrics.bound_terms(lambda x_t, t, wrong=wrong: wrong, schedule, x_0, times, eps)[0]
         assert found == pytest.approx(weight * squared_error, rel=1e-2)
         (simple,) = diffusion.squared_errors(lambda x_t, t, wrong=wrong: wrong, schedule, (x_0, times, eps))
         assert simple == pytest.approx(squared_error / eps.size, rel=1e-4)

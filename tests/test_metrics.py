@@ -2,53 +2,13 @@
 
 from functools import partial
 
-from scratchgen import metrics, vae
+from scratchgen import diffusion, metrics, vae
+from scratchgen.diffusion import make_schedule
 from scratchgen.ops import bernoulli_log_likelihood
 
 import numpy as np
 import pytest
-
-# ---------------------------------------------------------------------------------------------------- Frechet distance
-
-
-def gaussian_features(mean, covariance, N=500):
-    """Features whose sample mean and covariance are exactly these."""
-    F = len(mean)
-    x = np.random.default_rng(3).standard_normal((N, F))
-    x -= x.mean(axis=0)
-    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
-    return x @ np.linalg.cholesky(covariance).T + mean
-
-
-def test_distance_of_a_set_from_itself_is_zero(rng):
-    x = rng.standard_normal((50, 7))
-    assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-
-
-def test_distance_of_diagonal_gaussians(rng):
-    """There it is the sum over dimensions of (m_a - m_b)^2 + (s_a - s_b)^2."""
-    (m_a, m_b), (s_a, s_b) = rng.standard_normal((2, 5)), rng.random((2, 5)) + 0.1
-    a, b = (gaussian_features(m, np.diag(s**2)) for m, s in ((m_a, s_a), (m_b, s_b)))
-    expected = ((m_a - m_b) ** 2).sum() + ((s_a - s_b) ** 2).sum()
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-
-
-def test_distance_with_covariances_that_do_not_commute(rng):
-    """tr (C_a C_b)^1/2 from the eigenvalues of the product itself, which is not symmetric."""
-    C_a, C_b = (r @ r.T + 0.1 * np.eye(4) for r in rng.standard_normal((2, 4, 4)))
-    assert np.abs(C_a @ C_b - C_b @ C_a).max() > 0.1
-    cross = np.sqrt(np.linalg.eigvals(C_a @ C_b).real).sum()
-    a, b = gaussian_features(np.zeros(4), C_a), gaussian_features(np.ones(4), C_b)
-    expected = 4 + np.trace(C_a) + np.trace(C_b) - 2 * cross
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
-
-
-def test_distance_with_fewer_images_than_features_and_with_dead_features(rng):
-    a, b = rng.standard_normal((5, 9)), rng.standard_normal((200, 9))
-    a[:, 2] = b[:, 2] = 0
-    assert np.isfinite(metrics.frechet_distance(a, b)) and metrics.frechet_distance(a, b) > 0
-
+from test_diffusion import images, of_x_t
 
 # -------------------------------------------------------------------------------------------- importance-weighted bound
 
@@ -123,5 +83,118 @@ def test_active_units():
     assert metrics.active_units(mu).tolist() == [True, False, False]
 
 
+# --------------------------------------------------------------------------------------- the bound of a diffusion model
+
+
+def test_terms_between_are_the_general_gaussian_divergence(rng, schedule):
+    """Against log-density differences averaged over draws of q(x_{t-1} | x_t, x_0), one coordinate at a time."""
+    x_0, eps = images(rng, 1, 2, 2, 1), rng.standard_normal((1, 2, 2, 1), dtype=np.float32)
+    for t in (2, 57, 200):
+        times = np.array([t])
+        found = metrics.bound_terms(of_x_t, schedule, x_0, times, eps)[0]
+        x_t = diffusion.q_sample(schedule, x_0, times, eps)
+        q_mean, variance = diffusion.q_posterior(schedule, x_0, x_t, times)
+        # p_theta's mean, as `p_sample` has it: its step with no noise
+        p_mean = diffusion.p_sample(of_x_t, schedule, x_t, t, np.zeros_like(x_t))
+        x = q_mean + np.sqrt(variance) * rng.standard_normal((400_000, 2, 2, 1))
+        log_ratio = ((x - p_mean) ** 2 - (x - q_mean) ** 2) / (2 * variance)
+        values = log_ratio.sum(axis=(1, 2, 3))
+        assert found == pytest.approx(values.mean(), abs=5 * values.std() / 400_000**0.5 + 1e-4 * found)
+
+
+def test_a_perfect_network_leaves_only_the_decoder(rng, schedule):
+    x_0 = np.round(255 * rng.random((6, 4, 6, 1))).astype(np.float32) / 127.5 - 1
+    eps = rng.standard_normal(x_0.shape, dtype=np.float32)
+    t = np.array([1, 2, 3, 50, 199, 200])
+    terms = metrics.bound_terms(lambda x_t, t: eps, schedule, x_0, t, eps)
+    np.testing.assert_allclose(terms[1:5], 0, atol=1e-2)
+    assert terms[0] > 1  # even so it cannot know the grey level: sigma is wider than one
+
+
+def test_terms_need_no_image_at_t_1_and_no_t_2(rng):
+    x = images(rng, 3)
+    s = make_schedule("linear", 5)
+    assert np.isfinite(metrics.bound_terms(of_x_t, s, x, np.array([2, 3, 5]), x)).all()
+    assert np.isfinite(metrics.bound_terms(of_x_t, make_schedule("linear", 1), x, np.array([1, 1, 1]), x)).all()
+
+
+def test_the_probabilities_of_all_grey_levels_sum_to_one():
+    levels = (np.arange(256) / 127.5 - 1).astype(np.float32).reshape(256, 1, 1, 1)
+    for mean, sigma in ((0.0, 0.02), (-0.999, 0.02), (1.0, 0.3), (0.3, 2.0)):
+        log_p = metrics.discretised_log_likelihood(levels, np.full(levels.shape, mean, np.float32), sigma)
+        assert np.exp(log_p).sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_grey_level_has_what_the_density_has_over_its_bin():
+    """Against the integral of the normal density by quadrature, in the middle and far out in a tail."""
+    for level, mean, sigma in ((100, -0.2, 0.05), (100, 0.4, 0.05), (100, -0.9, 0.05)):
+        x = level / 127.5 - 1
+        grid = np.linspace(x - 1 / 255, x + 1 / 255, 20_001)
+        exponents = -0.5 * ((grid - mean) / sigma) ** 2
+        top = exponents.max()
+        expected = top + np.log(np.exp(exponents - top).mean() * (2 / 255) / (sigma * np.sqrt(2 * np.pi)))
+        found = metrics.discretised_log_likelihood(np.full((1, 1, 1, 1), x), np.full((1, 1, 1, 1), mean), sigma)
+        assert found[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_pixels_add_up_and_hopeless_ones_stay_finite():
+    x, mean = np.array([[-1.0, 1.0]]).reshape(1, 2, 1, 1), np.array([[1.0, 1.0]]).reshape(1, 2, 1, 1)
+    both = metrics.discretised_log_likelihood(x, mean, 1e-3)
+    assert np.isfinite(both[0]) and both[0] < -600
+
+
+def test_at_t_1_the_decoder_stands_on_the_predicted_image_with_the_second_steps_variance(rng, schedule):
+    x_0 = np.round(255 * rng.random((1, 4, 6, 1))).astype(np.float32) / 127.5 - 1
+    eps, t = rng.standard_normal(x_0.shape, dtype=np.float32), np.array([1])
+    x_1 = diffusion.q_sample(schedule, x_0, t, eps)
+    mean = diffusion.predict_x_0(schedule, x_1, t, of_x_t(x_1, t))
+    alpha_bar, beta = schedule["alpha_bar"], schedule["beta"]
+    sigma = np.sqrt((1 - alpha_bar[1]) / (1 - alpha_bar[2]) * beta[2])
+    expected = -metrics.discretised_log_likelihood(x_0, mean, sigma)
+    np.testing.assert_allclose(metrics.bound_terms(of_x_t, schedule, x_0, t, eps), expected, rtol=1e-4)
+
+
 def test_bits_per_dimension():
     assert metrics.bits_per_dimension(8 * 784 * np.log(2), 784) == pytest.approx(8)  # eight bits say one of 256 levels
+
+
+# ---------------------------------------------------------------------------------------------------- Frechet distance
+
+
+def gaussian_features(mean, covariance, N=500):
+    """Features whose sample mean and covariance are exactly these."""
+    F = len(mean)
+    x = np.random.default_rng(3).standard_normal((N, F))
+    x -= x.mean(axis=0)
+    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+    return x @ np.linalg.cholesky(covariance).T + mean
+
+
+def test_distance_of_a_set_from_itself_is_zero(rng):
+    x = rng.standard_normal((50, 7))
+    assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_distance_of_diagonal_gaussians(rng):
+    """There it is the sum over dimensions of (m_a - m_b)^2 + (s_a - s_b)^2."""
+    (m_a, m_b), (s_a, s_b) = rng.standard_normal((2, 5)), rng.random((2, 5)) + 0.1
+    a, b = (gaussian_features(m, np.diag(s**2)) for m, s in ((m_a, s_a), (m_b, s_b)))
+    expected = ((m_a - m_b) ** 2).sum() + ((s_a - s_b) ** 2).sum()
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_distance_with_covariances_that_do_not_commute(rng):
+    """tr (C_a C_b)^1/2 from the eigenvalues of the product itself, which is not symmetric."""
+    C_a, C_b = (r @ r.T + 0.1 * np.eye(4) for r in rng.standard_normal((2, 4, 4)))
+    assert np.abs(C_a @ C_b - C_b @ C_a).max() > 0.1
+    cross = np.sqrt(np.linalg.eigvals(C_a @ C_b).real).sum()
+    a, b = gaussian_features(np.zeros(4), C_a), gaussian_features(np.ones(4), C_b)
+    expected = 4 + np.trace(C_a) + np.trace(C_b) - 2 * cross
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+
+
+def test_distance_with_fewer_images_than_features_and_with_dead_features(rng):
+    a, b = rng.standard_normal((5, 9)), rng.standard_normal((200, 9))
+    a[:, 2] = b[:, 2] = 0
+    assert np.isfinite(metrics.frechet_distance(a, b)) and metrics.frechet_distance(a, b) > 0
