@@ -10,7 +10,8 @@ Reading order, each file in one sitting:
 5.  ``optim.py``        Adam, Muon, the learning-rate schedule, the moving average of the weights
 6.  ``diffusion.py``    the noising process q, the reverse process p, loss, samplers; knows no network
 7.  ``denoisers.py``    the networks behind eps_theta(x_t, t): a U-Net and an MLP
-8.  ``metrics.py``      how good is it? with ``classifier.py``, and ``evaluate.py``, which measures a finished run
+8.  ``metrics.py``      how good is it? with ``classifier.py``, and ``evaluate.py`` with ``measurements.py``, which
+                        measure a finished run
 
 and, to look up when needed: ``data.py`` (idx files, minibatches), ``tree.py`` (nested dicts and lists of
 arrays), ``checkpoint.py`` (files that survive a crash), ``plots.py`` (every figure), ``cli.py`` (what the two

@@ -6,7 +6,7 @@ import shutil
 
 import run_ddpm
 import run_vae
-from scratchgen import checkpoint, classifier, cli, diffusion, evaluate, metrics, plots, vae
+from scratchgen import checkpoint, classifier, cli, diffusion, evaluate, measurements, metrics, plots, vae
 from scratchgen.data import binarised_test, load_fashion_mnist, scale
 from scratchgen.runtime import Workers
 
@@ -156,7 +156,7 @@ def test_frechet_distance_beside_that_of_training_images_and_of_the_vae(folder, 
     assert not (folder / "ddpm" / "bound.png").exists()  # an exact one that was there stays
 
     ruler = classifier.load_classifier()
-    images = evaluate.drawing(*model_of(folder, "vae"), 0)(np.arange(10))
+    images = measurements.drawing(*model_of(folder, "vae"), 0)(np.arange(10))
     a, b = (classifier.features(ruler, scale(x, 0, 1)) for x in (images, x_test))
     assert found["VAE"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-4)
     assert measure("vae", "--frechet", 10)["frechet_10"]["VAE"] == found["VAE"]
@@ -164,7 +164,7 @@ def test_frechet_distance_beside_that_of_training_images_and_of_the_vae(folder, 
 
 @pytest.mark.parametrize("model", ["vae", "ddpm"])
 def test_samples(model, folder, measure, monkeypatch):
-    monkeypatch.setattr(evaluate, "SHARD", 4)
+    monkeypatch.setattr(measurements, "SHARD", 4)
     files = []
     for workers in (1, 2):
         measure(model, "--samples", 11, workers=workers)
@@ -178,11 +178,11 @@ def test_samples(model, folder, measure, monkeypatch):
 
 def test_samples_of_ddpm_are_algorithm_2(folder):
     config, params = model_of(folder, "ddpm")
-    schedule, eps_theta = evaluate.noise_predictor(config, params)
-    rng = np.random.default_rng([5, evaluate.SAMPLES, 0])
+    schedule, eps_theta = measurements.noise_predictor(config, params)
+    rng = np.random.default_rng([5, measurements.SAMPLES, 0])
     x_T = rng.standard_normal((3, 28, 28, 1), dtype=np.float32)
     *_, (_, x_0) = diffusion.sample(eps_theta, schedule, x_T, NoLastDraw(rng))
-    images = evaluate.drawing(config, params, 5, "ddpm", T)(np.arange(3))
+    images = measurements.drawing(config, params, 5, "ddpm", T)(np.arange(3))
     assert np.abs(images - (x_0 + 1) * 127.5).max() <= 0.51
 
 
@@ -194,10 +194,10 @@ class NoLastDraw:
 
 
 def test_grey_levels():
-    assert evaluate.grey_levels(np.array([-1.0, 0.0, 1.0]), -1, 1).tolist() == [0, 128, 255]
+    assert measurements.grey_levels(np.array([-1.0, 0.0, 1.0]), -1, 1).tolist() == [0, 128, 255]
     x = np.arange(256, dtype=np.uint8)
     for low, high in ((0, 1), (-1, 1)):
-        np.testing.assert_array_equal(evaluate.grey_levels(scale(x, low, high), low, high), x)
+        np.testing.assert_array_equal(measurements.grey_levels(scale(x, low, high), low, high), x)
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
@@ -222,8 +222,8 @@ def test_grey_levels():
 def test_flags_that_do_not_fit_are_refused_before_any_work(model, flags, message, folder, small_data, monkeypatch):
     flags = [folder / "ddpm" if flag == "DDPM" else flag for flag in flags]
     monkeypatch.setattr("sys.argv", ["evaluate", str(folder / model), "--data", str(small_data), *map(str, flags)])
-    monkeypatch.setattr(evaluate, "measure_vae", None)
-    monkeypatch.setattr(evaluate, "measure_bound", None)
+    for work in ("measure_vae", "measure_bound", "measure_samples"):
+        monkeypatch.setattr(evaluate, work, None)
     before = {path: path.read_bytes() for path in (folder / model).iterdir()}
     with pytest.raises(cli.UsageError, match=re.escape(message)):
         if "there are" in message:
@@ -263,4 +263,4 @@ def test_a_run_that_never_finished_an_epoch(folder):
 def test_over_images_keeps_the_order():
     workers = Workers(2)
     x = np.arange(23)
-    np.testing.assert_array_equal(evaluate.over_images(lambda a: a * a, [x], 3, workers, "squares"), x * x)
+    np.testing.assert_array_equal(measurements.over_images(lambda a: a * a, [x], 3, workers, "squares"), x * x)
