@@ -65,6 +65,13 @@ def parse_arguments():
         help="pixels of 0 and 1, on with probability their grey value: drawn anew each epoch, for the test images once",
     )
     flag(
+        "--weight-decay",
+        type=cli.number(float, 0),
+        default=0.0,
+        metavar="W",
+        help="shrink every matrix of weights by W times the learning rate at each step (default: 0)",
+    )
+    flag(
         "--hold-out",
         type=cli.number(int, 0),
         default=0,
@@ -136,7 +143,7 @@ def main():
                 cli.check_finite(value, state["step"])
                 lr = cosine_decay(state["step"], args.epochs * steps, args.lr)
                 state["step"] += 1
-                muon_step(params, gradient, arrays["moments"], state["step"], lr)
+                muon_step(params, gradient, arrays["moments"], state["step"], lr, args.weight_decay)
 
                 cli.add_to_epoch(state["sums"], means, len(x) / len(train))
                 state["seconds"] = time.monotonic() - began

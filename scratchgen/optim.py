@@ -54,7 +54,7 @@ def flush(step, *moments):
             moment[np.abs(moment) < np.finfo(np.float32).tiny] = 0
 
 
-def muon_step(params, gradient, moments, step, lr, momentum=0.95, beta2=0.999):
+def muon_step(params, gradient, moments, step, lr, weight_decay=0.0, momentum=0.95, beta2=0.999):
     """One step of Muon (Jordan et al. 2024) for the weights that are matrices, of Adam for all others; in place.
 
     m <- momentum m + g, and then a step along g + momentum m (Nesterov) with all its singular values made one: the
@@ -62,9 +62,14 @@ def muon_step(params, gradient, moments, step, lr, momentum=0.95, beta2=0.999):
     the same speed. A kernel (K, K, C, O) is the matrix (K K C, O) that it is in a convolution. Such a step has entries
     of mean square 1 / max(rows, columns), so times 0.2 sqrt(max(rows, columns)) they are as large as Adam's usually
     are, and one learning rate serves both (Liu et al. 2025, Sec. 2.2).
+
+    Before the step, all weights that are not biases shrink by lr weight_decay of themselves (Loshchilov and Hutter
+    2019): what few images ask for, and others do not confirm, fades.
     """
 
     def update(p, g, m, v):
+        if weight_decay and p.ndim >= 2:  # one dimension: biases
+            p *= 1 - lr * weight_decay
         if p.ndim < 2 or min(p.size // p.shape[-1], p.shape[-1]) not in MUON_SIDES:
             return adam_step(p, g, {"m": m, "v": v}, step, lr, beta2=beta2)
         flush(step, m)

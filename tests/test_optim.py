@@ -100,6 +100,17 @@ def test_muon_steps_matrices_by_nesterov_momentum_and_the_rest_by_adam(rng):
         np.testing.assert_array_equal(by_muon[name], by_adam[name])
 
 
+def test_weight_decay_shrinks_all_matrices_before_the_step_and_no_biases(rng):
+    shapes = {"muon": (3, 3, 2, 12), "adam": (20, 4), "bias": (12,)}
+    params = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    g = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    shrunk = {name: p * (1 if name == "bias" else 1 - 0.01 * 0.5) for name, p in params.items()}
+    optim.muon_step(params, g, optim.init_adam(params), 1, lr=0.01, weight_decay=0.5)
+    optim.muon_step(shrunk, g, optim.init_adam(shrunk), 1, lr=0.01)
+    for name in shapes:
+        np.testing.assert_allclose(params[name], shrunk[name], rtol=1e-12)
+
+
 def test_a_muon_step_has_entries_of_the_size_lr_times_0_2(rng):
     params = [np.zeros((64, 200), np.float32)]
     g = [rng.standard_normal((64, 200), dtype=np.float32)]

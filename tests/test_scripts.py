@@ -77,13 +77,15 @@ def test_vae_script(record, call, test_images, tmp_path):
         50,
         "--lr",
         0.01,
+        "--weight-decay",
+        0.2,
         "--out",
         tmp_path,
     ]
     call(run_vae, *flags)
     steps = 2 * 4  # 50 images are 16 + 16 + 16 + 2
     assert [args[3] for args in steps_taken] == list(range(1, steps + 1))
-    assert [args[4] for args in steps_taken] == [cosine_decay(step, steps, 0.01) for step in range(steps)]
+    assert [args[4:] for args in steps_taken] == [(cosine_decay(step, steps, 0.01), 0.2) for step in range(steps)]
 
     _, encode, decode = vae.VAES["mlp"]
     with np.load(tmp_path / "checkpoint.npz") as file:
