@@ -81,6 +81,8 @@ def parse_arguments():
     )
     args = parser.parse_args()
     args.epochs = args.epochs or EPOCHS[args.arch]
+    if args.lr * args.weight_decay >= 1:
+        parser.error(f"--weight-decay {args.weight_decay} is out of range: times --lr {args.lr} it must be below 1")
     if args.latents and (max(args.latents) >= args.latent_dim or args.latents[0] == args.latents[1]):
         parser.error(f"--latents needs two different dimensions from 0 to {args.latent_dim - 1}")
     return args

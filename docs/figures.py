@@ -33,7 +33,9 @@ def parse_arguments():
     parser = cli.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="the folder of the runs (default: runs/)")
     cli.add_data_flags(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.runs, args.data = args.runs.resolve(), args.data.resolve()  # the scripts are started from another folder
+    return args
 
 
 def main():

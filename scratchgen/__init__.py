@@ -14,8 +14,8 @@ Reading order, each file in one sitting:
                         measure a finished run
 
 and, to look up when needed: ``data.py`` (idx files, minibatches), ``tree.py`` (nested dicts and lists of
-arrays), ``checkpoint.py`` (files that survive a crash), ``plots.py`` (every figure), ``cli.py`` (what the two
-run scripts share at the command line) and ``runtime.py`` with ``processes.py`` (memory, workers).
+arrays), ``checkpoint.py`` (files that survive a crash), ``plots.py`` (every figure), ``cli.py`` (what all
+programs share at the command line) and ``runtime.py`` with ``processes.py`` (memory, workers).
 """
 
 from scratchgen import runtime  # noqa: F401  first of all: it must act before NumPy is loaded

@@ -20,6 +20,11 @@ from scratchgen import tree
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or of another run than this one; the message names it in one line."""
@@ -53,8 +58,8 @@ def write_text(path, text):
 def save(path, arrays, state):
     """Write a tree of arrays and a JSON-able ``state`` to ``path``. Raises OSError, and the old file stays."""
     named = dict(zip(tree.names(arrays), tree.leaves(arrays), strict=True))
-    with replacing(path) as temporary:
-        np.savez(temporary, state=np.array(json.dumps(state)), **named)
+    with replacing(path) as temporary, open(temporary, "wb") as file:  # a name without .npz would not stay as it is
+        np.savez(file, state=np.array(json.dumps(state)), **named)
 
 
 def load(path, keys=("config", "noise", "step", "seconds", "sums", "log")):
@@ -123,12 +128,41 @@ def put_aside(path):
         print(f"kept the checkpoint of an earlier run as {aside}")
 
 
+held = []  # the open folder that this process has locked, if any
+
+
+def hold(folder):
+    """Lock a folder until this process ends, so that two runs cannot overwrite each other's files.
+
+    Raises CheckpointError if another process holds it.
+    """
+    let_go()
+    if fcntl:
+        held.append(os.open(folder, os.O_RDONLY))
+        try:
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{folder}: another run is at work there; give this one another --out") from None
+        except OSError:  # a file system without locks
+            pass
+
+
+def let_go():
+    while held:
+        os.close(held.pop())
+
+
+if fcntl:
+    os.register_at_fork(after_in_child=let_go)  # or a worker that outlives its run would hold the folder on
+
+
 def begin(path, config, arrays, noise, resuming):
     """Start a run, or take one up again: return its ``state`` and a function that saves the whole run to ``path``.
 
     The run is ``arrays``, a tree that its steps change in place; ``noise``, the generator that they draw from; and
     ``state``, a JSON-able dict: the step (0 at the start), the seconds, the sums of the epoch so far, and the log.
     """
+    hold(path.parent)
     if resuming:
         state = resume(path, config, arrays)
         noise.bit_generator.state = state["noise"]

@@ -3,12 +3,11 @@
 `metrics.frechet_distance` compares images by what this network sees in them. Its weights lie beside this file, in
 ``classifier.npz``, so that everyone measures with the same ruler; this command made them:
 
-    python -m scratchgen.classifier
+    python -m scratchgen.classifier --out scratchgen/classifier.npz
 
 Dimensions: N images, H = W = 28, one channel, in [0, 1]; K = 10 classes; F = 64 features.
 """
 
-import argparse
 import math
 import time
 from functools import partial
@@ -76,12 +75,15 @@ def main():
     parser = cli.OneLineParser(
         prog="python -m scratchgen.classifier",
         description=f"Train the classifier whose features the Frechet distance compares: {EPOCHS} epochs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     cli.add_data_flags(parser)
-    parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="decides every random number")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, metavar="FILE", help="where the weights go")
+    parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="decides every random number (default: 0)")
+    help = f"where the weights go; distances are measured with those in {WEIGHTS} (default: runs/classifier.npz)"
+    parser.add_argument("--out", type=Path, default=Path("runs/classifier.npz"), metavar="FILE", help=help)
     args = parser.parse_args()
+    if args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     data, workers = load_fashion_mnist(args.data), Workers(args.workers)
     train, labels = data["train_images"], data["train_labels"]
     x_test, labels_test = scale(data["test_images"], 0, 1), data["test_labels"]

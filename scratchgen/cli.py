@@ -1,4 +1,4 @@
-"""What the two run scripts share at the command line: flags, one-line errors, a clean stop, progress.
+"""What all programs here share at the command line: flags, one-line errors, a clean stop, progress.
 
 Nothing here knows about models; the training loop stands in the scripts.
 """
@@ -178,7 +178,8 @@ def run(main, when_stopped=RESUMABLE):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the whole run
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    sys.stdout.reconfigure(line_buffering=True)  # an epoch's line appears when the epoch ends, in a pipe too
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(line_buffering=True)  # an epoch's line appears when the epoch ends, in a pipe too
     status, message = 0, None
     try:
         main()
@@ -194,7 +195,7 @@ def run(main, when_stopped=RESUMABLE):
         where = f"{error.filename}: " if error.filename else ""
         status, message = 1, f"{where}{error.strerror or error}"
     except MemoryError:
-        status, message = 1, "out of memory: try a smaller --batch-size, or fewer --workers"
+        status, message = 1, "out of memory: try fewer --workers"
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Measure a finished run from its checkpoint, in numbers that can stand beside other people's.
+"""Measure a finished run from its checkpoint: bounds on the likelihood, and the Frechet distance of its samples.
 
 examples:
   python -m scratchgen.evaluate runs/vae                    KL of each latent dimension, and how many are in use
@@ -62,14 +62,21 @@ def main():
     flags_of_the_other = ("bound", "sampler", "sample_steps", "vae") if is_vae else ("iwae",)
     if wrong := [name for name in flags_of_the_other if getattr(args, name)]:
         kind = "a diffusion model" if is_vae else "a VAE"
-        raise cli.UsageError(f"--{wrong[0].replace('_', '-')} is for {kind}, which {args.run} is not")
+        raise cli.UsageError(f"{flag_name(wrong[0])} is for {kind}, which {args.run} is not")
+    of_samples = [name for name in ("sampler", "sample_steps", "vae") if getattr(args, name)]
+    if of_samples and not (args.frechet or args.samples):
+        raise cli.UsageError(f"{flag_name(of_samples[0])} needs --frechet or --samples")
     args.sampler, args.sample_steps = args.sampler or ["ddpm"], args.sample_steps or [config.get("T")]
     if not is_vae and max(args.sample_steps) > config["T"]:
         raise cli.UsageError(f"--sample-steps {max(args.sample_steps)} is out of range, T is {config['T']}")
     if args.samples and len(args.sampler) * len(args.sample_steps) > 1:
         raise cli.UsageError("--samples needs one --sampler and one number of --sample-steps")
-    peer = load_vae(args.vae or args.run.parent / "vae") if args.frechet and not is_vae else None
+    args.vae = args.vae or args.run.resolve().parent / "vae"
+    peer = load_vae(args.vae) if args.frechet and not is_vae else None
     data, workers = load_fashion_mnist(args.data), Workers(args.workers)
+    check_data(args.run, config, data, args.data)
+    if peer:
+        check_data(args.vae, peer[0], data, args.data)
     for name, images in ("bound", data["test_images"]), ("frechet", data["train_images"]):
         if (getattr(args, name) or 0) > len(images):
             raise cli.UsageError(f"--{name} {getattr(args, name)} is out of range, there are {len(images)} images")
@@ -78,6 +85,18 @@ def main():
         (measure_vae if is_vae else measure_bound)(args, config, params, data, workers)
     if args.frechet or args.samples:
         measure_samples(args, config, params, data, workers, peer)
+
+
+def flag_name(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def check_data(run, config, data, folder):
+    """Refuse to measure a model on a test set whose training set it has not seen. Raises UsageError."""
+    trained_on = config["train_images"]
+    first = data["train_images"][: int(trained_on.split()[0])]
+    if checkpoint.fingerprint(first) != trained_on:
+        raise cli.UsageError(f"{run} was trained on other images than those in {folder}; --data names their folder")
 
 
 def load_vae(folder):

@@ -1,4 +1,4 @@
-"""Numbers that say how good a model is, and that mean something outside this repository.
+"""Numbers that say how good a model is: bounds on its likelihood, and the Frechet distance of its samples.
 
 Dimensions: N images of H x W pixels and C channels, D latent dimensions, K importance samples, F features.
 """

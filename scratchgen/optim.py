@@ -1,6 +1,6 @@
 """The optimisers, Adam and Muon, their learning-rate schedule, and the exponential moving average of the weights.
 
-These are the only functions that change arrays in place: parameters and moments are updated where they lie, which
+The functions that end in ``_step`` change arrays in place: parameters and moments are updated where they lie, which
 saves a pass over memory for each and keeps one copy of everything.
 """
 
@@ -63,12 +63,12 @@ def muon_step(params, gradient, moments, step, lr, weight_decay=0.0, momentum=0.
     of mean square 1 / max(rows, columns), so times 0.2 sqrt(max(rows, columns)) they are as large as Adam's usually
     are, and one learning rate serves both (Liu et al. 2025, Sec. 2.2).
 
-    Before the step, all weights that are not biases shrink by lr weight_decay of themselves (Loshchilov and Hutter
-    2019): what few images ask for, and others do not confirm, fades.
+    Before the step, matrices and kernels shrink by lr weight_decay of themselves (Loshchilov and Hutter 2019): what few
+    images ask for, and others do not confirm, fades.
     """
 
     def update(p, g, m, v):
-        if weight_decay and p.ndim >= 2:  # one dimension: biases
+        if weight_decay and p.ndim >= 2:
             p *= 1 - lr * weight_decay
         if p.ndim < 2 or min(p.size // p.shape[-1], p.shape[-1]) not in MUON_SIDES:
             return adam_step(p, g, {"m": m, "v": v}, step, lr, beta2=beta2)

@@ -8,6 +8,7 @@ from scratchgen.checkpoint import replacing
 import numpy as np
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 TRAIN, TEST = {"color": "C0", "label": "train"}, {"color": "C1", "label": "test", "linestyle": "--"}
 
@@ -141,7 +142,7 @@ def latent_use(kl, variance, spread, active):
     right.bar(places, spread[order], bottom=variance[order], color="C1", alpha=0.5, label="mean of $\\sigma^2$")
     right.axhline(1, color="gray", linewidth=1, linestyle=":", label="variance of the prior")
     right.set(title=f"{active.sum()} of {len(kl)} active: variance of $\\mu$ above 0.01", ylabel="over test images")
-    right.legend(fontsize="small", loc="lower center")
+    figure.legend(fontsize="small", loc="outside lower right", ncols=3)
     crowded = len(kl) > 20
     for axes in (left, right):
         axes.set_xlabel("latent dimension, by KL")
@@ -150,10 +151,10 @@ def latent_use(kl, variance, spread, active):
     return figure
 
 
-def bound_over_t(t, bits):
+def bound_over_t(t, bits, bound):
     """The terms of the variational bound against t: L_0 at t = 1, then L_1 .. L_{T-1}, in bits per dimension."""
     figure = Figure(figsize=(7, 3.8), layout="constrained")
-    axes = figure.add_subplot(title=f"the bound's terms: {bits.sum():.2f} bits per dimension without $L_T$")
+    axes = figure.add_subplot(title=f"the terms of the bound, {bound:.2f} bits per dimension in all")
     axes.loglog(t, bits, marker=".", color="C1")
     axes.annotate("$L_0$, the decoder", (t[0], bits[0]), textcoords="offset points", xytext=(12, -2), va="center")
     axes.set(xlabel="t", ylabel="$L_{t-1}$, bits per dimension")
@@ -171,8 +172,12 @@ def distance_over_steps(curves, levels, N):
     for name, distance in levels.items():
         axes.axhline(distance, color="gray", linestyle=":", linewidth=1)
         axes.annotate(name, (1, distance), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
-    axes.set_xticks(steps, [str(n) for n in steps])
-    axes.minorticks_off()
+    every_steps = sorted({steps for points in curves.values() for steps, _ in points})
+    axes.set_xticks(every_steps, [str(n) for n in every_steps])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="steps of the sampler", ylabel="Fréchet distance to the test images")
     axes.grid(alpha=0.3)
     axes.legend()

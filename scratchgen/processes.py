@@ -9,7 +9,7 @@ import traceback
 from contextlib import suppress
 from multiprocessing import Pipe
 
-KILLED = "a worker process was killed, perhaps for want of memory: try a smaller --batch-size, or fewer --workers"
+KILLED = "a worker process was killed, perhaps for want of memory: try fewer --workers"
 MAILBOX_BYTES = 64 << 20  # per direction and helper; only what is ever used takes memory
 
 

@@ -66,7 +66,8 @@ def elbo_terms(encode, decode, batch):
 def negative_elbo(encode, decode, batch, beta=1.0):
     """The loss, -ELBO as a mean over the batch, and its two terms to report.
 
-    With another weight ``beta`` of the second term it is a beta-VAE's (Higgins et al. 2017), and no longer a bound.
+    With another weight ``beta`` of the second term it is a beta-VAE's (Higgins et al. 2017): above 1 a looser bound,
+    below 1 none.
     """
     reconstruction, kl = (np.sum(term) * (1 / len(batch[0])) for term in elbo_terms(encode, decode, batch))
     return kl * beta - reconstruction, {"reconstruction": reconstruction, "kl": kl}
@@ -100,8 +101,9 @@ def init_gaussian(rng, hidden, latent_dim):
 def gaussian(params, h):  # (N, C) -> 2 x (N, D)
     """mu and log_var of q(z | x); log_var is cut off above.
 
-    No image that was trained on comes near that limit. But one that is unlike all of them can get any log_var: a single
-    test image had 9.9, z thirty times as far out as in training, and a bound of -300,000 nats.
+    No image that was trained on comes near that limit, where there is no gradient. But one that is unlike all of them
+    can get any log_var: a single test image had 9.9, z thirty times as far out as in training, and a bound of -300,000
+    nats.
     """
     return dense(params["mu"], h), np.clip(dense(params["log_var"], h), -np.inf, MAX_LOG_VAR)
 

@@ -3,6 +3,7 @@
 import gzip
 import struct
 import tracemalloc
+from pathlib import Path
 
 from scratchgen import data
 from scratchgen.data import DataError, binarise, binarised_test, load_fashion_mnist, load_idx
@@ -148,7 +149,7 @@ def folder(tmp_path):
 
 
 def test_the_files_in_data_are_the_published_ones(recwarn):
-    arrays = load_fashion_mnist("data")
+    arrays = load_fashion_mnist(Path(__file__).parent.parent / "data")
     assert not recwarn
     assert arrays["train_images"].shape == (60_000, 28, 28, 1) and arrays["test_images"].shape == (10_000, 28, 28, 1)
     assert arrays["test_images"].dtype == np.uint8

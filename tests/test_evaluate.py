@@ -53,18 +53,13 @@ def x_test(small_data):
         return load_fashion_mnist(small_data)["test_images"]
 
 
-def model_of(folder, name):
-    config, params = evaluate.load_run(folder / name)
-    return config, params
-
-
 # ----------------------------------------------------------------------------------------------------------------- VAE
 
 
 def test_vae_numbers(folder, measure, x_test, capsys):
     before = json.loads((folder / "vae" / "metrics.json").read_text())
     found = measure("vae", "--iwae", 30)
-    _, params = model_of(folder, "vae")
+    _, params = evaluate.load_run(folder / "vae")
     mu, log_var = vae.mlp_encode(params, scale(x_test, 0, 1))
     kl = vae.kl_per_dimension(mu, log_var).mean(axis=0)
     np.testing.assert_allclose(found["latent"]["kl_per_dimension"], kl, atol=1e-4)
@@ -84,6 +79,27 @@ def test_measures_add_up_and_workers_change_nothing(folder, measure):
     assert second.keys() == {"latent", "iwae_3", "iwae_7"} and second["iwae_3"] == first["iwae_3"]
     assert measure("vae", "--iwae", 7)["iwae_7"] == second["iwae_7"]
     assert measure("vae", "--iwae", 7, "--seed", 1)["iwae_7"] != second["iwae_7"]
+
+
+def test_numbers_of_two_seeds_do_not_mix(folder, measure):
+    found = measure("ddpm", "--frechet", 10, "--sampler", "ddim", "--seed", 1)["frechet_10"]
+    assert found["seed"] == 1 and "ddim, 6 steps" in found
+    found = measure("ddpm", "--frechet", 10, "--sampler", "ddpm")["frechet_10"]
+    assert found["seed"] == 0 and "ddim, 6 steps" not in found
+
+
+@pytest.mark.parametrize("model", ["vae", "ddpm"])
+def test_a_run_on_other_images_is_not_measured_on_these(model, folder, measure, small_data, tmp_path):
+    before = (folder / model / "metrics.json").read_bytes()
+    others = shutil.copytree(small_data, tmp_path / "others")
+    path = others / "train-images-idx3-ubyte"
+    content = bytearray(path.read_bytes())
+    content[16 + 31 * 784] ^= 1  # one pixel of the last of the 32 images that both were trained on
+    path.write_bytes(content)
+    for flags in ([], ["--frechet", 10]):
+        with pytest.raises(cli.UsageError, match=f"{model} was trained on other images"):
+            measure(model, "--data", others, *flags)
+    assert (folder / model / "metrics.json").read_bytes() == before
 
 
 def test_numbers_of_other_weights_do_not_stay(folder, measure):
@@ -116,7 +132,7 @@ def test_a_binarised_vae_with_held_out_images_is_measured_on_its_own_terms(folde
     held_out = [row["held_out_elbo"] for row in state["log"]]
     best = state["log"][int(np.argmax(held_out))]
     assert json.loads((folder / "vae" / "metrics.json").read_text())["elbo"] == best["test_elbo"]
-    _, params = model_of(folder, "vae")
+    _, params = evaluate.load_run(folder / "vae")
     x = binarised_test(x_test)
     assert set(np.unique(x)) == {0, 1}
     eps = np.random.default_rng([0, run_vae.TEST]).standard_normal((len(x), 4), dtype=np.float32)
@@ -156,7 +172,7 @@ def test_frechet_distance_beside_that_of_training_images_and_of_the_vae(folder, 
     assert not (folder / "ddpm" / "bound.png").exists()  # an exact one that was there stays
 
     ruler = classifier.load_classifier()
-    images = measurements.drawing(*model_of(folder, "vae"), 0)(np.arange(10))
+    images = measurements.drawing(*evaluate.load_run(folder / "vae"), 0)(np.arange(10))
     a, b = (classifier.features(ruler, scale(x, 0, 1)) for x in (images, x_test))
     assert found["VAE"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-4)
     assert measure("vae", "--frechet", 10)["frechet_10"]["VAE"] == found["VAE"]
@@ -177,20 +193,13 @@ def test_samples(model, folder, measure, monkeypatch):
 
 
 def test_samples_of_ddpm_are_algorithm_2(folder):
-    config, params = model_of(folder, "ddpm")
+    config, params = evaluate.load_run(folder / "ddpm")
     schedule, eps_theta = measurements.noise_predictor(config, params)
     rng = np.random.default_rng([5, measurements.SAMPLES, 0])
     x_T = rng.standard_normal((3, 28, 28, 1), dtype=np.float32)
-    *_, (_, x_0) = diffusion.sample(eps_theta, schedule, x_T, NoLastDraw(rng))
+    *_, (_, x_0) = diffusion.sample(eps_theta, schedule, x_T, rng)
     images = measurements.drawing(config, params, 5, "ddpm", T)(np.arange(3))
     assert np.abs(images - (x_0 + 1) * 127.5).max() <= 0.51
-
-
-class NoLastDraw:
-    """Algorithm 2 draws noise at t = 1 too and multiplies it by zero: nothing comes after it."""
-
-    def __init__(self, rng):
-        self.standard_normal = rng.standard_normal
 
 
 def test_grey_levels():
@@ -211,8 +220,11 @@ def test_grey_levels():
         ("vae", ["--frechet", 5, "--sampler", "ddim"], "--sampler is for a diffusion model"),
         ("vae", ["--frechet", 5, "--vae", "elsewhere"], "--vae is for a diffusion model"),
         ("ddpm", ["--iwae", 5], "--iwae is for a VAE"),
-        ("ddpm", ["--sample-steps", T + 1], "out of range, T is 6"),
+        ("ddpm", ["--samples", 5, "--sample-steps", T + 1], "out of range, T is 6"),
         ("ddpm", ["--samples", 5, "--sample-steps", 2, 3], "--samples needs one"),
+        ("ddpm", ["--sample-steps", 3], "--sample-steps needs --frechet or --samples"),
+        ("ddpm", ["--bound", 5, "--sampler", "ddim"], "--sampler needs --frechet or --samples"),
+        ("ddpm", ["--vae", "elsewhere"], "--vae needs --frechet or --samples"),
         ("ddpm", ["--frechet", 201], "--frechet 201 is out of range, there are 200"),
         ("ddpm", ["--bound", 41], "--bound 41 is out of range, there are 40"),
         ("ddpm", ["--frechet", 10, "--vae", "nowhere"], "nowhere: expected a run of run_vae.py"),

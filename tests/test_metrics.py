@@ -23,7 +23,6 @@ def one_dimensional(rng):
         return (0.3 * x.sum(axis=1, keepdims=True) - 2).astype(float), np.full((len(x), 1), -0.4)
 
     z = np.linspace(-12, 12, 20_001)
-    log_joint = bernoulli_log_likelihood((z[:, None] * w + b)[:, None], x[None])  # (z, 12) against each x
     log_joint = np.stack([bernoulli_log_likelihood(z[:, None] * w + b, xn) for xn in x], axis=1)
     log_joint += (-0.5 * z**2 - 0.5 * np.log(2 * np.pi))[:, None]
     exact = np.log(np.exp(log_joint).sum(axis=0) * (z[1] - z[0]))

@@ -135,17 +135,18 @@ def test_latent_use_shows_dimensions_in_falling_order_of_kl():
 
 
 def test_bound_over_t():
-    (axes,) = plots.bound_over_t(np.array([1, 2, 5]), np.array([2.0, 0.5, 0.25])).axes
+    (axes,) = plots.bound_over_t(np.array([1, 2, 5]), np.array([2.0, 0.5, 0.25]), 4.126).axes
     (line,) = axes.lines
     assert line.get_xdata().tolist() == [1, 2, 5] and line.get_ydata().tolist() == [2, 0.5, 0.25]
-    assert "2.75" in axes.get_title()
+    assert "4.13" in axes.get_title()
 
 
 def test_distance_over_steps():
-    curves = {"ddpm": [(200, 3.0), (10, 30.0)], "ddim": [(10, 9.0), (200, 4.0)]}
+    curves = {"ddpm": [(200, 3.0), (10, 30.0)], "ddim": [(10, 9.0), (20, 4.0)]}
     (axes,) = plots.distance_over_steps(curves, {"training images": 1.0, "VAE": 50.0}, 2048).axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert drawn["DDPM"] == [[10, 30], [200, 3]] and drawn["DDIM"] == [[10, 9], [200, 4]]
+    assert drawn["DDPM"] == [[10, 30], [200, 3]] and drawn["DDIM"] == [[10, 9], [20, 4]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "20", "200"]
     assert {text.get_text() for text in axes.texts} == {"training images", "VAE"} and "2,048" in axes.get_title()
 
 

@@ -199,6 +199,25 @@ def test_a_new_run_in_the_same_folder_keeps_the_old_checkpoint(whole_run, tmp_pa
     assert (tmp_path / "checkpoint-1.npz").read_bytes() == first != (tmp_path / "checkpoint.npz").read_bytes()
 
 
+def test_a_second_run_in_the_folder_of_a_running_one_is_refused(whole_run, tmp_path):
+    model, flags, whole, _, _ = whole_run
+    second = [sys.executable, f"run_{model}.py", *map(str, flags), "--workers", "1", "--out", str(tmp_path)]
+    change = f"""
+import subprocess
+write_log = script.checkpoint.write_log
+def and_start_another(*args):
+    result = subprocess.run({second!r}, cwd={str(ROOT)!r}, capture_output=True, text=True)
+    print("second", result.returncode, result.stderr.splitlines()[-1])
+    write_log(*args)
+script.checkpoint.write_log = and_start_another
+"""
+    status, stdout, _ = run(model, *flags, "--workers", 2, "--out", tmp_path, change=change)
+    refused = f"second 2 run_{model}.py: {tmp_path}: another run is at work there; give this one another --out"
+    assert status == 0 and stdout.count(refused) == 3  # once an epoch
+    assert_same_arrays(whole, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
+
+
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(whole_run, tmp_path):
     """A limit on the size of files stands in for the full disk: writing fails half-way in the same manner."""
     model, flags, _, _, _ = whole_run

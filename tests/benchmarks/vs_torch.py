@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-# (H = W, C, O) of the 3x3 convolutions of both networks, by falling number of operations.
+# (H = W, C, O) of the 3x3 convolutions of both networks.
 CONVOLUTIONS = [(14, 64, 32), (14, 32, 32), (7, 64, 64), (14, 40, 4), (14, 8, 32)]
 CALLS = 10  # of a convolution between one look at the clock and the next
 T, LATENT_DIM, LR, BETA2, EMA = 200, 20, 1e-3, 0.99, 0.998
