@@ -156,7 +156,7 @@ def bound_over_t(t, bits, bound):
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.add_subplot(title=f"the terms of the bound, {bound:.2f} bits per dimension in all")
     axes.loglog(t, bits, marker=".", color="C1")
-    axes.annotate("$L_0$, the decoder", (t[0], bits[0]), textcoords="offset points", xytext=(12, -2), va="center")
+    axes.annotate("$L_0$, the decoder", (t[0], bits[0]), textcoords="offset points", xytext=(12, 4), va="center")
     axes.set(xlabel="t", ylabel="$L_{t-1}$, bits per dimension")
     axes.grid(alpha=0.3, which="both")
     return figure
@@ -174,7 +174,8 @@ def distance_over_steps(curves, levels, N):
         axes.annotate(name, (1, distance), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
     every_steps = sorted({steps for points in curves.values() for steps, _ in points})
     axes.set_xticks(every_steps, [str(n) for n in every_steps])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.minorticks_off()
+    axes.margins(y=0.1)  # room for the names of the levels
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
