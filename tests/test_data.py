@@ -10,7 +10,7 @@ from scratchgen.data import DataError, binarise, binarised_test, load_fashion_mn
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
@@ -58,6 +58,7 @@ def test_every_dtype_raw_and_compressed(file, dtype, compress):
     np.testing.assert_array_equal(found, array)
 
 
+@settings(deadline=None)  # a busy machine is no mistake of ours
 @given(st.lists(st.integers(0, 3), max_size=6), st.sampled_from(list(CODES)), st.booleans())
 def test_every_rank_and_shape(tmp_path_factory, shape, dtype, compressed):
     path = tmp_path_factory.mktemp("idx") / "x"
