@@ -4,8 +4,9 @@ examples:
   python run_vae.py                                one to two minutes on two cores
   python run_vae.py --arch conv                    convolutions in place of dense layers
   python run_vae.py --latent-dim 2 --out runs/2d   a latent space that latents_0_1.png shows whole
-  python run_vae.py --arch gated --binarize --latent-dim 40 --hold-out 10000 --epochs 450 --warm-up 100 \\
-    --lr 2e-3 --out runs/vae-binarized             the protocol of published numbers; docs/quality.md has the rest
+  python run_vae.py --arch gated --binarize --latent-dim 40 --hold-out 10000 --epochs 700 --warm-up 100 \\
+    --lr 2e-3 --weight-decay 0.02 --out runs/vae-binarized
+                                                   the protocol of published numbers; docs/quality.md has the rest
 """
 
 import math
