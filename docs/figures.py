@@ -1,4 +1,4 @@
-"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in some twenty minutes on two cores.
+"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in some thirty minutes on two cores.
 
 The runs, from the folder of the run scripts:
   python run_vae.py
