@@ -83,8 +83,8 @@ def main():
     args = parser.parse_args()
     if args.out.is_dir():
         parser.error(f"--out {args.out} is a folder")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     data, workers = load_fashion_mnist(args.data), Workers(args.workers)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     train, labels = data["train_images"], data["train_labels"]
     x_test, labels_test = scale(data["test_images"], 0, 1), data["test_labels"]
 

@@ -35,6 +35,8 @@ BAD_FLAGS_OF = {
     "vae": [
         ("--latent-dim", "1"),
         ("--latent-dim", str(10**19)),
+        ("--weight-decay", "-1"),
+        ("--weight-decay", "400"),  # times the learning rate above 1
         ("--latents", "0", "20"),
         ("--latents", "3", "3"),
         ("--latents", "1"),
