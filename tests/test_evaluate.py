@@ -102,6 +102,15 @@ def test_a_run_on_other_images_is_not_measured_on_these(model, folder, measure, 
     assert (folder / model / "metrics.json").read_bytes() == before
 
 
+def test_a_vae_on_other_images_is_no_peer(folder, measure):
+    path = folder / "vae" / "checkpoint.npz"
+    arrays, state = checkpoint.load(path)
+    state["config"]["train_images"] = "32 of CRC-32 00000000"
+    checkpoint.save(path, arrays, state)
+    with pytest.raises(cli.UsageError, match="vae was trained on other images"):
+        measure("ddpm", "--frechet", 10)
+
+
 def test_numbers_of_other_weights_do_not_stay(folder, measure):
     path = folder / "vae" / "metrics.json"
     measure("vae", "--iwae", 2)
