@@ -4,198 +4,95 @@ examples:
   python run_vae.py                                one to two minutes on two cores
   python run_vae.py --arch conv                    convolutions in place of dense layers
   python run_vae.py --latent-dim 2 --out runs/2d   a latent space that latents_0_1.png shows whole
-  python run_vae.py --arch gated --binarize --latent-dim 40 --hold-out 10000 --epochs 700 --warm-up 100 \\
-    --lr 2e-3 --weight-decay 0.02 --out runs/vae-binarized
-                                                   the protocol of published numbers; docs/quality.md has the rest
+  python run_vae.py --beta 4 --out runs/beta-4     a heavier KL: fewer latent dimensions in use
 """
 
-import math
-import time
 from functools import partial
 
-from scratchgen import checkpoint, cli, plots, tree, vae  # before NumPy, whose threads it sets up
-from scratchgen.data import binarise, binarised_test, load_fashion_mnist, minibatches, scale
+from scratchgen import tree, vae  # before NumPy, whose threads it sets up
+from scratchgen.data import load_fashion_mnist, scale
 from scratchgen.gradients import in_parallel, sharded_value_and_grad
-from scratchgen.optim import cosine_decay, init_adam, muon_step
-from scratchgen.runtime import Workers
+from scratchgen.machinery import cli, plots
+from scratchgen.machinery.training import INIT, SAMPLES, TEST, Run, rng_for
+from scratchgen.machinery.workers import Workers
+from scratchgen.muon import muon_step
+from scratchgen.optim import adam_step, cosine_decay, init_moments
 
 import numpy as np
-from tqdm import tqdm
 
 EPOCHS = {"mlp": 17, "gated": 12, "conv": 7}  # by default
-BATCH = 128  # images a gradient step, by default
+OPTIMISER_STEP = {"mlp": adam_step, "gated": muon_step, "conv": muon_step}  # Muon does not help the dense ReLU network
 SHARD = 64  # images that one worker differentiates at a time
-INIT, NOISE, ORDER, TEST, SAMPLES, HELD_OUT = range(6)  # what a stream of random numbers is for
 
 
-def parse_arguments():
-    parser = cli.parser(__doc__, EPOCHS, batch_size=BATCH, lr=3e-3, out="runs/vae")
-    flag = parser.add_argument
-    flag(
-        "--latent-dim",
-        type=cli.number(int, 2, high=10_000),
-        default=20,
-        metavar="D",
-        help="dimensions of z (default: 20)",
-    )
-    flag(
-        "--latents",
-        type=cli.number(int, 0),
-        nargs=2,
-        metavar=("I", "J"),
-        help="the dimensions that latents_I_J.png varies (default: the two with most KL)",
-    )
-    flag(
-        "--beta",
-        type=cli.number(float, 0),
-        default=1.0,
-        metavar="B",
-        help="weight of the KL in the loss: 1 for the ELBO, 0 for an autoencoder (default: 1)",
-    )
-    flag(
-        "--warm-up",
-        type=cli.number(int, 0),
-        default=0,
-        metavar="N",
-        help="raise that weight from 0 over the first N epochs, so that no latent dimension is given up before the "
-        "decoder has learned to use it (default: 0)",
-    )
-    flag(
-        "--binarize",
-        action="store_true",
-        help="pixels of 0 and 1, on with probability their grey value: drawn anew each epoch, for the test images once",
-    )
-    flag(
-        "--weight-decay",
-        type=cli.number(float, 0),
-        default=0.0,
-        metavar="W",
-        help="shrink every matrix of weights by W times the learning rate at each step; pays in long runs (default: 0)",
-    )
-    flag(
-        "--hold-out",
-        type=cli.number(int, 0),
-        default=0,
-        metavar="N",
-        help="hold out the last N training images, and keep the weights of the epoch whose ELBO on them is best "
-        "(default: 0, those of the last epoch)",
-    )
-    args = parser.parse_args()
+def parse_arguments(argv):
+    parser = cli.run_parser("run_vae.py", __doc__, EPOCHS, batch_size=128, lr=3e-3, out="runs/vae")
+    parser.flag("--latent-dim", "dimensions of z", type=cli.number(int, 2, high=10_000), default=20, metavar="D")
+    help = "the two dimensions of z to plot in latents_I_J.png (default: those with most KL)"
+    parser.flag("--latents", help, type=cli.number(int, 0), nargs=2, metavar=("I", "J"))
+    help = "weight of the KL in the loss: 1 for the ELBO, 0 for no KL (z is still drawn)"
+    parser.flag("--beta", help, type=cli.number(float, 0), default=1.0, metavar="B")
+    args = parser.parse_args(argv)
     args.epochs = args.epochs or EPOCHS[args.arch]
-    if args.lr * args.weight_decay >= 1:
-        parser.error(f"--weight-decay {args.weight_decay} is out of range: times --lr {args.lr} it must be below 1")
     if args.latents and (max(args.latents) >= args.latent_dim or args.latents[0] == args.latents[1]):
         parser.error(f"--latents needs two different dimensions from 0 to {args.latent_dim - 1}")
     return args
 
 
-def main():
-    args = parse_arguments()
-    data = load_fashion_mnist(args.data)
-    train = cli.first_images(data["train_images"], args.train_images)
-    if args.hold_out >= len(train):
-        raise cli.UsageError(f"--hold-out {args.hold_out} leaves none of {len(train)} images to train on")
-    train, held_out = np.split(train, [len(train) - args.hold_out])
-    x_test = binarised_test(data["test_images"]) if args.binarize else scale(data["test_images"], 0, 1)
-    workers = Workers(args.workers)
-
-    def stream(*purpose):
-        return np.random.default_rng([args.seed, *purpose])
+def main(argv=None):
+    args = parse_arguments(argv)
+    data, workers = load_fashion_mnist(args.data), Workers(args.workers)
+    train_images = cli.first_images(data["train_images"], args.train_images)
+    x_test = scale(data["test_images"], 0, 1)
+    eps_test = rng_for(args.seed, TEST).standard_normal((len(x_test), args.latent_dim), dtype=np.float32)
 
     init, encode, decode = vae.VAES[args.arch]
-    params = init(stream(INIT), args.latent_dim)
-    arrays = {"params": params, "moments": init_adam(params)}
-    if args.hold_out:
-        arrays["best"] = tree.map(np.copy, params)
-    arrays = workers.share(arrays)
-    params, noise = arrays["params"], stream(NOISE)
-    beta = workers.share(np.ones(1, np.float32))
-    config = {"model": "vae"} | checkpoint.settings(args) | {"train_images": checkpoint.fingerprint(train)}
-    args.out.mkdir(parents=True, exist_ok=True)
-    state, save = checkpoint.begin(args.out / "checkpoint.npz", config, arrays, noise, args.resume)
+    params = init(rng_for(args.seed, INIT), args.latent_dim)
+    run = Run("vae", args, train_images, {"params": params, "moments": init_moments(params)}, workers)
+    params, moments = run.arrays["params"], run.arrays["moments"]  # in memory that all workers see
+    optimiser_step = OPTIMISER_STEP[args.arch]
 
-    def loss(params, batch):
-        return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, beta[0])
+    def loss(params, batch):  # batch is (x, eps): every random number is drawn before, so that the loss is pure
+        return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, args.beta)
 
     def both_terms(x, eps):  # -> (N, 2)
         return np.stack(vae.elbo_terms(partial(encode, params), partial(decode, params), (x, eps)), axis=1)
 
-    gradient_of = sharded_value_and_grad(loss, SHARD, workers)
-    terms_of = in_parallel(both_terms, SHARD, workers)
-    x_held_out = binarise(held_out, stream(HELD_OUT)) if args.binarize else scale(held_out, 0, 1)
+    value_and_gradient = sharded_value_and_grad(loss, SHARD, workers)
+    evaluate = in_parallel(both_terms, SHARD, workers)
 
-    def evaluate(x):
-        eps = stream(TEST).standard_normal((len(x), args.latent_dim), dtype=np.float32)  # the same after each epoch
-        mean = terms_of(x, eps).mean(axis=0, dtype=np.float64)
-        return {"reconstruction": float(mean[0]), "kl": float(mean[1])}
+    print(f"VAE {args.arch}: {tree.size(params):,} parameters, {len(train_images):,} training images")
+    with run:
+        for _epoch in run.epochs():
+            for step, images in run.minibatches():
+                x = scale(images, 0, 1)
+                eps = run.rng.standard_normal((len(x), args.latent_dim), dtype=np.float32)
+                (value, means), gradient = value_and_gradient(params, (x, eps))
+                lr = cosine_decay(step, run.total_steps, args.lr)
+                optimiser_step(params, gradient, moments, step, lr)
+                run.record(value, means)
 
-    print(f"VAE {args.arch}, D = {args.latent_dim}: {tree.size(params):,} parameters, {len(train):,} training images")
-    steps = math.ceil(len(train) / args.batch_size)  # in one epoch
-    began = time.monotonic() - state["seconds"]
-    done = state["step"] // steps * len(train) + state["step"] % steps * args.batch_size
-    bar = cli.progress(args.epochs * len(train), done)
-    with bar, cli.StopBetweenSteps() as stop:
-        for epoch in range(state["step"] // steps, args.epochs):
-            # The order depends on seed and epoch alone: a run that resumes inside the epoch skips what it has seen.
-            for images in minibatches(train, args.batch_size, stream(ORDER, epoch), skip=state["step"] % steps):
-                stop.here(save)
-                x = binarise(images, noise) if args.binarize else scale(images, 0, 1)
-                eps = noise.standard_normal((len(x), args.latent_dim), dtype=np.float32)
-                beta[0] = args.beta * min(1, (state["step"] + 1) / max(1, args.warm_up * steps))
-                (value, means), gradient = gradient_of(params, (x, eps))
-                cli.check_finite(value, state["step"])
-                lr = cosine_decay(state["step"], args.epochs * steps, args.lr)
-                state["step"] += 1
-                muon_step(params, gradient, arrays["moments"], state["step"], lr, args.weight_decay)
+            reconstruction, kl = evaluate(x_test, eps_test).mean(axis=0, dtype=np.float64).tolist()
+            train = {"elbo": run.epoch_means["reconstruction"] - run.epoch_means["kl"]} | run.epoch_means
+            test = {"elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
+            summary = f"ELBO: train {train['elbo']:.2f}, test {test['elbo']:.2f} = {reconstruction:.2f} - {kl:.2f} nats"
+            run.end_epoch({"train": train, "test": test}, summary)
 
-                cli.add_to_epoch(state["sums"], means, len(x) / len(train))
-                state["seconds"] = time.monotonic() - began
-                bar.set_postfix(loss=f"{value:.1f}", refresh=False)
-                bar.update(len(x))
-
-            row = {"epoch": epoch + 1, "step": state["step"]}
-            for part, means in (("train", state["sums"]), ("test", evaluate(x_test))):
-                row[f"{part}_elbo"] = means["reconstruction"] - means["kl"]
-                row |= {f"{part}_{name}": mean for name, mean in means.items()}
-            cli.check_finite(row["test_elbo"], state["step"])
-            if args.hold_out:
-                means = evaluate(x_held_out)
-                row["held_out_elbo"] = means["reconstruction"] - means["kl"]
-                if row["held_out_elbo"] >= max(r["held_out_elbo"] for r in [*state["log"], row]):
-                    tree.map(np.copyto, arrays["best"], params)
-            row["seconds"] = state["seconds"] = time.monotonic() - began
-            state["log"].append(row)
-            state["sums"] = {}
-            checkpoint.write_log(args.out / "log.csv", state["log"])
-            save()
-            tqdm.write(
-                f"epoch {row['epoch']}/{args.epochs}  ELBO: train {row['train_elbo']:.2f}, test {row['test_elbo']:.2f} "
-                f"= {row['test_reconstruction']:.2f} - {row['test_kl']:.2f} nats  {row['seconds']:.0f} s"
-            )
-        stop.here(save)
-
-    last, floor = state["log"][-1], vae.entropy_floor(x_test)
-    if args.hold_out:
-        last = max(state["log"], key=lambda row: row["held_out_elbo"])
-        tree.map(np.copyto, params, arrays["best"])
-        print(f"kept the weights of best held-out ELBO, {last['held_out_elbo']:.2f}: row {last['epoch']} of log.csv")
-    metrics = {name: last[f"test_{name}"] for name in ("elbo", "reconstruction", "kl")} | {"entropy_floor": floor}
-    checkpoint.write_metrics(args, metrics, params, state)
-    limit = "0, since pixels are 0 or 1" if args.binarize else f"{-floor:.2f}, the entropy of the grey pixels"
-    print(
-        f"test ELBO {metrics['elbo']:.2f} = {metrics['reconstruction']:.2f} - {metrics['kl']:.2f} nats per image; "
-        f"no model gets above {limit}"
-    )
+    last, floor = run.log[-1], vae.entropy_floor(x_test)
+    numbers = {name: last[f"test_{name}"] for name in ("elbo", "reconstruction", "kl")} | {"entropy_floor": floor}
+    run.write_metrics(numbers, params)
+    print("test ELBO {elbo:.2f} = {reconstruction:.2f} - {kl:.2f} nats per image;".format(**numbers), end=" ")
+    print(f"no model gets above {-floor:.2f}, minus the entropy of the grey pixels")
 
     def images_from(z):
         return vae.generate(partial(decode, params), z)
 
-    plots.save(plots.vae_loss(state["log"], None if args.binarize else floor), args.out / "loss.png")
+    plots.save(plots.vae_loss(run.log, floor), args.out / "loss.png")
     x = x_test[np.arange(40) % len(x_test)]
     mu, _ = encode(params, x)
     plots.save(plots.reconstructions(x, images_from(mu)), args.out / "reconstructions.png")
     plots.save(plots.interpolation(images_from, mu[:8], mu[8:16]), args.out / "interpolation.png")
-    z = stream(SAMPLES).standard_normal((100, args.latent_dim), dtype=np.float32)
+    z = rng_for(args.seed, SAMPLES).standard_normal((100, args.latent_dim), dtype=np.float32)
     plots.save(plots.grid(images_from(z), 10, "decoded from z ~ N(0, I)"), args.out / "samples.png")
     kl = in_parallel(lambda x: vae.kl_per_dimension(*encode(params, x)), SHARD, workers)(x_test).mean(axis=0)
     i, j = args.latents or sorted(np.argsort(kl)[-2:].tolist())

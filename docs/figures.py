@@ -1,4 +1,5 @@
 """Remake the figures in docs/figures/ from the checkpoints of the default runs, in some thirty minutes on two cores.
+(ddpm_ladder.png is made by ladder.py, scaling.png by tests/benchmarks/scaling.py.)
 
 The runs, from the folder of the run scripts:
   python run_vae.py
@@ -11,11 +12,12 @@ import argparse
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
-from scratchgen import cli, diffusion, evaluate, plots, vae
+from scratchgen import diffusion, vae  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, scale
+from scratchgen.evaluate.load import load_run
+from scratchgen.machinery import cli, plots
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,23 +31,24 @@ OF_RUN = {  # the run that a figure of docs/figures/ comes from -> its figures
 }
 
 
-def parse_arguments():
-    parser = cli.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="the folder of the runs (default: runs/)")
+def parse_arguments(argv):
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = cli.OneLineParser("docs/figures.py", description=__doc__, formatter_class=formatter)
+    parser.flag("--runs", "the folder of the runs", type=Path, default=ROOT / "runs")
     cli.add_data_flags(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.runs, args.data = args.runs.resolve(), args.data.resolve()  # the scripts are started from another folder
     return args
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None):
+    args = parse_arguments(argv)
     for run in (*BETAS.values(), "ddpm"):
         if not (args.runs / run / "checkpoint.npz").exists():
             raise cli.UsageError(f"{args.runs / run}: expected a finished run; --help says which command makes it")
-    models = {beta: evaluate.load_run(args.runs / run) for beta, run in BETAS.items()}
-    for beta, (config, _) in models.items():
-        if config.get("beta") != beta:
+    models = {beta: load_run(args.runs / run) for beta, run in BETAS.items()}
+    for beta, model in models.items():
+        if model.config.get("beta") != beta:
             raise cli.UsageError(f"{args.runs / BETAS[beta]}: expected a run of run_vae.py with --beta {beta}")
     x_test = load_fashion_mnist(args.data)["test_images"]
 
@@ -75,11 +78,10 @@ def main():
 def beta_rows(models, x):
     """Ten test images, their reconstructions by the VAE of each beta, and what it decodes from z ~ N(0, I)."""
     rows, samples, z = {"test images": x}, {}, np.random.default_rng(0).standard_normal((10, 20), dtype=np.float32)
-    for beta, (config, params) in models.items():
-        encode, decode = (partial(f, params) for f in vae.VAES[config["arch"]][1:])
-        mu, _ = encode(x)
-        rows[f"$\\beta$ = {beta}, from $\\mu$"] = vae.generate(decode, mu)
-        samples[f"$\\beta$ = {beta}, from $z$"] = vae.generate(decode, z)
+    for beta, model in models.items():
+        mu, _ = model.encode(x)
+        rows[f"$\\beta$ = {beta}, from $\\mu$"] = vae.generate(model.decode, mu)
+        samples[f"$\\beta$ = {beta}, from $z$"] = vae.generate(model.decode, z)
     rows |= samples
     figure = plots.grid(np.concatenate(list(rows.values())), 10, "", row_labels=list(rows))
     figure.set_size_inches(7.6, 4.4)  # the labels are wide

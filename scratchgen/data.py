@@ -145,13 +145,3 @@ def minibatches(images, batch_size, rng, skip=0):
     order = rng.permutation(len(images))
     for start in range(skip * batch_size, len(images), batch_size):
         yield images[order[start : start + batch_size]]
-
-
-def binarise(images, rng):
-    """uint8 images to float32 pixels of 0 or 1, at random: 1 with probability grey value / 255; any shape."""
-    return (rng.random(images.shape, dtype=np.float32) < scale(images, 0, 1)).astype(np.float32)
-
-
-def binarised_test(images):
-    """The test images binarised once and for all, whatever the seed of a run: all are measured on the same pixels."""
-    return binarise(images, np.random.default_rng(2008))

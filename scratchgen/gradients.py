@@ -1,8 +1,9 @@
 """Reverse-mode differentiation over a tree of parameters, and the same over shards of a minibatch, in parallel.
 
-While the loss runs, autograd boxes record each operation as a node that knows its parents and its vector-Jacobian
-product (VJP). The backward pass, `backward` below, is all there is to back-propagation: visit the nodes from the loss
-to the leaves, each after all that depend on it, and hand every parent its share of the gradient.
+While the loss runs, autograd keeps each array that depends on a parameter in a box, and records each operation on boxes
+as a node that knows its parents and its vector-Jacobian product (VJP). Those nodes are the tape. The backward pass,
+`backward` below, is all there is to back-propagation: visit the nodes from the loss to the parameters (its roots), each
+after all that depend on it, and hand every parent its share of the gradient.
 """
 
 import operator
@@ -12,16 +13,37 @@ from scratchgen import tree
 
 import numpy as np
 from autograd.core import VJPNode, add_outgrads
-from autograd.tracer import getval, isbox, new_box, toposort
+from autograd.tracer import getval, isbox, new_box, notrace_primitives, toposort
 
 # All boxes of one call carry this trace number. autograd's own `grad` counts nested traces in a global variable, which
 # is not safe in threads; with a fixed number shards share nothing. (A gradient inside a loss would come out wrong.)
 TRACE = 0
 
 
-def backward(end_node, seed, roots):
-    """The gradients at the ``roots`` of the tape, given ``seed`` = dL/d(end); None where L does not depend on one."""
-    outgrads = {end_node: (seed, False)}  # node -> (dL/d(node), may it be added to in place?)
+class Node(VJPNode):
+    """autograd's node, with a name to print: the function that made the value, or the path of the parameter."""
+
+    __slots__ = ["name", "shape"]
+
+    def __init__(self, value, fun, *args):
+        super().__init__(value, fun, *args)
+        self.name, self.shape = fun.__name__, getattr(value, "shape", "several")  # a list from split, say
+
+    def initialize_root(self, name, shape):
+        super().initialize_root()
+        self.name, self.shape = f"parameter {name}", shape
+
+    def __repr__(self):
+        parents = ", ".join(f"{node.name} {node.shape}" for node in self.parents)
+        return f"{self.name} {self.shape}" + (f" <- ({parents})" if parents else "")
+
+
+notrace_primitives[Node] = notrace_primitives[VJPNode]  # functions without a gradient, such as >
+
+
+def backward(end_node, g, roots):
+    """The gradients at the ``roots`` of the tape, given ``g`` = dL/d(end); None where L does not depend on one."""
+    outgrads = {end_node: (g, False)}  # node -> (dL/d(node), may it be added to in place?)
     for node in toposort(end_node):
         if node in roots:
             continue
@@ -38,24 +60,24 @@ def value_and_grad(loss):
     ``loss`` returns a scalar, or a scalar and a tree of further numbers to report; then value is that pair.
     Every leaf array becomes a root of the tape of its own: boxing the containers instead would make autograd build a
     zero gradient for the whole tree at every access to an entry (50 ms a step for 150 small arrays, against 10).
-    ``seed`` scales the gradient, and the gradient only. Do not change gradients in place: where two parameters are only
-    added, autograd hands the same array to both.
+    ``weight``, a shard's share of the minibatch, multiplies the gradient, and the gradient only. Do not change
+    gradients in place: where two parameters are only added, autograd hands the same array to both.
     """
 
-    def value_and_gradient(params, *args, seed=1.0):
+    def value_and_gradient(params, *args, weight=1.0):
+        names = iter(tree.names(params))
         roots = []
 
         def as_root(leaf):
-            roots.append(VJPNode.new_root())
+            roots.append(Node.new_root(next(names), leaf.shape))
             return new_box(leaf, TRACE, roots[-1])
 
         result = loss(tree.map(as_root, params), *args)
         end = result[0] if isinstance(result, tuple) else result
         if not isbox(end) or end.shape != ():
             raise TypeError("the loss must return a scalar that depends on the parameters")
-        found = iter(backward(end._node, end.dtype.type(seed), dict.fromkeys(roots)))
-        gradient = tree.map(lambda leaf: zeros_if_none(next(found), leaf), params)
-        return tree.map(getval, result), gradient
+        gradients = iter(backward(end._node, end.dtype.type(weight), dict.fromkeys(roots)))
+        return tree.map(getval, result), tree.map(lambda leaf: zeros_if_none(next(gradients), leaf), params)
 
     return value_and_gradient
 
@@ -84,15 +106,16 @@ def sharded_value_and_grad(loss, shard_size, workers):
 
     def differentiate(job):
         params, shard, weight = job
-        value, gradient = one_shard(params, shard, seed=weight)
+        value, gradient = one_shard(params, shard, weight=weight)
         return tree.map(lambda number: weight * number, value), gradient
 
-    workers.introduce(differentiate)
+    workers.register(differentiate)
 
     def value_and_gradient(params, batch):
         N = len(tree.leaves(batch)[0])
         jobs = [(params, shard, len(tree.leaves(shard)[0]) / N) for shard in shards(batch, shard_size)]
-        # Added as they come, in order, and not in place: see `value_and_grad`.
+        # Added as they come, in order, and not in place: see `value_and_grad`. Without copies: each may be overwritten
+        # when the next is asked for.
         return reduce(partial(tree.map, operator.add), workers.map(differentiate, jobs, copy=False))
 
     return value_and_gradient
@@ -107,7 +130,7 @@ def in_parallel(f, shard_size, workers):
     def several_shards(part):
         return [f(*shard) for shard in part]
 
-    workers.introduce(several_shards)
+    workers.register(several_shards)
 
     def sharded(*arrays):
         cut = shards(arrays, shard_size)

@@ -1,7 +1,8 @@
 """Layers: for each, ``init_x(rng, ...)`` makes its parameters and ``x(params, ...)`` below it applies them.
 
 Dimensions: N images, H height, W width, C channels in, O channels out, E the width of the time embedding.
-Parameters are dicts and lists of float32 arrays; randomness enters as a ``numpy.random.Generator``.
+Parameters are dicts and lists of float32 arrays; randomness enters as a ``numpy.random.Generator``. Where both have the
+same name, ``layers.f(params, x)`` calls ``ops.f(x, ...)``.
 """
 
 from scratchgen import ops
@@ -12,7 +13,7 @@ GROUPS = 8  # of every group norm; channel counts are multiples of it
 
 
 def init_dense(rng, inputs, outputs, gain=2.0):
-    """Weights from N(0, gain / inputs), biases zero. Gain 2 keeps the variance through a ReLU (He et al. 2015)."""
+    """Weights from N(0, gain / inputs), biases zero. Gain 2 keeps it through a ReLU (He et al. 2015)."""
     w = rng.standard_normal((inputs, outputs), dtype=np.float32)
     w *= float(gain / inputs) ** 0.5
     return {"w": w, "b": np.zeros(outputs, np.float32)}
@@ -25,8 +26,8 @@ def dense(params, x):  # (..., C) -> (..., O)
 def init_mlp(rng, sizes, gated=False):
     """Dense layers from sizes[0] to sizes[-1]; the last, which no activation follows, with gain 1.
 
-    ``gated``: every other layer has twice as many outputs, for `ops.glu` to halve. The other gains are 2,
-    derived for ReLUs; they serve for gates, too.
+    ``gated``: all layers but the last have twice as many outputs, for `ops.glu` to halve. Their gain of 2 is derived
+    for ReLUs, and serves for gates, too.
     """
     outputs = [size * (1 + gated) for size in sizes[1:-1]] + [sizes[-1]]
     gains = [2.0] * (len(sizes) - 2) + [1.0]
@@ -93,7 +94,7 @@ def res_block(params, x, time):  # (N, H, W, C), (N, E) -> (N, H, W, O)
 
 
 def init_global_block(rng, size, channels, squeezed, hidden, time_width):
-    """For images of ``size`` = (H, W) only, S = ``squeezed`` channels a position; it starts as the identity."""
+    """For images of ``size`` = (H, W) only, S = ``squeezed`` channels per position; it starts as the identity."""
     positions = size[0] * size[1]
     return {
         "norm": init_group_norm(channels),
@@ -107,10 +108,11 @@ def init_global_block(rng, size, channels, squeezed, hidden, time_width):
 
 
 def global_block(params, x, time):  # (N, H, W, C), (N, E) -> (N, H, W, C)
-    """A residual block whose hidden units each see all positions at once, and each have weights of their own for each.
+    """A residual block with hidden units that see the whole image at once, through a weight for every position.
 
-    Norm, SiLU, and a dense layer that leaves S of C channels at each position; then all H W S numbers of the image
-    through one dense layer, where the time embedding sets scale and shift, SiLU, and the same way back.
+    Norm, SiLU, and a dense layer that reduces C channels to S at each position; then all H W S numbers of the image
+    through one dense layer, where the time embedding sets scale and shift, SiLU, and the same way back. Our own; the
+    U-Net of Ho et al. 2020 has self-attention in its place.
     """
     h = dense(params["squeeze"], ops.silu(group_norm(params["norm"], x)))  # (N, H, W, S)
     units = dense(params["gather"], h.reshape((len(x), -1)))

@@ -15,39 +15,19 @@ First the bound, which takes encoder and decoder as functions; below it the pair
 from functools import partial
 
 from scratchgen.layers import conv, dense, init_conv, init_dense, init_mlp, mlp
-from scratchgen.ops import bernoulli_log_likelihood, glu, patches, relu, sigmoid, unpatch
+from scratchgen.ops import bernoulli_log_likelihood, depth_to_space, glu, relu, sigmoid, space_to_depth
 
-import autograd.numpy as np
-from autograd.extend import defvjp, primitive
-
-# autograd could differentiate the next two by itself; as primitives each is one step on its tape, not four or six.
+import autograd.numpy as np  # NumPy with functions that autograd can record
 
 
-@primitive
 def reparameterise(mu, log_var, eps):
     """z = mu + sigma eps, (N, D): for eps ~ N(0, I) a draw from q(z | x) that lets gradients reach mu and log_var."""
     return mu + np.exp(0.5 * log_var) * eps
 
 
-# sigma = exp(log_var / 2), so dz/dlog_var = sigma eps / 2 = (z - mu) / 2.
-defvjp(
-    reparameterise,
-    lambda z, mu, log_var, eps: lambda g: g,
-    lambda z, mu, log_var, eps: lambda g: g * (0.5 * (z - mu)),
-)
-
-
-@primitive
 def kl_per_dimension(mu, log_var):
     """D_KL(N(mu, exp(log_var)) || N(0, 1)) of each latent dimension, (N, D): App. B of the paper."""
     return 0.5 * (mu**2 + np.exp(log_var) - 1 - log_var)
-
-
-defvjp(
-    kl_per_dimension,
-    lambda kl, mu, log_var: lambda g: g * mu,
-    lambda kl, mu, log_var: lambda g: g * (0.5 * (np.exp(log_var) - 1)),
-)
 
 
 def elbo_terms(encode, decode, batch):
@@ -67,10 +47,13 @@ def negative_elbo(encode, decode, batch, beta=1.0):
     """The loss, -ELBO as a mean over the batch, and its two terms to report.
 
     With another weight ``beta`` of the second term it is a beta-VAE's (Higgins et al. 2017): above 1 a looser bound,
-    below 1 none.
+    below 1 no bound at all.
     """
-    reconstruction, kl = (np.sum(term) * (1 / len(batch[0])) for term in elbo_terms(encode, decode, batch))
-    return kl * beta - reconstruction, {"reconstruction": reconstruction, "kl": kl}
+    reconstruction, kl = elbo_terms(encode, decode, batch)
+    N = len(kl)
+    # A sum times 1 / N, here and elsewhere, since the gradient of autograd's mean turns float32 into float64.
+    reconstruction, kl = np.sum(reconstruction) * (1 / N), np.sum(kl) * (1 / N)
+    return beta * kl - reconstruction, {"reconstruction": reconstruction, "kl": kl}
 
 
 def generate(decode, z):
@@ -86,7 +69,7 @@ def entropy_floor(x):
     return float(entropy.sum() / len(x))
 
 
-# --------------------------------------------------------------------------------- q(z | x), where every encoder ends
+# ------------------------------------------------------------------------------- q(z | x), the output of every encoder
 
 MAX_LOG_VAR = 2.0  # of q(z | x), where the prior has 0
 
@@ -94,16 +77,15 @@ MAX_LOG_VAR = 2.0  # of q(z | x), where the prior has 0
 def init_gaussian(rng, hidden, latent_dim):
     return {
         "mu": init_dense(rng, hidden, latent_dim, gain=1.0),
-        "log_var": init_dense(rng, hidden, latent_dim, gain=0.0),  # the spread starts at 1, as in the prior
+        "log_var": init_dense(rng, hidden, latent_dim, gain=0.0),  # sigma starts at 1, as in the prior
     }
 
 
 def gaussian(params, h):  # (N, C) -> 2 x (N, D)
     """mu and log_var of q(z | x); log_var is cut off above.
 
-    No image that was trained on comes near that limit, where there is no gradient. But one that is unlike all of them
-    can get any log_var: a single test image had 9.9, z thirty times as far out as in training, and a bound of -300,000
-    nats.
+    No training image comes near that limit, where there is no gradient. An image unlike all of them can get any
+    log_var: one test image had 9.9, z thirty times as far out as in training, and a bound of -300,000 nats.
     """
     return dense(params["mu"], h), np.clip(dense(params["log_var"], h), -np.inf, MAX_LOG_VAR)
 
@@ -114,7 +96,9 @@ def gaussian(params, h):  # (N, C) -> 2 x (N, D)
 def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28, gated=False):
     *before, last = hidden
     return {
-        "encoder": init_mlp(rng, [pixels, *before, last * (1 + gated)], gated),  # an activation follows the last, too
+        "encoder": init_mlp(
+            rng, [pixels, *before, last * (1 + gated)], gated
+        ),  # gain 1 at the end, though a ReLU follows
         **init_gaussian(rng, last, latent_dim),
         "decoder": init_mlp(rng, [latent_dim, *hidden, pixels], gated),
     }
@@ -130,13 +114,15 @@ def mlp_decode(params, z, activation=relu):  # (N, D) -> (N, H, W, 1)
 
 
 # ------------------------------------------------------- convolutions at 14 x 14 and 7 x 7, and the same way back
+# `space_to_depth` and a dense layer are a 2 x 2 convolution of stride 2, a dense layer and `depth_to_space` its inverse
+# in shape.
 
 
 def init_conv_vae(rng, latent_dim, hidden=256):
     return {
         "encoder": {
             "conv14": init_conv(rng, 4, 32),
-            "shrink": init_dense(rng, 4 * 32, 64),
+            "down": init_dense(rng, 4 * 32, 64),
             "conv7": init_conv(rng, 64, 64),
             "hidden": init_dense(rng, 7 * 7 * 64, hidden),
         },
@@ -145,7 +131,7 @@ def init_conv_vae(rng, latent_dim, hidden=256):
             "hidden": init_dense(rng, latent_dim, hidden),
             "spread": init_dense(rng, hidden, 7 * 7 * 64),
             "conv7": init_conv(rng, 64, 64),
-            "grow": init_dense(rng, 64, 4 * 32),
+            "up": init_dense(rng, 64, 4 * 32),
             "conv14": init_conv(rng, 32, 32),
             "pixels": init_dense(rng, 32, 4, gain=1.0),
         },
@@ -154,8 +140,8 @@ def init_conv_vae(rng, latent_dim, hidden=256):
 
 def conv_encode(params, x):  # (N, H, W, 1) -> 2 x (N, D)
     layer = params["encoder"]
-    h = relu(conv(layer["conv14"], patches(x, 2)))  # (N, 14, 14, 32)
-    h = relu(dense(layer["shrink"], patches(h, 2)))  # (N, 7, 7, 64)
+    h = relu(conv(layer["conv14"], space_to_depth(x, 2)))  # (N, 14, 14, 32)
+    h = relu(dense(layer["down"], space_to_depth(h, 2)))  # (N, 7, 7, 64)
     h = relu(conv(layer["conv7"], h))
     h = relu(dense(layer["hidden"], np.reshape(h, (len(x), -1))))
     return gaussian(params, h)
@@ -165,9 +151,9 @@ def conv_decode(params, z):  # (N, D) -> (N, H, W, 1)
     layer = params["decoder"]
     h = relu(dense(layer["spread"], relu(dense(layer["hidden"], z))))
     h = relu(conv(layer["conv7"], np.reshape(h, (len(z), 7, 7, 64))))
-    h = relu(unpatch(dense(layer["grow"], h), 2))  # (N, 14, 14, 32)
+    h = relu(depth_to_space(dense(layer["up"], h), 2))  # (N, 14, 14, 32)
     h = relu(conv(layer["conv14"], h))
-    return unpatch(dense(layer["pixels"], h), 2)
+    return depth_to_space(dense(layer["pixels"], h), 2)
 
 
 # --arch on the command line: name -> (init, encode, decode)

@@ -1,15 +1,30 @@
 """Shared by all tests. scratchgen is imported before NumPy, as in the run scripts."""
 
+import importlib.util
+import shutil
 import struct
+import warnings
 from pathlib import Path
 
+import run_ddpm
+import run_vae
 from scratchgen import diffusion
 from scratchgen.data import load_fashion_mnist
+from scratchgen.machinery import cli
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+T = 6  # of the diffusion model in ``runs``
+
+
+def script(path):
+    """A script that is no part of the package, such as docs/ladder.py, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -34,3 +49,45 @@ def small_data(tmp_path_factory):
             bytes([0, 0, 8, 1]) + struct.pack(">I", count) + labels.tobytes()
         )
     return folder
+
+
+@pytest.fixture
+def x_test(small_data):
+    with pytest.warns(UserWarning, match="not the published"):
+        return load_fashion_mnist(small_data)["test_images"]
+
+
+def main_of(module, *flags):
+    """Call a program's main function with these flags, on data that are not all of FashionMNIST."""
+    with pytest.warns(UserWarning, match="not the published"):
+        module.main([str(flag) for flag in flags])
+
+
+@pytest.fixture(scope="session")
+def runs(small_data, tmp_path_factory):
+    """A VAE and a diffusion model, hardly trained, in folders "vae" and "ddpm"."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ["--data", small_data, "--epochs", 1, "--train-images", 32, "--workers", 1]
+    main_of(run_vae, *flags, "--latent-dim", 4, "--out", folder / "vae")
+    main_of(run_ddpm, *flags, "--T", T, "--arch", "mlp", "--out", folder / "ddpm")
+    return folder
+
+
+@pytest.fixture
+def folder(runs, tmp_path):
+    """A copy of ``runs``, to do with as one likes."""
+    shutil.copytree(runs, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def finish(capsys, monkeypatch):
+    """Run a main function as the scripts do; return its exit status and stderr."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+
+    def run(main):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main)
+        return stop.value.code, capsys.readouterr().err
+
+    return run

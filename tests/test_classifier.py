@@ -1,31 +1,35 @@
 """The classifier: its gradient, its weights as they lie in the repository, and that it can be made again."""
 
-from scratchgen import checkpoint, classifier, tree
+from scratchgen import tree
 from scratchgen.data import load_fashion_mnist, scale
+from scratchgen.evaluate import classifier
 from scratchgen.gradients import value_and_grad
+from scratchgen.machinery import checkpoint
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, script
 from finite_differences import assert_directional
+
+training = script("docs/train_classifier.py")
 
 
 def test_gradient_of_the_cross_entropy(rng):
     params = tree.map(lambda p: p + 0.02 * rng.standard_normal(p.shape), classifier.init_classifier(rng))
     batch = rng.random((2, 28, 28, 1)), np.array([3, 9])
-    assert_directional(lambda p: classifier.cross_entropy(p, batch), params, rng, directions=3, h=1e-7, rtol=1e-4)
+    assert_directional(lambda p: training.cross_entropy(p, batch), params, rng, directions=3, h=1e-7, rtol=1e-4)
 
 
 def test_cross_entropy_is_minus_the_log_of_a_softmax(rng):
     params, x, labels = classifier.init_classifier(rng), rng.random((4, 28, 28, 1), dtype=np.float32), np.arange(4)
     p = np.exp(classifier.logits(params, x).astype(float))
     expected = -np.log(p[np.arange(4), labels] / p.sum(axis=1)).mean()
-    assert classifier.cross_entropy(params, (x, labels)) == pytest.approx(expected, rel=1e-5)
+    assert training.cross_entropy(params, (x, labels)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_it_works_in_float32(rng):
     batch = rng.random((3, 28, 28, 1), dtype=np.float32), np.array([0, 1, 2])
-    value, gradient = value_and_grad(classifier.cross_entropy)(classifier.init_classifier(rng), batch)
+    value, gradient = value_and_grad(training.cross_entropy)(classifier.init_classifier(rng), batch)
     assert {value.dtype} | {leaf.dtype for leaf in tree.leaves(gradient)} == {np.dtype(np.float32)}
 
 
@@ -42,13 +46,18 @@ def test_the_weights_in_the_repository_are_small_and_good():
 
 def test_training_writes_weights_that_load(small_data, monkeypatch, tmp_path, capsys):
     out = tmp_path / "new" / "weights"  # a folder that is not there, a name that np.savez would change
-    monkeypatch.setattr(classifier, "EPOCHS", 2)
-    monkeypatch.setattr("sys.argv", ["classifier", "--data", str(small_data), "--out", str(out), "--workers", "1"])
+    monkeypatch.setattr(training, "EPOCHS", 2)
     with pytest.warns(UserWarning, match="not the published"):
-        classifier.main()
+        training.main(["--data", str(small_data), "--out", str(out), "--workers", "1"])
     assert "test accuracy" in capsys.readouterr().out
     params = classifier.init_classifier(np.random.default_rng([0, 0]))
     arrays, state = checkpoint.load(out, keys=["test_accuracy"])
     assert np.any(arrays["classes/w"] != params["classes"]["w"]) and 0 <= state["test_accuracy"] <= 1
     monkeypatch.setattr(classifier, "WEIGHTS", out)
     np.testing.assert_array_equal(classifier.load_classifier()["classes"]["w"], arrays["classes/w"])
+
+
+def test_a_folder_in_the_place_of_the_weights_is_refused_before_any_work(small_data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        training.main(["--data", str(small_data), "--out", str(tmp_path)])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

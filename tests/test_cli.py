@@ -1,7 +1,7 @@
-"""Flags, one-line errors, and stopping between steps."""
+"""Flags, and one-line errors."""
 
 import errno
-import os
+import re
 import signal
 import sys
 import warnings
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import run_ddpm
 import run_vae
-from scratchgen import cli
-from scratchgen.checkpoint import CheckpointError
 from scratchgen.data import DataError
+from scratchgen.machinery import cli
+from scratchgen.machinery.checkpoint import CheckpointError
+from scratchgen.machinery.files import FolderInUse
 
 import pytest
 
@@ -35,8 +36,7 @@ BAD_FLAGS_OF = {
     "vae": [
         ("--latent-dim", "1"),
         ("--latent-dim", str(10**19)),
-        ("--weight-decay", "-1"),
-        ("--weight-decay", "400"),  # times the learning rate above 1
+        ("--beta", "-1"),
         ("--latents", "0", "20"),
         ("--latents", "3", "3"),
         ("--latents", "1"),
@@ -48,27 +48,19 @@ BAD_FLAGS_OF = {
         ("--schedule", "square"),
         ("--ema", "1.5"),
         ("--ema", "-0.1"),
+        ("--additions",),
+        ("--additions", "vv"),
+        ("--additions", "none", "v"),
+        ("--additions", "muon", "all"),
+        ("--additions", "global", "--arch", "mlp"),
     ],
 }
-
-
-@pytest.fixture
-def finish(capsys, monkeypatch):
-    """Run a main function as the scripts do; return its exit status and stderr."""
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
-
-    def run(main):
-        with pytest.raises(SystemExit) as stop:
-            cli.run(main)
-        return stop.value.code, capsys.readouterr().err
-
-    return run
 
 
 @pytest.mark.parametrize(("model", "flags"), [(m, f) for m in MODULES for f in BAD_FLAGS + BAD_FLAGS_OF[m]])
 def test_a_flag_out_of_range_is_one_line(model, flags, finish, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [f"run_{model}.py", "--out", str(tmp_path / "out"), *flags])
-    status, stderr = finish(MODULES[model].main)
+    status, stderr = finish(MODULES[model].main)  # with the command line of the process, as a user's
     assert status == 2 and len(stderr.splitlines()) == 1 and flags[0] in stderr
     assert not (tmp_path / "out").exists()
 
@@ -85,6 +77,7 @@ def raising(error):
     [
         (DataError("a"), 2),
         (CheckpointError("a"), 2),
+        (FolderInUse("a"), 2),
         (cli.UsageError("a"), 2),
         (cli.Diverged("a"), 1),
         (cli.Stopped(signal.SIGINT), 130),
@@ -119,24 +112,6 @@ def test_closed_output_streams_are_borne(monkeypatch):
     assert stop.value.code == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_waits_for_the_next_place_where_it_is_allowed(number):
-    saved, handlers = [], [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(cli.Stopped) as stopped, cli.StopBetweenSteps() as stop:
-        stop.here(lambda: saved.append("too early"))
-        os.kill(os.getpid(), number)
-        step_goes_on = True
-        stop.here(lambda: saved.append("whole"))
-    assert saved == ["whole"] and stopped.value.args == (number,) and step_goes_on
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
-def test_a_second_ctrl_c_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), cli.StopBetweenSteps():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_numbers_are_checked_at_their_bounds():
     parse = cli.number(float, 0, high=1, above=True)
     assert parse("1") == 1 and parse("1e-9") == 1e-9
@@ -145,13 +120,35 @@ def test_numbers_are_checked_at_their_bounds():
             parse(text)
 
 
-def test_epoch_means_are_weighted_by_images():
-    sums = {}
-    cli.add_to_epoch(sums, {"kl": 2.0}, 30 / 40)
-    cli.add_to_epoch(sums, {"kl": 6.0}, 10 / 40)
-    assert sums == {"kl": 3.0}
-
-
 def test_default_data_lies_beside_the_scripts():
-    args = cli.parser("", {"mlp": 1}, 1, 1.0, "runs/x").parse_args([])
+    args = cli.run_parser("run_x.py", "", {"mlp": 1}, 1, 1.0, "runs/x").parse_args([])
     assert args.data.resolve() == Path(__file__).parent.parent / "data"
+
+
+def test_flags_come_from_a_list_or_from_the_command_line_and_are_kept_as_a_command(monkeypatch):
+    parser = cli.run_parser("run_x.py", "", {"mlp": 3, "unet": 2}, 1, 1.0, "runs/x")
+    monkeypatch.setattr(sys, "argv", ["/somewhere/run_x.py", "--seed", "7"])
+    args = parser.parse_args()
+    assert args.seed == 7 and args.command == "python run_x.py --seed 7"
+    args = parser.parse_args(["--out", "a folder", "--arch", "unet"])
+    assert args.seed == 0 and args.arch == "unet" and args.command == "python run_x.py --out 'a folder' --arch unet"
+
+
+@pytest.mark.parametrize("module", MODULES.values())
+def test_the_help_of_every_flag_says_its_default_once(module, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    _, *flags = (" ".join(flag.split()) for flag in re.split(r"\n  --", capsys.readouterr().out))
+    assert len(flags) >= 13
+    for flag in flags:
+        assert flag.count("(default: ") == (not flag.startswith("resume")), flag
+    assert any(flag.startswith("seed") and "(default: 0)" in flag for flag in flags)
+
+
+def test_the_first_images_are_all_or_as_many_as_there_are():
+    images = list(range(5))
+    assert cli.first_images(images, None) == images and cli.first_images(images, 2) == [0, 1]
+    assert cli.first_images(images, 5) == images
+    with pytest.raises(cli.UsageError, match="--train-images 6 is out of range, the data has 5"):
+        cli.first_images(images, 6)

@@ -6,7 +6,7 @@ import tracemalloc
 from pathlib import Path
 
 from scratchgen import data
-from scratchgen.data import DataError, binarise, binarised_test, load_fashion_mnist, load_idx
+from scratchgen.data import DataError, load_fashion_mnist, load_idx
 
 import numpy as np
 import pytest
@@ -223,17 +223,3 @@ def test_skipping_batches_leaves_the_rest_as_they_were():
     whole = list(data.minibatches(images, 3, np.random.default_rng(0)))
     rest = list(data.minibatches(images, 3, np.random.default_rng(0), skip=2))
     assert [b.tolist() for b in rest] == [b.tolist() for b in whole[2:]]
-
-
-def test_binarised_pixels_are_on_as_often_as_their_grey_value_says(rng):
-    grey = np.array([0, 64, 200, 255], np.uint8)
-    pixels = binarise(np.tile(grey, (50_000, 1)), rng)
-    assert pixels.dtype == np.float32 and set(np.unique(pixels)) == {0, 1}
-    np.testing.assert_allclose(pixels.mean(axis=0), grey / 255, atol=0.01)
-    assert pixels[:, 0].max() == 0 and pixels[:, 3].min() == 1  # black never, white always
-
-
-def test_the_binarised_test_set_is_always_the_same(rng):
-    images = rng.integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
-    np.testing.assert_array_equal(binarised_test(images), binarised_test(images))
-    assert np.any(binarise(images, rng) != binarise(images, rng))  # the training set is not

@@ -2,80 +2,91 @@
 
 from functools import partial
 
-from scratchgen import diffusion, tree
+from scratchgen import diffusion, improved, tree
 from scratchgen.denoisers import DENOISERS, init_mlp_denoiser, init_unet, mlp_denoiser, unet
 from scratchgen.gradients import in_parallel, sharded_value_and_grad, value_and_grad
-from scratchgen.optim import adam_step, init_adam
-from scratchgen.runtime import Workers
+from scratchgen.machinery.workers import Workers
+from scratchgen.optim import adam_step, init_moments
 
 import numpy as np
 import pytest
 from finite_differences import assert_directional
 
 SCHEDULE = diffusion.make_schedule("linear", 50)
+EVERYTHING = {name: ["v", "black", "weights"] + ["global"] * (name == "unet") for name in DENOISERS}
+WHOLE_UNET = {"inputs": 2, "global_blocks": True}  # as with all additions
+each_network = pytest.mark.parametrize(
+    ("arch", "additions"), [(arch, names) for arch in DENOISERS for names in ([], EVERYTHING[arch])]
+)
 
 
 def make_batch(rng, N, H=28, W=28):
     return diffusion.draw_batch(SCHEDULE, rng.random((N, H, W, 1), dtype=np.float32) * 2 - 1, rng)
 
 
-def what_it_sees(rng, N):
-    """x (N, 28, 28, 2) and t (N,) as they reach a network."""
+def what_it_sees(rng, N, additions=("black",)):
+    """x (N, 28, 28, 1 or 2) and t (N,) as they reach a network."""
     x_t, t, _ = make_batch(rng, N)
-    return np.concatenate([x_t, diffusion.above_black(SCHEDULE, x_t, t)], axis=3), t
+    return np.concatenate([x_t, improved.above_black(SCHEDULE, x_t, t)], axis=3) if "black" in additions else x_t, t
 
 
-def loss_of(network):
-    def predict_noise(params, x_t, t):
-        return diffusion.predict_noise(partial(network, params), SCHEDULE, x_t, t)
-
-    return lambda params, batch: diffusion.weighted_loss(partial(predict_noise, params), SCHEDULE, batch)[0]
+def loss_of(network, additions=("v", "black", "weights")):
+    eps_theta, _ = improved.denoiser(network, SCHEDULE, additions)
+    if "weights" in additions:
+        return lambda params, batch: improved.weighted_loss(partial(eps_theta, params), SCHEDULE, batch)[0]
+    return lambda params, batch: diffusion.simple_loss(partial(eps_theta, params), SCHEDULE, batch)
 
 
 def shaken(rng, params):
     return tree.map(lambda p: p + 0.05 * rng.standard_normal(p.shape).astype(p.dtype), params)
 
 
-def test_the_whole_unet_loss_against_finite_differences(rng):
-    params = shaken(rng, init_unet(rng, channels=(8, 16), blocks=2, size=(8, 12)))
+@pytest.mark.parametrize("additions", [[], EVERYTHING["unet"]], ids=["none", "all"])
+def test_the_whole_unet_loss_against_finite_differences(rng, additions):
+    init = partial(init_unet, channels=(8, 16), blocks=2, size=(8, 12))
+    params = shaken(rng, improved.init_denoiser(init, rng, additions))
     batch = tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, make_batch(rng, 2, H=8, W=12))
-    assert_directional(lambda p: loss_of(unet)(p, batch), params, rng, rtol=1e-5)
+    assert_directional(lambda p: loss_of(unet, additions)(p, batch), params, rng, rtol=1e-5)
 
 
-def test_the_whole_mlp_loss_against_finite_differences(rng):
-    params, batch = shaken(rng, init_mlp_denoiser(rng, hidden=12, layers=2)), make_batch(rng, 3)
+@pytest.mark.parametrize("additions", [[], EVERYTHING["mlp"]], ids=["none", "all"])
+def test_the_whole_mlp_loss_against_finite_differences(rng, additions):
+    init = partial(init_mlp_denoiser, hidden=12, depth=2)
+    params, batch = shaken(rng, improved.init_denoiser(init, rng, additions)), make_batch(rng, 3)
     # A step small enough that hardly a ReLU changes side within it.
-    assert_directional(lambda p: loss_of(mlp_denoiser)(p, batch), params, rng, h=1e-7, rtol=1e-4)
+    assert_directional(lambda p: loss_of(mlp_denoiser, additions)(p, batch), params, rng, h=1e-7, rtol=1e-4)
 
 
-@pytest.mark.parametrize("arch", DENOISERS)
-def test_output_is_an_image_and_everything_float32(rng, arch):
+@each_network
+def test_output_is_an_image_and_everything_float32(rng, arch, additions):
     init, network = DENOISERS[arch]
-    params, batch = init(rng), make_batch(rng, 3)
-    assert network(params, *what_it_sees(rng, 3)).shape == (3, 28, 28, 1)
-    value, gradient = value_and_grad(loss_of(network))(params, batch)
+    params, batch = improved.init_denoiser(init, rng, additions), make_batch(rng, 3)
+    assert network(params, *what_it_sees(rng, 3, additions)).shape == (3, 28, 28, 1)
+    value, gradient = value_and_grad(loss_of(network, additions))(params, batch)
     assert {value.dtype} | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("arch", DENOISERS)
-def test_each_image_is_treated_on_its_own(rng, arch):
+@each_network
+def test_each_image_is_treated_on_its_own(rng, arch, additions):
     init, network = DENOISERS[arch]
-    params, (x, t) = shaken(rng, init(rng)), what_it_sees(rng, 6)
+    params, (x, t) = shaken(rng, improved.init_denoiser(init, rng, additions)), what_it_sees(rng, 6, additions)
     f = partial(network, params)
     np.testing.assert_allclose(in_parallel(f, 2, Workers(2))(x, t), f(x, t), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", DENOISERS)
-def test_the_time_step_matters(rng, arch):
+@each_network
+def test_the_time_step_matters(rng, arch, additions):
     init, network = DENOISERS[arch]
-    params, x = shaken(rng, init(rng)), np.repeat(what_it_sees(rng, 1)[0], 2, axis=0)
+    params = shaken(rng, improved.init_denoiser(init, rng, additions))
+    x = np.repeat(what_it_sees(rng, 1, additions)[0], 2, axis=0)
     y = network(params, x, np.array([1, 40]))
     assert np.abs(y[0] - y[1]).max() > 1e-3
 
 
-def test_every_parameter_of_the_unet_gets_a_gradient(rng):
-    params = shaken(rng, init_unet(rng))
-    _, gradient = value_and_grad(loss_of(unet))(params, make_batch(rng, 2))
+@pytest.mark.parametrize("additions", [[], EVERYTHING["unet"]], ids=["none", "all"])
+def test_every_parameter_of_the_unet_gets_a_gradient(rng, additions):
+    params = shaken(rng, improved.init_denoiser(init_unet, rng, additions))
+    _, gradient = value_and_grad(loss_of(unet, additions))(params, make_batch(rng, 2))
     silent = [n for n, g in zip(tree.names(gradient), tree.leaves(gradient), strict=True) if not np.any(g)]
     assert silent == []
 
@@ -83,32 +94,35 @@ def test_every_parameter_of_the_unet_gets_a_gradient(rng):
 @pytest.mark.parametrize("half", ["from below", "skip", "input"])
 def test_the_unet_uses_both_halves_of_its_joins(rng, half):
     """Weights that read one half of a concatenation, set to zero, must change the output."""
-    params, (x, t) = shaken(rng, init_unet(rng)), what_it_sees(rng, 2)
+    params, (x, t) = shaken(rng, init_unet(rng, **WHOLE_UNET)), what_it_sees(rng, 2)
     before = unet(params, x, t)
     if half == "input":
-        params["outlet"]["w"][:, :, -8:] = 0
+        params["conv_out"]["w"][:, :, -8:] = 0
     else:
         channels = slice(0, 32) if half == "from below" else slice(32, 64)
-        params["up"][0]["norm1"]["scale"][channels] = params["up"][0]["norm1"]["shift"][channels] = 0
-        params["up"][0]["shortcut"]["w"][channels] = 0
+        block = params["up_blocks"][0]
+        block["norm1"]["scale"][channels] = block["norm1"]["shift"][channels] = 0
+        block["shortcut"]["w"][channels] = 0
     assert np.abs(unet(params, x, t) - before).max() > 1e-3
 
 
 def test_unet_gradient_has_the_same_bits_for_any_number_of_workers(rng):
-    params, batch = shaken(rng, init_unet(rng)), make_batch(rng, 11)
+    params, batch = shaken(rng, init_unet(rng, **WHOLE_UNET)), make_batch(rng, 11)
     results = [sharded_value_and_grad(loss_of(unet), 4, Workers(n))(params, batch) for n in (1, 2, 3)]
     for other in results[1:]:
         for a, b in zip(tree.leaves(results[0]), tree.leaves(other), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
-def test_one_batch_can_be_learned_by_heart(rng):
-    params, batch = init_unet(rng, channels=(16, 32), blocks=1), make_batch(rng, 4)
+@pytest.mark.parametrize("additions", [[], EVERYTHING["unet"]], ids=["none", "all"])
+def test_one_batch_can_be_learned_by_heart(rng, additions):
+    init = partial(init_unet, channels=(16, 32), blocks=1)
+    params, batch = improved.init_denoiser(init, rng, additions), make_batch(rng, 4)
     batch = (np.sign(batch[0]) * 0.5, *batch[1:])
-    adam, step_of = init_adam(params), value_and_grad(loss_of(unet))
+    moments, step_of = init_moments(params), value_and_grad(loss_of(unet, additions))
     losses = []
     for step in range(1, 81):
         value, gradient = step_of(params, batch)
-        adam_step(params, gradient, adam, step, lr=3e-3)
+        adam_step(params, gradient, moments, step, lr=3e-3)
         losses.append(value)
     assert losses[-1] < 0.15 * losses[0]

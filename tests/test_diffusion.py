@@ -1,10 +1,15 @@
 """q, p and the loss against independent derivations: recursion, Bayes' rule on the joint Gaussian, Monte Carlo."""
 
-from scratchgen import diffusion
-from scratchgen.diffusion import make_schedule
+from functools import partial
 
+from scratchgen import diffusion, layers, ops, tree
+from scratchgen.diffusion import make_schedule
+from scratchgen.gradients import value_and_grad
+
+import autograd.numpy as anp
 import numpy as np
 import pytest
+from finite_differences import numerical_gradient
 
 EVERY_T = [1, 2, 3, 5, 10, 50, 200, 1000]
 EVERY_SCHEDULE = list(diffusion.SCHEDULES)
@@ -74,6 +79,11 @@ def oracle(schedule, x_0):
     return eps_theta
 
 
+def of_x_t(x_t, t):
+    """Some eps_theta that depends on x_t and t, and leads to some x_0 that are clipped and some that are not."""
+    return 0.9 * x_t + np.float32(0.002) * t.reshape(-1, 1, 1, 1)
+
+
 def test_draw_batch_takes_every_t_from_1_to_T_and_unit_noise(rng):
     x_0, t, eps = diffusion.draw_batch(make_schedule("linear", 7), images(rng, 2000), rng)
     assert set(t) == set(range(1, 8)) and eps.shape == x_0.shape and eps.dtype == np.float32
@@ -82,37 +92,55 @@ def test_draw_batch_takes_every_t_from_1_to_T_and_unit_noise(rng):
 
 def test_loss_of_no_prediction_is_the_noises_variance_and_of_an_oracle_zero(schedule, rng):
     batch = diffusion.draw_batch(schedule, images(rng, 400), rng)
-    silent = diffusion.squared_errors(lambda x_t, t: 0 * x_t, schedule, batch).mean()
+    silent = diffusion.simple_loss(lambda x_t, t: 0 * x_t, schedule, batch)
     assert silent == pytest.approx(np.mean(batch[2] ** 2), rel=1e-5)
     # eps is a quotient by sqrt(1 - alpha_bar_t), small at t = 1: that is the rounding allowed for.
-    assert diffusion.squared_errors(oracle(schedule, batch[0]), schedule, batch).mean() < 1e-8
+    assert diffusion.simple_loss(oracle(schedule, batch[0]), schedule, batch) < 1e-8
 
 
 def test_squared_errors_are_per_image_means_over_pixels(schedule, rng):
     batch = diffusion.draw_batch(schedule, images(rng, 5), rng)
-    errors = diffusion.squared_errors(lambda x_t, t: x_t, schedule, batch)
     x_t = diffusion.q_sample(schedule, *batch)
-    assert errors.dtype == np.float32
+    errors = diffusion.squared_errors(batch[2], x_t)
+    assert errors.dtype == np.float32 and errors.shape == (5,)
     np.testing.assert_allclose(errors, ((x_t - batch[2]) ** 2).mean(axis=(1, 2, 3)), rtol=1e-5)
 
 
-def test_training_weighs_an_error_in_v_by_the_square_root_of_alpha_bar(schedule, rng):
-    batch = x_0, t, eps = diffusion.draw_batch(schedule, images(rng, 50), rng)
-    signal, noise = (np.sqrt(a)[t].reshape(-1, 1, 1, 1) for a in (schedule["alpha_bar"], 1 - schedule["alpha_bar"]))
-    v = signal * eps - noise * x_0
-    v_theta = v + rng.standard_normal(x_0.shape)
-    eps_theta = signal * v_theta + noise * (signal * x_0 + noise * eps)
-    value, reported = diffusion.weighted_loss(lambda x_t, t: eps_theta, schedule, batch)
-    assert value == pytest.approx(np.mean(signal * (v - v_theta) ** 2), rel=1e-4)
-    assert reported["loss"] == pytest.approx(np.mean((eps - eps_theta) ** 2), rel=1e-4)
+def test_the_simple_loss_is_its_definition(schedule, rng):
+    """Eq. (14), divided by the number of pixels, image by image in float64; the prediction depends on x_t and on t."""
+    x_0, t, eps = batch = diffusion.draw_batch(schedule, images(rng, 30), rng)
+    total = 0.0
+    for n in range(30):
+        alpha_bar = np.prod(1 - schedule["beta"][1 : t[n] + 1])
+        x_t = np.sqrt(alpha_bar) * x_0[n].astype(np.float64) + np.sqrt(1 - alpha_bar) * eps[n].astype(np.float64)
+        total += np.sum((eps[n] - (0.9 * x_t + 0.002 * t[n])) ** 2)
+    value = diffusion.simple_loss(of_x_t, schedule, batch)
+    assert value.shape == ()
+    assert value == pytest.approx(total / 30 / (4 * 6), rel=1e-5)
 
 
-def test_eps_from_v_undoes_the_definition_of_v(schedule, rng):
-    x_0, t, eps = diffusion.draw_batch(schedule, images(rng, 50), rng)
-    alpha_bar = schedule["alpha_bar"][t].reshape(-1, 1, 1, 1)
-    v = np.sqrt(alpha_bar) * eps - np.sqrt(1 - alpha_bar) * x_0
-    x_t = diffusion.q_sample(schedule, x_0, t, eps)
-    np.testing.assert_allclose(diffusion.eps_from_v(schedule, v, x_t, t), eps, atol=1e-5)
+def test_gradient_of_the_simple_loss_through_a_small_network(schedule, rng):
+    """Every entry of every parameter, against finite differences."""
+
+    def eps_theta(params, x_t, t):
+        time = np.broadcast_to((t / 200).reshape(-1, 1, 1, 1), x_t.shape)
+        h = ops.silu(layers.dense(params["in"], anp.concatenate([x_t, time], axis=3)))
+        return layers.dense(params["out"], h)
+
+    params = {"in": layers.init_dense(rng, 2, 5), "out": layers.init_dense(rng, 5, 1)}
+    params = tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape), params)  # float64
+    batch = diffusion.draw_batch(schedule, images(rng, 3), rng)
+    _, gradient = value_and_grad(lambda p: diffusion.simple_loss(partial(eps_theta, p), schedule, batch))(params)
+    for layer in params:
+        for name in params[layer]:
+
+            def loss(leaf, layer=layer, name=name):
+                changed = params | {layer: params[layer] | {name: leaf}}
+                return diffusion.simple_loss(partial(eps_theta, changed), schedule, batch)
+
+            expected = numerical_gradient(loss, params[layer][name])
+            np.testing.assert_allclose(gradient[layer][name], expected, rtol=1e-6, atol=1e-9)
+            assert np.all(expected != 0)
 
 
 def test_true_noise_recovers_x_0_at_every_t(schedule, rng):
@@ -191,141 +219,3 @@ def test_sampling_with_the_exact_denoiser_of_gaussian_data_reproduces_its_varian
         variance = factor**2 * variance + (1 - before) / (1 - alpha_bar) * beta
     assert 0.9 * spread < np.sqrt(variance) < spread
     assert t == 0 and abs(x.mean()) < 0.01 and x.std() == pytest.approx(np.sqrt(variance), rel=0.03)
-
-
-def test_above_black_is_eps_on_black_pixels_and_more_on_others(schedule, rng):
-    x_0, eps = np.full((5, 4, 6, 1), -1, np.float32), rng.standard_normal((5, 4, 6, 1), dtype=np.float32)
-    t = np.array([1, 2, 20, 150, 200])
-    x_0[:, 0] = 1
-    found = diffusion.above_black(schedule, diffusion.q_sample(schedule, x_0, t, eps), t)
-    np.testing.assert_allclose(found[:, 1:], np.clip(eps[:, 1:], -3, 3), atol=2e-3)
-    assert np.all(found[:2, 0] == 3) and np.all(found[:, 0] >= np.clip(eps[:, 0], -3, 3) - 1e-3)
-
-
-def test_predict_noise_shows_the_network_both_channels_and_takes_its_answer_for_v(schedule, rng):
-    x_0, eps = images(rng, 3), rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
-    t = np.array([1, 60, 200])
-    x_t = diffusion.q_sample(schedule, x_0, t, eps)
-
-    def network(x, times):
-        np.testing.assert_array_equal(x, np.concatenate([x_t, diffusion.above_black(schedule, x_t, t)], axis=3))
-        assert times is t
-        return diffusion.at(schedule["signal"], t) * eps - diffusion.at(schedule["noise"], t) * x_0
-
-    np.testing.assert_allclose(diffusion.predict_noise(network, schedule, x_t, t), eps, atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------------- DDIM
-
-
-def of_x_t(x_t, t):
-    """Some eps_theta that depends on x_t and t, and leads to some x_0 that are clipped and some that are not."""
-    return 0.9 * x_t + np.float32(0.002) * t.reshape(-1, 1, 1, 1)
-
-
-def test_ddim_times():
-    assert diffusion.ddim_times(200, 200) == list(range(200, -1, -1))
-    assert diffusion.ddim_times(200, 1) == [200, 0]
-    for T, steps in ((200, 7), (200, 150), (10, 9)):
-        times = diffusion.ddim_times(T, steps)
-        assert len(times) == steps + 1 and times[0] == T and times[-1] == 0
-        gaps = -np.diff(times)
-        assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
-
-
-def test_with_eta_1_and_every_step_it_is_algorithm_2(rng, schedule):
-    x_T = rng.standard_normal((2, 4, 6, 1), dtype=np.float32)
-    by_2 = diffusion.sample(of_x_t, schedule, x_T, np.random.default_rng(1))
-    by_ddim = diffusion.ddim_sample(of_x_t, schedule, x_T, 200, 1.0, np.random.default_rng(1))
-    for (t, a), (s, b) in zip(by_2, by_ddim, strict=True):
-        assert t == s
-        np.testing.assert_allclose(a, b, atol=2e-4)
-
-
-def test_a_step_of_ddim_keeps_the_marginal(rng, schedule):
-    """If eps_theta is the true eps, x_s must be distributed as q(x_s | x_0), for any eta: Song et al., Lemma 1."""
-    x_0 = np.broadcast_to(np.float32(0.4), (20_000, 1, 1, 1))
-    for eta in (0.0, 0.5, 1.0):
-        noise = np.random.default_rng(2)
-        eps = noise.standard_normal(x_0.shape, dtype=np.float32)
-        x_T = diffusion.q_sample(schedule, x_0, np.full(len(x_0), 200), eps)
-
-        def true_eps(x_t, t):
-            return (x_t - diffusion.at(schedule["signal"], t) * x_0) / diffusion.at(schedule["noise"], t)
-
-        for s, x_s in diffusion.ddim_sample(true_eps, schedule, x_T, 4, eta, noise):
-            signal, spread = schedule["signal"][s], schedule["noise"][s]
-            assert x_s.mean() == pytest.approx(0.4 * signal, abs=4 * spread / 20_000**0.5 + 1e-5)
-            assert x_s.std() == pytest.approx(spread, rel=0.03, abs=1e-5)
-
-
-def test_ddim_draws_nothing_and_a_perfect_network_leads_back(rng, schedule):
-    x_0, eps = images(rng, 3), rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
-    x_T = diffusion.q_sample(schedule, x_0, np.full(3, 200), eps)
-    for s, x_s in diffusion.ddim_sample(lambda x_t, t: eps, schedule, x_T, 20):  # rng is None
-        # x_T shows x_0 only faintly (alpha_bar_T = 3e-5), so float32 gives it back to some digits
-        expected = diffusion.q_sample(schedule, x_0, np.full(3, s), eps)
-        np.testing.assert_allclose(x_s, expected, atol=0.02)
-
-
-def test_ddim_takes_eps_from_the_clipped_x_0():
-    s = make_schedule("linear", 10)
-    x_T = np.full((1, 1, 1, 1), 3.0, np.float32)
-    (_, x_s), *_ = diffusion.ddim_sample(lambda x_t, t: -5 * x_t, s, x_T, 2)  # x_0 far above 1, so 1
-    eps = (3 - s["signal"][10]) / s["noise"][10]
-    assert x_s.item() == pytest.approx(s["signal"][5] + s["noise"][5] * eps, rel=1e-5)
-
-
-def where_all_is_known(T):
-    """x_0 ~ N(0, 0.04 I), so E[x_0 | x_t] is linear in x_t: the schedule, Var[x_t] for each t, the best eps_theta."""
-    schedule = make_schedule("linear", T)
-    variance = schedule["alpha_bar"] * 0.2**2 + 1 - schedule["alpha_bar"]
-
-    def eps_theta(x_t, t):
-        t = t[0]
-        x_0 = 0.2**2 * schedule["signal"][t] / variance[t] * x_t
-        return (x_t - schedule["signal"][t] * x_0) / schedule["noise"][t]
-
-    return schedule, variance, eps_theta
-
-
-def test_order_of_the_samplers():
-    """The equation dx_t/dt = f(x_t, t) that DDIM solves keeps x_t / sqrt(Var[x_t]) as it is at T. Twice the steps make
-    the error 2 or 4 times smaller."""
-    T, s = 6400, 1600
-    schedule, variance, eps_theta = where_all_is_known(T)
-    spread = np.sqrt(variance)
-
-    def error(order, steps):
-        x_T = np.full((1, 1, 1, 1), 1.5)
-        x_s = dict(diffusion.ddim_sample(eps_theta, schedule, x_T, steps, order=order))[s]
-        return abs(x_s.item() - 1.5 * spread[s] / spread[T])
-
-    for order in (1, 2):
-        ratios = [error(order, steps) / error(order, 2 * steps) for steps in (16, 32, 64)]
-        assert ratios == pytest.approx([2**order] * 3, rel=0.2)
-    assert error(2, 32) < error(1, 32) / 5
-
-
-def test_order_of_the_samplers_with_fresh_noise():
-    """All is linear: x_s = c_0 x_T + c_1 z_1 + c_2 z_2 + .., and where image k of the batch gets draw k alone, its x_s
-    is c_k: the sum of their squares is Var[x_s] as the sampler has it."""
-    T, s = 6400, 1600
-    schedule, variance, eps_theta = where_all_is_known(T)
-
-    class OneImageAtATime:
-        def __init__(self, draws):
-            self.rows = iter(np.eye(draws).reshape(draws, draws, 1, 1, 1))
-
-        def standard_normal(self, shape, dtype):
-            return next(self.rows)
-
-    def error(order, steps):
-        rng = OneImageAtATime(steps + 1)
-        x_T = np.sqrt(variance[T]) * rng.standard_normal((steps + 1, 1, 1, 1), np.float64)
-        c = dict(diffusion.ddim_sample(eps_theta, schedule, x_T, steps, 1.0, rng, order))[s]
-        return abs((c**2).sum() - variance[s])
-
-    for order in (1, 2):
-        ratios = [error(order, steps) / error(order, 2 * steps) for steps in (32, 64, 128)]
-        assert ratios == pytest.approx([2**order] * 3, rel=0.1)

@@ -3,16 +3,18 @@
 import os
 from functools import partial
 
-from scratchgen import denoisers, diffusion, runtime, tree, vae
+from scratchgen import denoisers, diffusion, improved, ops, tree, vae
 from scratchgen.gradients import in_parallel, sharded_value_and_grad, shards, value_and_grad
 from scratchgen.layers import init_mlp, mlp
-from scratchgen.runtime import Workers
+from scratchgen.machinery import workers as workers_module
+from scratchgen.machinery.workers import Workers
 
 import autograd
 import autograd.numpy as anp
 import numpy as np
 import pytest
 from autograd.core import VJPNode
+from autograd.tracer import isbox
 
 
 def mean_square(params, batch):
@@ -73,10 +75,13 @@ def test_float32_stays_float32(problem):
     assert {value.dtype} | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("model", ["vae mlp", "vae conv", "unet", "denoiser mlp"])
-def test_nothing_on_the_tape_of_a_training_step_is_float64(model, rng, monkeypatch):
-    kind, arch = model.split() if " " in model else ("denoiser", model)
-    if kind == "vae":
+STEPS = [("vae", arch, None) for arch in vae.VAES]
+STEPS += [("ddpm", arch, names) for arch in denoisers.DENOISERS for names in (["none"], ["all"])]
+
+
+@pytest.mark.parametrize(("model", "arch", "additions"), STEPS)
+def test_nothing_on_the_tape_of_a_training_step_is_float64(model, arch, additions, rng, monkeypatch):
+    if model == "vae":
         init, encode, decode = vae.VAES[arch]
         params = init(rng, 4)
         batch = rng.random((3, 28, 28, 1), dtype=np.float32), rng.standard_normal((3, 4), dtype=np.float32)
@@ -84,15 +89,15 @@ def test_nothing_on_the_tape_of_a_training_step_is_float64(model, rng, monkeypat
         def loss(p, batch):
             return vae.negative_elbo(partial(encode, p), partial(decode, p), batch)
     else:
+        additions = improved.chosen(additions, arch, pytest.fail)
         init, network = denoisers.DENOISERS[arch]
-        params, schedule = init(rng), diffusion.make_schedule("linear", 10)
+        params, schedule = improved.init_denoiser(init, rng, additions), diffusion.make_schedule("linear", 10)
+        eps_theta, _ = improved.denoiser(network, schedule, additions)
         batch = diffusion.draw_batch(schedule, rng.random((3, 28, 28, 1), dtype=np.float32), rng)
 
         def loss(p, batch):
-            def eps_theta(x, t):
-                return diffusion.predict_noise(partial(network, p), schedule, x, t)
-
-            return diffusion.weighted_loss(eps_theta, schedule, batch)
+            loss_of = improved.weighted_loss if additions else diffusion.simple_loss
+            return loss_of(partial(eps_theta, p), schedule, batch)
 
     seen, init_node = set(), VJPNode.__init__
 
@@ -103,6 +108,48 @@ def test_nothing_on_the_tape_of_a_training_step_is_float64(model, rng, monkeypat
     monkeypatch.setattr(VJPNode, "__init__", record)
     _, gradient = value_and_grad(loss)(params, batch)
     assert seen | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
+
+
+def test_the_nodes_of_the_tape_print_what_made_them_and_from_what(rng):
+    params = {"shift": np.zeros((2, 4)), "decoder": [{"w": rng.standard_normal((4, 3)), "b": np.zeros(3)}]}
+    x, nodes = rng.standard_normal((2, 4)), {}
+
+    def loss(p):
+        h = x + p["shift"]  # x is a constant: it has no node
+        y = ops.dense(h, p["decoder"][0]["w"], p["decoder"][0]["b"])
+        value = anp.sum(ops.relu(y) * y)
+        nodes.update(w=p["decoder"][0]["w"]._node, h=h._node, y=y._node, value=value._node)
+        return value
+
+    value_and_grad(loss)(params)
+    assert {name: repr(node) for name, node in nodes.items()} == {
+        "w": "parameter decoder/0/w (4, 3)",
+        "h": "add (2, 4) <- (parameter shift (2, 4))",
+        "y": "dense (2, 3) <- (add (2, 4), parameter decoder/0/w (4, 3), parameter decoder/0/b (3,))",
+        "value": "sum () <- (multiply (2, 3))",
+    }
+    assert repr(nodes["value"].parents[0]) == "multiply (2, 3) <- (relu (2, 3), dense (2, 3))"
+
+
+def test_comparisons_of_boxes_give_plain_arrays_and_leave_no_node(rng):
+    x = rng.standard_normal((3, 4))
+
+    def loss(x):
+        above = x > 0
+        assert not isbox(above) and not isbox(anp.argmax(x)) and not isbox(anp.equal(x, x))
+        return anp.sum(anp.where(above, x, 0) ** 2) + anp.sum(ops.relu(x))
+
+    value, gradient = value_and_grad(loss)(x)
+    positive = np.maximum(x, 0)
+    assert value == pytest.approx((positive**2).sum() + positive.sum())
+    np.testing.assert_allclose(gradient, 2 * positive + (x > 0))
+
+
+def test_weight_multiplies_the_gradient_and_not_the_value(problem):
+    value, gradient = value_and_grad(mean_square)(*problem)
+    same, weighted = value_and_grad(mean_square)(*problem, weight=0.25)
+    assert same == value
+    assert_same_bits(weighted, tree.map(lambda g: np.float32(0.25) * g, gradient))
 
 
 def test_shards_cover_the_batch_in_order(problem):
@@ -154,7 +201,12 @@ def test_in_parallel_returns_the_images_in_order(rng):
     np.testing.assert_array_equal(in_parallel(lambda a, b: a - b, 4, Workers(3))(x, y), x - y)
 
 
-@pytest.mark.skipif(not runtime.CAN_FORK, reason="workers are threads here")
+@pytest.mark.skipif(not workers_module.CAN_FORK, reason="workers are threads here")
 def test_in_parallel_gives_every_worker_its_part():
     who = in_parallel(lambda x: np.full(len(x), os.getpid()), 2, Workers(2))(np.zeros(8))
     assert who[0] == os.getpid() and len(set(who[:4])) == len(set(who[4:])) == 1 and who[0] != who[4]
+
+
+def test_a_function_that_returns_several_arrays_has_its_place_on_the_tape():
+    value, gradient = value_and_grad(lambda x: anp.sum(anp.split(x, 2)[0] ** 2))(np.arange(4.0))
+    assert value == 1 and gradient.tolist() == [0, 2, 0, 0]

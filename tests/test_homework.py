@@ -13,10 +13,12 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-from scratchgen import diffusion, metrics, plots, vae
+from scratchgen import diffusion, vae
 from scratchgen.diffusion import make_schedule
+from scratchgen.evaluate import metrics
 from scratchgen.gradients import value_and_grad
-from scratchgen.optim import adam_step, init_adam
+from scratchgen.machinery import plots
+from scratchgen.optim import adam_step, init_moments
 
 import numpy as np
 import pytest
@@ -96,7 +98,7 @@ def test_question_1_beta_trades_one_term_for_the_other(rng):
             encode = lambda x: (x.reshape((64, 6)) @ params["mu"], x.reshape((64, 6)) @ params["log_var"])  # noqa: E731
             return vae.negative_elbo(encode, lambda z: (z @ params["decode"]).reshape((64, 1, 6, 1)), batch, beta)
 
-        noise, moments = np.random.default_rng(eps_seed), init_adam(params)
+        noise, moments = np.random.default_rng(eps_seed), init_moments(params)
         for step in range(1, 301):
             batch = x, noise.standard_normal((64, 2), dtype=np.float32)
             (_, parts), gradient = value_and_grad(loss)(params, batch)
@@ -256,8 +258,8 @@ def test_question_7_the_recursion_gives_the_closed_form(schedule):
     for t in range(1, 201):
         beta = schedule["beta"][t]
         factor, variance = np.sqrt(1 - beta) * factor, (1 - beta) * variance + beta
-        assert abs(schedule["signal"][t] - factor) < 1e-12
-        assert abs(schedule["noise"][t] ** 2 - variance) < 1e-12
+        assert abs(schedule["sqrt_alpha_bar"][t] - factor) < 1e-12
+        assert abs(schedule["sqrt_one_minus_alpha_bar"][t] ** 2 - variance) < 1e-12
         at_t = np.array([t])
         assert diffusion.q_sample(schedule, one, at_t, 0 * one) == pytest.approx(factor, rel=1e-6)
         assert diffusion.q_sample(schedule, 0 * one, at_t, one) == pytest.approx(np.sqrt(variance), rel=1e-6)
@@ -322,7 +324,7 @@ def test_question_9_mean_and_variance_are_bayes_rule_on_the_joint_gaussian(sched
         found_mean, found_variance = diffusion.q_posterior(schedule, x_0 * pixel, x_t * pixel, np.array([t]))
         assert found_mean == pytest.approx(mean, rel=1e-5, abs=1e-6)
         assert found_variance == pytest.approx(variance, rel=1e-5)
-        exact = schedule["posterior_x0"][t] * x_0 + schedule["posterior_xt"][t] * x_t
+        exact = schedule["posterior_x_0"][t] * x_0 + schedule["posterior_x_t"][t] * x_t
         assert exact == pytest.approx(mean, rel=1e-9, abs=1e-9)
         assert schedule["posterior_variance"][t] == pytest.approx(variance, rel=1e-9)
 
@@ -337,7 +339,7 @@ def test_question_9_the_mean_in_terms_of_the_noise(schedule, rng):
         x_t = np.sqrt(alpha * before) * x_0 + np.sqrt(1 - alpha * before) * eps
         expected, _ = by_bayes_rule(beta, before, x_0, x_t)
         assert (x_t - beta / np.sqrt(1 - alpha * before) * eps) / np.sqrt(alpha) == pytest.approx(expected, abs=1e-9)
-        if schedule["signal"][t] > 1e-3:  # else float32 knows no better; `p_sample` takes the same step
+        if schedule["sqrt_alpha_bar"][t] > 1e-3:  # else float32 knows no better; `p_sample` takes the same step
             found = diffusion.p_sample(lambda x_t, t, eps=eps: eps * pixel, schedule, x_t * pixel, t, 0 * pixel)
             assert found == pytest.approx(expected, abs=2e-4)
 
@@ -357,7 +359,7 @@ def test_question_9_without_x_0_the_reverse_step_is_a_mixture_and_no_gaussian():
     exact = prior * normal(x_t, np.sqrt(s["alpha"][t]) * x, s["beta"][t])
     exact /= exact.sum() * dx
 
-    weights = normal(x_t, s["signal"][t] * x_0, s["noise"][t] ** 2)
+    weights = normal(x_t, s["sqrt_alpha_bar"][t] * x_0, s["sqrt_one_minus_alpha_bar"][t] ** 2)
     weights /= weights.sum()
     means, variance = diffusion.q_posterior(s, x_0.reshape(2, 1, 1, 1), np.full((2, 1, 1, 1), x_t), np.full(2, t))
     mixture = sum(w * normal(x, m, variance[0, 0, 0, 0]) for w, m in zip(weights, means.ravel(), strict=True))
@@ -375,9 +377,9 @@ def test_question_9_without_x_0_the_reverse_step_is_a_mixture_and_no_gaussian():
 
 def kurtosis_of_reverse_step(s, t, x_t):
     """Fourth central moment over squared variance of q(x_{t-1} | x_t) for x_0 = -1 or 1, in closed form."""
-    p = 1 / (1 + np.exp(-2 * s["signal"][t] * x_t / s["noise"][t] ** 2))  # of x_0 = 1
+    p = 1 / (1 + np.exp(-2 * s["sqrt_alpha_bar"][t] * x_t / s["sqrt_one_minus_alpha_bar"][t] ** 2))  # of x_0 = 1
     weights, v = np.array([p, 1 - p]), s["posterior_variance"][t]
-    deviations = s["posterior_x0"][t] * (np.array([1, -1]) - (2 * p - 1))
+    deviations = s["posterior_x_0"][t] * (np.array([1, -1]) - (2 * p - 1))
     second = weights @ (deviations**2 + v)
     fourth = weights @ (deviations**4 + 6 * deviations**2 * v + 3 * v**2)
     return fourth / second**2
@@ -425,7 +427,7 @@ def test_question_10_the_kl_is_the_weighted_squared_error_of_the_noise(schedule,
     x_0 = rng.uniform(-0.4, 0.4, (1, 4, 6, 1)).astype(np.float32)
     eps = rng.standard_normal(x_0.shape, dtype=np.float32)
     for t in range(2, 201, 9):
-        if schedule["signal"][t] < 0.1:  # else the error of 1 % in eps would be clipped away
+        if schedule["sqrt_alpha_bar"][t] < 0.1:  # else the error of 1 % in eps would be clipped away
             continue
         times, alpha_bar, beta = np.array([t]), schedule["alpha_bar"][t], schedule["beta"][t]
         wrong = eps + (0.02 * rng.standard_normal(x_0.shape)).astype(np.float32)
@@ -433,9 +435,12 @@ def test_question_10_the_kl_is_the_weighted_squared_error_of_the_noise(schedule,
         variance = (1 - alpha_bar / (1 - beta)) / (1 - alpha_bar) * beta
         weight = beta**2 / (2 * variance * (1 - beta) * (1 - alpha_bar))
 
-        found = metrics.bound_terms(lambda x_t, t, wrong=wrong: wrong, schedule, x_0, times, eps)[0]
+        def x_0_theta(x_t, t, wrong=wrong):
+            return diffusion.predict_x_0(schedule, x_t, t, wrong)
+
+        found = metrics.bound_terms(x_0_theta, schedule, x_0, times, eps)[0]
         assert found == pytest.approx(weight * squared_error, rel=1e-2)
-        (simple,) = diffusion.squared_errors(lambda x_t, t, wrong=wrong: wrong, schedule, (x_0, times, eps))
+        simple = diffusion.simple_loss(lambda x_t, t, wrong=wrong: wrong, schedule, (x_0, times, eps))
         assert simple == pytest.approx(squared_error / eps.size, rel=1e-4)
 
 
@@ -471,7 +476,7 @@ def test_errata_equation_6_as_printed_contradicts_bayes_rule(schedule):
         of_x_0 = np.sqrt(before) * beta / (1 - alpha * before) * x_0
         printed = np.sqrt(alpha * before) * (1 - before) / (1 - alpha * before) * x_t + of_x_0
         mended = np.sqrt(alpha) * (1 - before) / (1 - alpha * before) * x_t + of_x_0
-        ours = schedule["posterior_xt"][t] * x_t + schedule["posterior_x0"][t] * x_0
+        ours = schedule["posterior_x_t"][t] * x_t + schedule["posterior_x_0"][t] * x_0
         assert mended == pytest.approx(expected, abs=1e-9) and ours == pytest.approx(expected, abs=1e-9)
         assert abs(printed - expected) > 1e-5
 
@@ -484,7 +489,8 @@ def test_errata_eps_t_is_not_the_last_step(rng):
     before = diffusion.q_sample(s, x_0, np.array([t - 1]), step_noise[0])
     x_t = np.sqrt(s["alpha"][t]) * before + np.sqrt(s["beta"][t]) * step_noise[1]
     # Both noises in x_t, as they add up: that of x_{t-1} and that of the last step.
-    total = np.sqrt(s["alpha"][t]) * s["noise"][t - 1] * step_noise[0] + np.sqrt(s["beta"][t]) * step_noise[1]
+    of_before = np.sqrt(s["alpha"][t]) * s["sqrt_one_minus_alpha_bar"][t - 1]
+    total = of_before * step_noise[0] + np.sqrt(s["beta"][t]) * step_noise[1]
     total /= np.sqrt(1 - s["alpha_bar"][t])
 
     at_t = np.array([t])
@@ -511,10 +517,13 @@ def test_whatever_the_document_names_exists_and_it_names_every_test_above():
     assert {name for name in ours if re.match("test_(question|errata)", name)} <= named
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https:") or (docs / link).exists(), link
+    parts = {"": "", "machinery": "machinery.", "evaluate": "evaluate."}  # of the package
     for module, name in re.findall(r"`(\w+)\.(\w+)`", text):
-        if (docs.parent / "scratchgen" / f"{module}.py").exists():
-            assert hasattr(importlib.import_module(f"scratchgen.{module}"), name), f"{module}.{name}"
-    sources = "".join(file.read_text() for folder in ("", "scratchgen") for file in (docs.parent / folder).glob("*.py"))
+        for folder, prefix in parts.items():
+            if (docs.parent / "scratchgen" / folder / f"{module}.py").exists():
+                assert hasattr(importlib.import_module(f"scratchgen.{prefix}{module}"), name), f"{module}.{name}"
+    folders = ["", "docs", *(f"scratchgen/{folder}" for folder in parts)]
+    sources = "".join(file.read_text() for folder in folders for file in (docs.parent / folder).glob("*.py"))
     for name in re.findall(r"`([a-z]\w*_\w+)`", text):
         assert name in everywhere or re.search(rf"\b{name}\b", sources), name
 

@@ -84,12 +84,12 @@ def test_group_norm_of_a_constant_image_is_its_shift():
     np.testing.assert_allclose(ops.group_norm(x, np.ones(C, np.float32), shift, 2)[0, 0, 0], shift, atol=1e-2)
 
 
-def test_patches_hold_the_pixels_of_one_square_and_unpatch_puts_them_back(rng):
+def test_space_to_depth_holds_the_pixels_of_one_square_and_depth_to_space_puts_them_back(rng):
     x = rng.standard_normal((N, H, W, C))
-    p = ops.patches(x, 2)
+    p = ops.space_to_depth(x, 2)
     assert p.shape == (N, H // 2, W // 2, 4 * C)
     np.testing.assert_array_equal(p[1, 1, 2].reshape(2, 2, C), x[1, 2:4, 4:6])
-    np.testing.assert_array_equal(ops.unpatch(p, 2), x)
+    np.testing.assert_array_equal(ops.depth_to_space(p, 2), x)
 
 
 def test_activations_equal_their_definitions(rng):
@@ -159,9 +159,9 @@ def test_convolution_gradients(rng, K):
     assert_gradients(lambda x, b: ops.conv2d(x, k, b), [x, b])
 
 
-def test_patch_gradients(rng):
-    assert_gradients(lambda x: ops.patches(x, 2), [rng.standard_normal((N, H, W, 3))])
-    assert_gradients(lambda x: ops.unpatch(x, 2), [rng.standard_normal((N, 2, 3, 8))])
+def test_space_to_depth_and_depth_to_space_gradients(rng):
+    assert_gradients(lambda x: ops.space_to_depth(x, 2), [rng.standard_normal((N, H, W, 3))])
+    assert_gradients(lambda x: ops.depth_to_space(x, 2), [rng.standard_normal((N, 2, 3, 8))])
 
 
 def test_activation_gradients(rng):
@@ -208,8 +208,8 @@ CASES = {
     "dense": (ops.dense, [(N, C), (C, O), (O,)]),
     "conv2d": (ops.conv2d, [(N, H, W, C), (3, 3, C, O), (O,)]),
     "conv2d 1x1": (ops.conv2d, [(N, H, W, C), (1, 1, C, O), (O,)]),
-    "patches": (lambda x: ops.patches(x, 2), [(N, H, W, C)]),
-    "unpatch": (lambda x: ops.unpatch(x, 2), [(N, H, W, C)]),
+    "space_to_depth": (lambda x: ops.space_to_depth(x, 2), [(N, H, W, C)]),
+    "depth_to_space": (lambda x: ops.depth_to_space(x, 2), [(N, H, W, C)]),
     "relu": (ops.relu, [(N, C)]),
     "silu": (ops.silu, [(N, C)]),
     "glu": (ops.glu, [(N, 2 * C)]),

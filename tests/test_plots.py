@@ -1,6 +1,6 @@
 """The figures: panels, titles, what is drawn where; and that files are written whole."""
 
-from scratchgen import plots
+from scratchgen.machinery import plots
 
 import numpy as np
 import pytest

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scratchgen import runtime
+from scratchgen.machinery import workers
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODELS = ["vae", "ddpm"]
 FLAGS = {  # small runs of a few seconds
-    "vae": ["--latent-dim", "5", "--batch-size", "16", "--binarize", "--hold-out", "4"],
+    "vae": ["--latent-dim", "5", "--batch-size", "16"],
     "ddpm": ["--T", "5", "--batch-size", "16"],
 }
 FIGURES = {
@@ -39,7 +39,7 @@ def finish(command, **options):
 PROGRAM = """
 import itertools, os, sys
 sys.path.insert(0, {root!r})
-from scratchgen import cli, runtime
+from scratchgen.machinery import cli, files, training, workers
 import run_{model} as script
 
 script.SHARD = 8
@@ -130,20 +130,20 @@ def test_another_seed_gives_another_run(whole_run, tmp_path):
 # A signal in the middle of epoch 2, between its steps 18 and 19; an epoch has 13.
 STEPS, STOP = 13, 18
 INTERRUPTED = """
-calls, here = itertools.count(), cli.StopBetweenSteps.here
-helpers, fork = [], runtime.Helper.__init__
+calls, stop_if_asked = itertools.count(), training.Run.stop_if_asked
+processes, fork = [], workers.WorkerProcess.__init__
 
-def remember(self, known):
-    fork(self, known)
-    helpers.append(self.pid)
+def remember(self, registered):
+    fork(self, registered)
+    processes.append(self.pid)
 
-def interrupt(self, save):
+def interrupt(self):
     if next(calls) == {step}:
         os.kill({whom}, {how})
-    here(self, save)
+    stop_if_asked(self)
 
-runtime.Helper.__init__ = remember
-cli.StopBetweenSteps.here = interrupt
+workers.WorkerProcess.__init__ = remember
+training.Run.stop_if_asked = interrupt
 """
 
 
@@ -152,7 +152,7 @@ def interrupt(how, model, *flags, whom="os.getpid()"):
     return run(model, *flags, "--workers", 2, change=change, start_new_session=True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])  # test_cli.py has SIGTERM
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])  # test_training.py has SIGTERM
 def test_stopped_in_the_middle_of_epoch_2_and_resumed_gives_the_same_bits(how, whole_run, tmp_path):
     model, flags, whole, _, _ = whole_run
     # Ctrl-C on a terminal goes to the whole group of processes, which is what 0 means to kill(2).
@@ -171,10 +171,10 @@ def test_stopped_in_the_middle_of_epoch_2_and_resumed_gives_the_same_bits(how, w
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-@pytest.mark.skipif(not runtime.CAN_FORK, reason="workers are threads here")
+@pytest.mark.skipif(not workers.CAN_FORK, reason="workers are threads here")
 def test_a_killed_worker_is_one_line_and_nothing_is_lost(whole_run, tmp_path):
     model, flags, whole, _, _ = whole_run
-    status, _, err = interrupt(signal.SIGKILL, model, *flags, "--out", tmp_path, whom="helpers[-1]")
+    status, _, err = interrupt(signal.SIGKILL, model, *flags, "--out", tmp_path, whom="processes[-1]")
     assert status == 1 and "Traceback" not in err and "a worker process was killed" in err.splitlines()[-1]
     assert state_in(tmp_path)["step"] == STEPS
     assert run(model, *flags, "--out", tmp_path, "--resume")[0] == 0
@@ -204,12 +204,12 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_refused(whole_run, tmp_p
     second = [sys.executable, f"run_{model}.py", *map(str, flags), "--workers", "1", "--out", str(tmp_path)]
     change = f"""
 import subprocess
-write_log = script.checkpoint.write_log
+write_log = files.write_log
 def and_start_another(*args):
     result = subprocess.run({second!r}, cwd={str(ROOT)!r}, capture_output=True, text=True)
     print("second", result.returncode, result.stderr.splitlines()[-1])
     write_log(*args)
-script.checkpoint.write_log = and_start_another
+files.write_log = and_start_another
 """
     status, stdout, _ = run(model, *flags, "--workers", 2, "--out", tmp_path, change=change)
     refused = f"second 2 run_{model}.py: {tmp_path}: another run is at work there; give this one another --out"
@@ -288,9 +288,17 @@ def test_help_names_every_flag_and_shows_examples(model):
 
 
 def test_measuring_what_is_not_there_is_one_line(tmp_path):
-    for module, flags in (("evaluate", [tmp_path]), ("evaluate", []), ("classifier", ["--data", tmp_path / "none"])):
-        status, stdout, stderr = finish([sys.executable, "-m", f"scratchgen.{module}", *map(str, flags)], cwd=ROOT)
+    evaluate, no_data = ["-m", "scratchgen.evaluate"], ["--data", tmp_path / "none"]
+    for program, flags in (
+        (evaluate, [tmp_path]),
+        (evaluate, []),
+        (["docs/train_classifier.py"], [*no_data, "--out", tmp_path / "weights"]),
+        (["docs/published_protocol.py"], [*no_data, "--out", tmp_path / "protocol"]),
+        (["docs/ladder.py"], [*no_data, "--runs", tmp_path / "runs"]),
+    ):
+        status, stdout, stderr = finish([sys.executable, *program, *map(str, flags)], cwd=ROOT)
         assert status == 2 and stdout == "" and stderr.count("\n") == 1 and "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_of_evaluate_teaches():

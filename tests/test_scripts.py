@@ -3,48 +3,46 @@
 The scripts run in this process, with some functions wrapped so that their arguments are kept.
 """
 
+import itertools
 import json
-import re
+import os
+import signal
 from functools import partial
-from pathlib import Path
 
 import run_ddpm
 import run_vae
-from scratchgen import diffusion, plots, tree, vae
+from scratchgen import diffusion, improved, tree, vae
 from scratchgen.data import load_idx, scale
-from scratchgen.optim import cosine_decay
+from scratchgen.evaluate import __main__ as evaluate
+from scratchgen.machinery import checkpoint, cli, plots, training
+from scratchgen.muon import muon_step
+from scratchgen.optim import adam_step, cosine_decay
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from conftest import main_of
 
 
 @pytest.fixture
 def record(monkeypatch):
-    """Wrap a function of a module so that the arguments of its calls are kept, and return the list of them."""
+    """Wrap a function of a module, or of a dict, so that the arguments of its calls are kept; return their list."""
 
-    def wrap(module, name):
-        original, calls = getattr(module, name), []
+    def wrap(place, name):
+        original, calls = place[name] if isinstance(place, dict) else getattr(place, name), []
 
         def recording(*args, **kwargs):
             calls.append(tree.map(lambda a: a.copy() if isinstance(a, np.ndarray) else a, args))
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, recording)
+        (monkeypatch.setitem if isinstance(place, dict) else monkeypatch.setattr)(place, name, recording)
         return calls
 
     return wrap
 
 
 @pytest.fixture
-def call(monkeypatch, small_data):
-    def main(module, *flags):
-        monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", "--data", str(small_data), *map(str, flags)])
-        with pytest.warns(UserWarning, match="not the published"):
-            module.main()
-
-    return main
+def call(small_data):
+    return lambda module, *flags: main_of(module, *flags, "--data", small_data)
 
 
 @pytest.fixture
@@ -63,31 +61,19 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_vae_script(record, call, test_images, tmp_path):
-    steps_taken, latents = record(run_vae, "muon_step"), record(plots, "plot_latents")
+@pytest.mark.parametrize("arch", vae.VAES)
+def test_vae_script(arch, record, call, test_images, tmp_path):
+    assert run_vae.OPTIMISER_STEP[arch] is {"mlp": adam_step, "gated": muon_step, "conv": muon_step}[arch]
+    steps_taken, latents = record(run_vae.OPTIMISER_STEP, arch), record(plots, "plot_latents")
     reconstructions, grids, losses = (record(plots, name) for name in ("reconstructions", "grid", "vae_loss"))
-    flags = [
-        "--latent-dim",
-        5,
-        "--epochs",
-        2,
-        "--batch-size",
-        16,
-        "--train-images",
-        50,
-        "--lr",
-        0.01,
-        "--weight-decay",
-        0.2,
-        "--out",
-        tmp_path,
-    ]
+    flags = ["--arch", arch, "--latent-dim", 5, "--epochs", 2, "--batch-size", 16, "--train-images", 50]
+    flags += ["--lr", 0.01, "--out", tmp_path]
     call(run_vae, *flags)
     steps = 2 * 4  # 50 images are 16 + 16 + 16 + 2
     assert [args[3] for args in steps_taken] == list(range(1, steps + 1))
-    assert [args[4:] for args in steps_taken] == [(cosine_decay(step, steps, 0.01), 0.2) for step in range(steps)]
+    assert [args[4:] for args in steps_taken] == [(cosine_decay(step, steps, 0.01),) for step in range(1, steps + 1)]
 
-    _, encode, decode = vae.VAES["mlp"]
+    _, encode, decode = vae.VAES[arch]
     with np.load(tmp_path / "checkpoint.npz") as file:
         params = tree.map(lambda name: file[f"params/{name}"], names_as_tree(steps_taken[-1][0]))
     x = scale(test_images, 0, 1)
@@ -109,11 +95,11 @@ def test_vae_script(record, call, test_images, tmp_path):
     assert m["kl"] == pytest.approx(kl.sum(), rel=1e-4)
 
 
-def test_beta_and_warm_up_reach_the_loss(record, call, tmp_path):
+def test_beta_reaches_the_loss(record, call, tmp_path):
     losses = record(vae, "negative_elbo")
     flags = ["--latent-dim", 2, "--batch-size", 16, "--train-images", 64, "--workers", 1, "--out", tmp_path]
-    call(run_vae, *flags, "--epochs", 3, "--beta", 4, "--warm-up", 2)
-    assert [args[3] for args in losses] == [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4, 4, 4, 4]
+    call(run_vae, *flags, "--epochs", 2, "--beta", 4)
+    assert [args[3] for args in losses] == [4] * 8
     losses.clear()
     call(run_vae, *flags, "--epochs", 1)
     assert [args[3] for args in losses] == [1] * 4
@@ -124,20 +110,25 @@ def names_as_tree(params):
     return tree.map(lambda _: next(names), params)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_ddpm_script(schedule, record, call, test_images, tmp_path):
+@pytest.mark.parametrize(("schedule", "additions"), [("linear", "all"), ("cosine", "all"), ("linear", "none")])
+def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
     rows, grids, gifs = (record(plots, name) for name in ("row_of_times", "grid", "save_gif"))
-    losses, sampled = record(plots, "ddpm_loss"), record(diffusion, "sample")
+    losses = record(plots, "ddpm_loss")
+    sampled, not_sampled = record(improved, "sample"), record(diffusion, "sample")
+    if additions == "none":  # Algorithm 2 to the letter
+        sampled, not_sampled = not_sampled, sampled
     flags = ["--T", 20, "--epochs", 2, "--batch-size", 16, "--train-images", 40, "--schedule", schedule]
-    flags += ["--ema", 0.5, "--out", tmp_path]
+    flags += ["--additions", additions, "--ema", 0.5, "--out", tmp_path]
     call(run_ddpm, *flags)
+    assert len(sampled) == 3 and not_sampled == []  # a preview after each epoch, and the samples
     (noisy, forward_times, _), (path, reverse_times, _) = rows
     assert forward_times == reverse_times == [20, 10, 5, 2, 1, 0]
     s, x_0 = diffusion.make_schedule(schedule, 20), scale(test_images[0], -1, 1)
+    signal, noise = s["sqrt_alpha_bar"], s["sqrt_one_minus_alpha_bar"]
     np.testing.assert_allclose(noisy[-1], x_0, atol=1e-6)
     for x_t, t in zip(noisy[:-1], forward_times[:-1], strict=True):  # one and the same noise at every time
-        eps = (x_t - s["signal"][t] * x_0) / s["noise"][t]
-        np.testing.assert_allclose(eps, (noisy[0] - s["signal"][20] * x_0) / s["noise"][20], atol=1e-4)
+        eps = (x_t - signal[t] * x_0) / noise[t]
+        np.testing.assert_allclose(eps, (noisy[0] - signal[20] * x_0) / noise[20], atol=1e-4)
 
     first, second, samples = (args[0] for args in grids)
     assert len(first) == len(second) == 32 and len(samples) == 64
@@ -157,7 +148,7 @@ def test_ddpm_script(schedule, record, call, test_images, tmp_path):
         return
     # Samples and test loss come from the averaged weights, and from them alone.
     with np.load(tmp_path / "checkpoint.npz") as file:
-        assert np.any(file["ema/outlet/w"] != file["params/outlet/w"])
+        assert np.any(file["ema/conv_out/w"] != file["params/conv_out/w"])
     rewrite(tmp_path, lambda name, a: 0 * a if name.startswith("params/") else a)
     call(run_ddpm, *flags, "--resume")
     np.testing.assert_array_equal(grids[-1][0], samples)
@@ -167,11 +158,21 @@ def test_ddpm_script(schedule, record, call, test_images, tmp_path):
     assert np.abs(grids[-1][0] - samples).max() > 0.01 and metrics(tmp_path)["test_loss"] != m["test_loss"]
 
 
-def test_the_diffusion_model_is_trained_on_the_weighted_loss(record, call, tmp_path):
-    losses = record(diffusion, "weighted_loss")
+LOSSES = ["simple_loss", "weighted_loss"]
+
+
+@pytest.mark.parametrize("additions", [[], ["v"], ["weights"], ["muon"], ["v", "black", "weights", "muon"]])
+def test_the_additions_decide_on_loss_and_optimiser(additions, record, call, tmp_path):
+    losses = {name: record(improved if name == "weighted_loss" else diffusion, name) for name in LOSSES}
+    steps = {name: record(run_ddpm, name) for name in ("adam_step", "muon_step")}
     flags = ["--T", 5, "--arch", "mlp", "--batch-size", 16, "--train-images", 40, "--workers", 1, "--out", tmp_path]
-    call(run_ddpm, *flags, "--epochs", 2)
-    assert [len(args[2][0]) for args in losses] == [16, 16, 8] * 2  # the images of each step, and of nothing else
+    call(run_ddpm, *flags, "--epochs", 2, "--lr", 0.01, "--additions", *(additions or ["none"]))
+    used = LOSSES["weights" in additions]
+    assert [len(args[2][0]) for args in losses.pop(used)] == [16, 16, 8] * 2  # of each step, and of nothing else
+    assert list(losses.values()) == [[]]
+    taken = steps.pop("muon_step" if "muon" in additions else "adam_step")
+    assert [args[3:] for args in taken] == [(step, cosine_decay(step, 6, 0.01)) for step in range(1, 7)]
+    assert list(steps.values()) == [[]]
 
 
 def test_an_image_that_cannot_become_noise_is_warned_of(call, monkeypatch, capsys, tmp_path):
@@ -188,7 +189,7 @@ def test_very_few_steps_work_too(module, T, record, call, tmp_path):
     assert len(times) == 6 and times[0] == T and times[-1] == 0 and times == sorted(times, reverse=True)
 
 
-def test_a_test_set_smaller_than_the_figures(small_data, monkeypatch, tmp_path):
+def test_a_test_set_smaller_than_the_figures(small_data, tmp_path):
     for path in small_data.iterdir():
         content = path.read_bytes()
         if path.name.startswith("t10k"):  # 7 of the 40
@@ -198,13 +199,53 @@ def test_a_test_set_smaller_than_the_figures(small_data, monkeypatch, tmp_path):
         (tmp_path / path.name).write_bytes(content)
     flags = ["--data", tmp_path, "--epochs", 1, "--train-images", 16, "--out", tmp_path / "out"]
     for module, more in ((run_vae, []), (run_ddpm, ["--T", 30, "--arch", "mlp"])):
-        monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, [*flags, *more])])
-        with pytest.warns(UserWarning, match="not the published"):
-            module.main()
+        main_of(module, *flags, *more)
     assert (tmp_path / "out" / "reconstructions.png").exists() and (tmp_path / "out" / "trajectory.png").exists()
 
 
-def test_the_breakpoint_of_the_readme_is_where_it_says():
-    readme, code = ((ROOT / name).read_text() for name in ("README.md", "scratchgen/vae.py"))
-    line = int(re.search(r"\(Pdb\) b scratchgen/vae.py:(\d+)", readme)[1])
-    assert code.splitlines()[line - 1].strip() == "return reconstruction, kl"
+# ------------------------------------------------------------------------------- each rung of the ladder of additions
+
+RUNGS = [list(improved.ADDITIONS)[:count] for count in range(len(improved.ADDITIONS) + 1)]
+
+
+@pytest.mark.parametrize("additions", RUNGS, ids=[" ".join(rung) or "none" for rung in RUNGS])
+def test_every_rung_stops_resumes_and_is_measured_alike(additions, call, finish, monkeypatch, capsys, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = ["--T", 5, "--train-images", 48, "--batch-size", 16, "--epochs", 2, "--workers", 1]
+    chosen = ["--additions", *(additions or ["none"])]
+    call(run_ddpm, *flags, *chosen, "--out", whole)
+
+    asked, calls = training.Run.stop_if_asked, itertools.count()
+
+    def interrupt(run):
+        if next(calls) == 4:  # between steps 4 and 5; an epoch has 3
+            os.kill(os.getpid(), signal.SIGINT)
+        asked(run)
+
+    with monkeypatch.context() as patch, pytest.raises(cli.Stopped):
+        patch.setattr(training.Run, "stop_if_asked", interrupt)
+        call(run_ddpm, *flags, *chosen, "--out", stopped)
+    half = checkpoint.load(stopped / "checkpoint.npz")[1]
+    assert half["step"] == 4 and len(half["log"]) == 1 and half["config"]["additions"] == additions
+
+    others = RUNGS[(RUNGS.index(additions) + 1) % len(RUNGS)]
+    before, other_flags = (stopped / "checkpoint.npz").read_bytes(), ["--additions", *(others or ["none"])]
+    capsys.readouterr()
+    status, stderr = finish(lambda: call(run_ddpm, *flags, *other_flags, "--out", stopped, "--resume"))
+    assert status == 2 and len(stderr.splitlines()) == 1 and (stopped / "checkpoint.npz").read_bytes() == before
+    names = [" ".join(rung) or "none" for rung in (additions, others)]
+    assert "made with additions {}, this run has additions {};".format(*names) in stderr
+
+    call(run_ddpm, *flags, *chosen, "--out", stopped, "--resume")
+    (a, state_a), (b, state_b) = (checkpoint.load(folder / "checkpoint.npz") for folder in (whole, stopped))
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in state["log"]] for state in (state_a, state_b)]
+    assert logs[0] == logs[1] and (whole / "samples.png").read_bytes() == (stopped / "samples.png").read_bytes()
+
+    for folder in (whole, stopped):
+        call(evaluate, folder, "--workers", 1, "--bound", 2)
+    measured = [metrics(folder)["evaluation"] for folder in (whole, stopped)]
+    assert measured[0] == measured[1] and measured[0].keys() == {"bound_estimate", "bound_exact_2"}
+    assert 0 < measured[0]["bound_exact_2"]["bits_per_dimension"] < 100

@@ -4,7 +4,7 @@ from functools import partial
 
 from scratchgen import tree, vae
 from scratchgen.gradients import value_and_grad
-from scratchgen.optim import adam_step, init_adam
+from scratchgen.optim import adam_step, init_moments
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_kl_against_monte_carlo(rng):
     assert np.all(np.abs(kl - estimate) <= 4 * error) and kl[2] == 0 and kl[0] > 0.3
 
 
-def test_gradients_of_the_two_gaussian_primitives(rng):
+def test_gradients_of_reparameterise_and_kl(rng):
     mu, log_var, eps = rng.standard_normal((3, 4, 5))
     assert_gradients(lambda mu, log_var: vae.reparameterise(mu, log_var, eps), [mu, log_var])
     assert_gradients(vae.kl_per_dimension, [mu, log_var])
@@ -115,11 +115,11 @@ def test_generated_pixels_are_probabilities_even_far_from_the_prior(rng, arch):
 @pytest.mark.parametrize(("arch", "steps"), [("mlp", 150), ("gated", 150), ("conv", 60)])
 def test_one_batch_can_be_learned_by_heart(rng, arch, steps):
     params, batch = vae.VAES[arch][0](rng, D), make_batch(rng, 8)
-    adam, step_of = init_adam(params), value_and_grad(partial(bound, arch))
+    moments, step_of = init_moments(params), value_and_grad(partial(bound, arch))
     before = float(step_of(params, batch)[0][0])
     for step in range(1, steps + 1):
         (value, _), gradient = step_of(params, batch)
-        adam_step(params, gradient, adam, step, lr=3e-3)
+        adam_step(params, gradient, moments, step, lr=3e-3)
     floor = vae.entropy_floor(batch[0])
     assert value - floor < 0.5 * (before - floor)
 

@@ -4,8 +4,7 @@
 
 Every measurement has a process of its own, so that its peak of memory is its own too, and they are taken in turns: all
 of them once, then all of them again. The time is the median over the turns. Memory is the sum of the largest resident
-sizes of the process and its helpers; pages that a fork shares count in each, so it is an upper bound. (Linux only: the
-sizes are read from /proc.)
+sizes of the process and its workers; pages that a fork shares count in each: an upper bound. (From /proc: Linux only.)
 """
 
 import argparse
@@ -23,18 +22,19 @@ sys.path.insert(0, str(ROOT))  # the run scripts
 
 import run_ddpm
 import run_vae
-from scratchgen import denoisers, diffusion, plots, tree, vae
+from scratchgen import denoisers, diffusion, improved, tree, vae
 from scratchgen.data import load_fashion_mnist, minibatches, scale
 from scratchgen.gradients import in_parallel, sharded_value_and_grad
-from scratchgen.optim import adam_step, ema_step, init_adam
-from scratchgen.runtime import Workers, available_cores
+from scratchgen.machinery import plots, runtime
+from scratchgen.machinery.workers import Workers
+from scratchgen.optim import adam_step, ema_step, init_moments
 
 import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-CORES = available_cores()
-SAMPLES = 32
+CORES = runtime.available_cores()
+UNET_BATCH, VAE_BATCH, SAMPLES = 64, 128, 32  # the batches are the run scripts' defaults
 # name -> (what is counted, its values, what takes so many ms, function of a value that returns them and the workers)
 MEASUREMENTS = {
     "U-Net step, workers": ("workers", list(range(1, CORES + 1)), "a step, batch 64", lambda n: unet(workers=n)),
@@ -50,12 +50,12 @@ def train_images(count):
 
 
 def trainer(workers, params, loss, shard_size, ema):
-    arrays = workers.share({"params": params, "ema": tree.map(np.copy, params), "adam": init_adam(params)})
+    arrays = workers.share({"params": params, "ema": tree.map(np.copy, params), "moments": init_moments(params)})
     gradient_of = sharded_value_and_grad(loss, shard_size, workers)
 
     def step(batch, count):
         _, gradient = gradient_of(arrays["params"], batch)
-        adam_step(arrays["params"], gradient, arrays["adam"], count, 1e-3)
+        adam_step(arrays["params"], gradient, arrays["moments"], count, 1e-3)
         if ema:
             ema_step(arrays["ema"], arrays["params"], count, 0.998)
 
@@ -72,18 +72,20 @@ def per_step(step, steps=8):
     return statistics.median(times[2:])
 
 
-def eps_theta(schedule, params, x_t, t):
-    return diffusion.predict_noise(partial(denoisers.unet, params), schedule, x_t, t)
+def default_unet(schedule, rng):  # -> parameters, eps_theta, x_0_theta
+    params = improved.init_denoiser(denoisers.init_unet, rng, improved.ADDITIONS)
+    return params, *improved.denoiser(denoisers.unet, schedule, improved.ADDITIONS)
 
 
-def unet(batch=run_ddpm.BATCH, workers=CORES):
+def unet(batch=UNET_BATCH, workers=CORES):
     rng, schedule, workers = np.random.default_rng(0), diffusion.make_schedule("linear", 200), Workers(workers)
     images = scale(train_images(batch), -1, 1)
+    params, eps_theta, _ = default_unet(schedule, rng)
 
     def loss(params, batch):
-        return diffusion.weighted_loss(partial(eps_theta, schedule, params), schedule, batch)
+        return improved.weighted_loss(partial(eps_theta, params), schedule, batch)
 
-    step = trainer(workers, denoisers.init_unet(rng), loss, run_ddpm.SHARD, ema=True)
+    step = trainer(workers, params, loss, run_ddpm.SHARD, ema=True)
     return per_step(lambda count: step(diffusion.draw_batch(schedule, images, rng), count)), workers
 
 
@@ -107,19 +109,19 @@ def epoch(count):
     rng, workers = np.random.default_rng(0), Workers(CORES)
     images, step = train_images(count), vae_trainer(workers, rng)
     start = time.perf_counter()
-    for number, batch in enumerate(minibatches(images, run_vae.BATCH, rng), 1):
+    for number, batch in enumerate(minibatches(images, VAE_BATCH, rng), 1):
         step((scale(batch, 0, 1), rng.standard_normal((len(batch), 20), dtype=np.float32)), number)
     return 1e3 * (time.perf_counter() - start), workers
 
 
 def sampling(T):
     rng, schedule, workers = np.random.default_rng(0), diffusion.make_schedule("linear", T), Workers(CORES)
-    params = workers.share(denoisers.init_unet(rng))
-    sharded = in_parallel(partial(eps_theta, schedule, params), run_ddpm.SAMPLE_SHARD, workers)
-    x_T = run_ddpm.noise_images(SAMPLES, rng)
-    sharded(x_T, np.full(SAMPLES, T))  # the helpers are there
+    params, _, x_0_theta = default_unet(schedule, rng)
+    sharded = in_parallel(partial(x_0_theta, workers.share(params)), run_ddpm.SAMPLE_SHARD, workers)
+    x_T = rng.standard_normal((SAMPLES, 28, 28, 1), dtype=np.float32)
+    sharded(x_T, np.full(SAMPLES, T))  # the workers are there
     start = time.perf_counter()
-    for _ in diffusion.sample(sharded, schedule, x_T, rng):
+    for _ in improved.sample(sharded, schedule, x_T, rng):
         pass
     return 1e3 * (time.perf_counter() - start), workers
 
@@ -127,7 +129,7 @@ def sampling(T):
 def measure(name, value):
     """(ms, MiB) of one measurement, made in a process of its own."""
     taken, workers = MEASUREMENTS[name][3](value)
-    statuses = [Path(f"/proc/{pid}/status").read_text() for pid in ["self", *(h.pid for h in workers.helpers)]]
+    statuses = [Path(f"/proc/{pid}/status").read_text() for pid in ["self", *(p.pid for p in workers.processes)]]
     return taken, sum(int(status.split("VmHWM:")[1].split()[0]) for status in statuses) / 1024
 
 
@@ -170,9 +172,7 @@ def main():
     results = {}
     print(f"{os.cpu_count()} processors, {CORES} used; NumPy {np.__version__}")
     for name, (what, values, job, _) in MEASUREMENTS.items():
-        rows = [
-            tuple(statistics.median(column) for column in zip(*found[name, value], strict=True)) for value in values
-        ]
+        rows = [tuple(map(statistics.median, zip(*found[name, value], strict=True))) for value in values]
         results[name] = rows
         each = "times one" if what == "workers" else "ms each"
         print(f"\n{name}\n{what:>16}{'ms for ' + job:>24}{each:>12}{'peak MiB':>10}")

@@ -21,17 +21,19 @@ import sys
 import time
 from functools import partial, reduce
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the run scripts
 environment = dict(os.environ)
 
 import run_ddpm
 import run_vae
-from scratchgen import checkpoint, denoisers, diffusion, ops, tree, vae
+from scratchgen import denoisers, diffusion, improved, ops, tree, vae
 from scratchgen.gradients import in_parallel, sharded_value_and_grad, shards
 from scratchgen.layers import GROUPS, time_embedding
-from scratchgen.optim import adam_step, ema_step, init_adam
-from scratchgen.runtime import Workers, available_cores
+from scratchgen.machinery import files, runtime
+from scratchgen.machinery.workers import Workers
+from scratchgen.optim import adam_step, ema_step, init_moments
 
 import numpy as np
 from tqdm import tqdm
@@ -49,6 +51,7 @@ from torch.utils.flop_counter import FlopCounterMode
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 # (H = W, C, O) of the 3x3 convolutions of both networks.
 CONVOLUTIONS = [(14, 64, 32), (14, 32, 32), (7, 64, 64), (14, 40, 4), (14, 8, 32)]
+UNET_BATCH, VAE_BATCH = 64, 128  # the run scripts' defaults
 CALLS = 10  # of a convolution between one look at the clock and the next
 T, LATENT_DIM, LR, BETA2, EMA = 200, 20, 1e-3, 0.99, 0.998
 
@@ -95,26 +98,26 @@ def unet(p, x, t):
     time = torch.from_numpy(time_embedding(t, denoisers.TIME_WIDTH))
     for i in range(2):
         time = F.silu(linear(p, f"time/{i}", time))
-    # pixel_unshuffle has all positions of one channel first; `ops.patches`, and so the weights, all channels of one.
+    # pixel_unshuffle has all positions of one channel first; `space_to_depth`, and so the weights, all channels of one.
     patches = F.pixel_unshuffle(x, 2).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
-    skip = res_block(p, "down/0", conv(p, "inlet", patches), time)
-    h = pointwise(p, "shrink", skip)
+    skip = res_block(p, "down_blocks/0", conv(p, "conv_in", patches), time)
+    h = pointwise(p, "down", skip)
     for i in range(2):
-        h = global_block(p, f"global/{i}", res_block(p, f"middle/{i}", h, time), time)
-    h = F.pixel_shuffle(pointwise(p, "grow", h), 2)
-    h = res_block(p, "up/0", torch.cat([h, skip], dim=1), time)
-    h = F.silu(norm(p, "norm", h))
-    return F.pixel_shuffle(conv(p, "outlet", torch.cat([h, patches], dim=1)), 2)
+        h = global_block(p, f"global_blocks/{i}", res_block(p, f"middle_blocks/{i}", h, time), time)
+    h = F.pixel_shuffle(pointwise(p, "up", h), 2)
+    h = res_block(p, "up_blocks/0", torch.cat([h, skip], dim=1), time)
+    h = F.silu(norm(p, "norm_out", h))
+    return F.pixel_shuffle(conv(p, "conv_out", torch.cat([h, patches], dim=1)), 2)
 
 
-def predict_noise(p, signal, noise, x_t, t):
-    seen = torch.cat([x_t, ((x_t + signal) / noise).clamp(-3, 3)], dim=1)
-    return signal * unet(p, seen, t) + noise * x_t
+def predict_v(p, signal, noise, x_t, t):
+    return unet(p, torch.cat([x_t, ((x_t + signal) / noise).clamp(-3, 3)], dim=1), t)
 
 
 def weighted_loss(p, batch):
     x_0, t, eps, signal, noise = batch
-    return ((predict_noise(p, signal, noise, signal * x_0 + noise * eps, t) - eps) ** 2 / signal).mean()
+    x_t = signal * x_0 + noise * eps
+    return ((signal * predict_v(p, signal, noise, x_t, t) + noise * x_t - eps) ** 2 / signal).mean()
 
 
 def negative_elbo(encode, decode, p, batch):
@@ -138,7 +141,7 @@ def mlp_decode(p, z):
 
 def conv_encode(p, x):
     h = F.relu(conv(p, "encoder/conv14", F.pixel_unshuffle(x, 2)))
-    h = F.relu(pointwise(p, "encoder/shrink", h))
+    h = F.relu(pointwise(p, "encoder/down", h))
     h = F.relu(conv(p, "encoder/conv7", h))
     h = h.flatten(1) if p["layout"] == "NCHW" else h.permute(0, 2, 3, 1).flatten(1)  # as it lies in memory
     h = F.relu(linear(p, "encoder/hidden", h))
@@ -149,7 +152,7 @@ def conv_decode(p, z):
     h = F.relu(linear(p, "decoder/spread", F.relu(linear(p, "decoder/hidden", z))))
     h = h.reshape(-1, 64, 7, 7) if p["layout"] == "NCHW" else h.reshape(-1, 7, 7, 64).permute(0, 3, 1, 2)
     h = F.relu(conv(p, "decoder/conv7", h))
-    h = F.relu(F.pixel_shuffle(pointwise(p, "decoder/grow", h), 2))
+    h = F.relu(F.pixel_shuffle(pointwise(p, "decoder/up", h), 2))
     h = F.relu(conv(p, "decoder/conv14", h))
     return F.pixel_shuffle(pointwise(p, "decoder/pixels", h), 2)
 
@@ -169,7 +172,7 @@ def exchange(name, array, layout):
     """
     layer, last = name.split("/")[-2:]
     weight = last == "w"
-    if layer in ("grow", "pixels"):
+    if layer in ("up", "pixels"):
         array = swap(array, array.ndim - 1, 4, -1)
     if layer == "spread" and layout == "NCHW":
         array = swap(array, array.ndim - 1, 49, 64)
@@ -181,9 +184,9 @@ def exchange(name, array, layout):
         array = swap(array, 0, 49, denoisers.GLOBAL_CHANNELS)
     if not weight:
         return array
-    if layer == "shrink":
+    if layer == "down":
         array = array.reshape(2, 2, -1, array.shape[-1])
-    if layer in ("grow", "pixels", "shortcut", "squeeze", "expand"):
+    if layer in ("up", "pixels", "shortcut", "squeeze", "expand"):
         array = array[None, None]
     return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
@@ -246,7 +249,7 @@ def randomised(params, rng):
 
 def training(params, loss, batch, shard_size, workers, peer_loss, peer_batch, ema=False, layouts=LAYOUTS):
     """Ours and the peers' training steps as functions without arguments, after both were seen to agree."""
-    arrays = workers.share({"params": params, "ema": tree.map(np.copy, params), "adam": init_adam(params)})
+    arrays = workers.share({"params": params, "ema": tree.map(np.copy, params), "moments": init_moments(params)})
     params = arrays["params"]
     gradient_of = sharded_value_and_grad(loss, shard_size, workers)
     peers = {layout: Peer(params, layout, peer_loss, peer_batch(layout)) for layout in layouts}
@@ -262,7 +265,7 @@ def training(params, loss, batch, shard_size, workers, peer_loss, peer_batch, em
     def step():
         value, gradient = gradient_of(params, batch)
         count[0] += 1
-        adam_step(params, gradient, arrays["adam"], count[0], LR, beta2=BETA2)
+        adam_step(params, gradient, arrays["moments"], count[0], LR, beta2=BETA2)
         if ema:
             ema_step(arrays["ema"], params, count[0] + 10_000, EMA)
         return value[0] if isinstance(value, tuple) else value
@@ -277,7 +280,7 @@ def training(params, loss, batch, shard_size, workers, peer_loss, peer_batch, em
 def vae_step(arch, layouts, workers, rng):
     init, encode, decode = vae.VAES[arch]
     peer_encode, peer_decode = {"mlp": (mlp_encode, mlp_decode), "conv": (conv_encode, conv_decode)}[arch]
-    x = rng.random((run_vae.BATCH, 28, 28, 1), dtype=np.float32)
+    x = rng.random((VAE_BATCH, 28, 28, 1), dtype=np.float32)
     eps = rng.standard_normal((len(x), LATENT_DIM), dtype=np.float32)
 
     def loss(params, batch):
@@ -295,25 +298,21 @@ def vae_step(arch, layouts, workers, rng):
     )
 
 
-def unet_case(workers, rng):
+def unet_case(rng):
     schedule = diffusion.make_schedule("linear", T)
-    params = randomised(denoisers.init_unet(rng), rng)
-    x_0 = rng.uniform(-1, 1, (run_ddpm.BATCH, 28, 28, 1)).astype(np.float32)
-    x_0, t, eps = diffusion.draw_batch(schedule, x_0, rng)
-
-    def eps_theta(params, x_t, t):
-        return diffusion.predict_noise(partial(denoisers.unet, params), schedule, x_t, t)
-
-    return schedule, params, (x_0, t, eps), eps_theta
+    params = randomised(improved.init_denoiser(denoisers.init_unet, rng, improved.ADDITIONS), rng)
+    x_0 = rng.uniform(-1, 1, (UNET_BATCH, 28, 28, 1)).astype(np.float32)
+    batch = diffusion.draw_batch(schedule, x_0, rng)
+    return schedule, params, batch, *improved.denoiser(denoisers.unet, schedule, improved.ADDITIONS)
 
 
 def unet_step(workers, rng):
-    schedule, params, (x_0, t, eps), eps_theta = unet_case(workers, rng)
+    schedule, params, (x_0, t, eps), eps_theta, _ = unet_case(rng)
 
     def loss(params, batch):
-        return diffusion.weighted_loss(partial(eps_theta, params), schedule, batch)
+        return improved.weighted_loss(partial(eps_theta, params), schedule, batch)
 
-    signal, noise = diffusion.at(schedule["signal"], t), diffusion.at(schedule["noise"], t)
+    signal, noise = diffusion.at(schedule["sqrt_alpha_bar"], t), diffusion.at(schedule["sqrt_one_minus_alpha_bar"], t)
     return training(
         params,
         loss,
@@ -327,26 +326,27 @@ def unet_step(workers, rng):
 
 
 def unet_sampling(workers, rng):
-    schedule, params, (x_T, _, noise), eps_theta = unet_case(workers, rng)
-    params = workers.share(params)
-    sharded = in_parallel(partial(eps_theta, params), run_ddpm.SAMPLE_SHARD, workers)
+    schedule, params, (x_t, _, fresh), _, x_0_theta = unet_case(rng)
+    sharded = in_parallel(partial(x_0_theta, workers.share(params)), run_ddpm.SAMPLE_SHARD, workers)
     t = T // 2
+    up_to_t = {name: values[: t + 1] for name, values in schedule.items()}  # so that sampling starts there
+    given = SimpleNamespace(standard_normal=lambda *shape, **dtype: fresh)  # in place of rng: both add the same noise
 
     def ours():
-        return diffusion.p_sample(sharded, schedule, x_T, t, noise)
+        return next(improved.sample(sharded, up_to_t, x_t, given))[1]
 
     def theirs(layout):
-        peer = Peer(params, layout, None, (image(x_T, layout), image(noise, layout)))
-        x_t, fresh = peer.batch
-        times = torch.full((len(x_t),), t)
+        peer = Peer(params, layout, None, (image(x_t, layout), image(fresh, layout)))
+        x, extra = peer.batch
+        times = torch.full((len(x),), t)
         constant = {name: float(values[t]) for name, values in schedule.items()}
+        signal, noise = constant["sqrt_alpha_bar"], constant["sqrt_one_minus_alpha_bar"]
 
         @torch.inference_mode()
-        def step():
-            eps = predict_noise(peer.p, constant["signal"], constant["noise"], x_t, times)
-            x_0 = ((x_t - constant["noise"] * eps) / constant["signal"]).clamp_(-1, 1)
-            mean = constant["posterior_x0"] * x_0 + constant["posterior_xt"] * x_t
-            return mean.add_(fresh, alpha=constant["posterior_variance"] ** 0.5)
+        def step():  # Algorithm 2
+            x_0 = (signal * x - noise * predict_v(peer.p, signal, noise, x, times)).clamp_(-1, 1)
+            mean = constant["posterior_x_0"] * x_0 + constant["posterior_x_t"] * x
+            return mean.add_(extra, alpha=constant["posterior_variance"] ** 0.5)
 
         assert_close(f"sampled images, {layout}", ours().transpose(0, 3, 1, 2), step().numpy(), 1e-4)
         return step
@@ -358,16 +358,16 @@ def conv2d(shape, backward, workers, rng):
     """One convolution forward, or its three gradients, several times over: as inside a network, the images are where
     they are needed and stay there. The workers meet once for all calls, and add their gradients of the kernel then."""
     size, C, O = shape
-    x = rng.standard_normal((run_ddpm.BATCH, size, size, C), dtype=np.float32)
+    x = rng.standard_normal((UNET_BATCH, size, size, C), dtype=np.float32)
     k = rng.standard_normal((3, 3, C, O), dtype=np.float32) * 0.1
     b, g = rng.standard_normal(O, dtype=np.float32), rng.standard_normal((*x.shape[:3], O), dtype=np.float32)
 
     def gradients(x, g):
-        return ops.conv2d_same_vjp((0, 1, 2), None, (x, k, b), {})(g)
+        return ops.conv2d_vjp((0, 1, 2), None, (x, k, b), {})(g)
 
     def one_shard(shard):
         for _ in range(CALLS):
-            result = gradients(*shard) if backward else ops.conv2d_same(shard[0], k, b)
+            result = gradients(*shard) if backward else ops.conv2d(shard[0], k, b)
         return result[1:] if backward else None
 
     parts = workers.share(shards((x, g), run_ddpm.SHARD))
@@ -386,7 +386,7 @@ def conv2d(shape, backward, workers, rng):
             agree = zip(gradients(x, g), [(0, 3, 1, 2), (3, 2, 0, 1), (0,)], call(), strict=True)
         else:
             call = torch.inference_mode()(partial(F.conv2d, *arguments, padding="same"))
-            agree = [(ops.conv2d_same(x, k, b), (0, 3, 1, 2), call())]
+            agree = [(ops.conv2d(x, k, b), (0, 3, 1, 2), call())]
         for mine, order, other in agree:
             assert_close(f"convolution, {layout}", mine.transpose(order), other.numpy(), 1e-4)
         return lambda: [call() for _ in range(CALLS)]
@@ -449,14 +449,14 @@ def operations(step):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21, help="turns of each (default: 21)")
-    parser.add_argument("--workers", type=int, default=available_cores(), help="cores for both (default: all)")
+    parser.add_argument("--workers", type=int, default=runtime.available_cores(), help="cores for both (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name begins so")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, too")
     args = parser.parse_args()
     if not any(name.startswith(args.only) for name in CASES):
         parser.error(f"no row begins with {args.only}; there are {', '.join(CASES)}")
-    if args.rounds < 1 or not 1 <= args.workers <= available_cores():
-        parser.error(f"at least one round, and from 1 to {available_cores()} workers")
+    if args.rounds < 1 or not 1 <= args.workers <= runtime.available_cores():
+        parser.error(f"at least one round, and from 1 to {runtime.available_cores()} workers")
     return args
 
 
@@ -494,7 +494,7 @@ def main():
         name, mine, best, default, ratio_best, ratio_default, share = row.values()
         print(f"{name:28}{mine:8.2f}{best:12.2f}{default:9.2f}{ratio_best:8.2f}{ratio_default:11.2f}{share:10.0%}")
     if args.json:
-        checkpoint.write_text(args.json, json.dumps({"rows": rows}, indent=2) + "\n")
+        files.write_text(args.json, json.dumps({"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

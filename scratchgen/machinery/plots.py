@@ -3,13 +3,14 @@
 Images come as (N, H, W, 1) in the range given by ``low`` and ``high``, by default [0, 1].
 """
 
-from scratchgen.checkpoint import replacing
+from scratchgen.machinery.files import replacing
 
 import numpy as np
 from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+FORWARD, REVERSE = "forward: $x_t \\sim q(x_t|x_0)$", "reverse: $x_{t-1} \\sim p_\\theta(x_{t-1}|x_t)$"  # titles
 TRAIN, TEST = {"color": "C0", "label": "train"}, {"color": "C1", "label": "test", "linestyle": "--"}
 
 

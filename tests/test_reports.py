@@ -1,4 +1,4 @@
-"""Measuring a finished run: what the numbers are made of, what is refused, and that nothing is lost."""
+"""python -m scratchgen.evaluate: what its numbers are made of, what is refused, and that nothing is lost."""
 
 import json
 import re
@@ -6,36 +6,17 @@ import shutil
 
 import run_ddpm
 import run_vae
-from scratchgen import checkpoint, classifier, cli, diffusion, evaluate, measurements, metrics, plots, vae
-from scratchgen.data import binarised_test, load_fashion_mnist, scale
-from scratchgen.runtime import Workers
+from scratchgen import diffusion, vae
+from scratchgen.data import scale
+from scratchgen.evaluate import __main__ as evaluate
+from scratchgen.evaluate import classifier, metrics, reports
+from scratchgen.evaluate.load import load_run
+from scratchgen.machinery import checkpoint, cli, plots
+from scratchgen.machinery.workers import Workers
 
 import numpy as np
 import pytest
-
-T = 6
-
-
-def main_of(module, *flags):
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="not the published"):
-        patch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, flags)])
-        module.main()
-
-
-@pytest.fixture(scope="session")
-def runs(small_data, tmp_path_factory):
-    """A VAE and a diffusion model, hardly trained, in folders "vae" and "ddpm"."""
-    folder = tmp_path_factory.mktemp("runs")
-    flags = ["--data", small_data, "--epochs", 1, "--train-images", 32, "--workers", 1]
-    main_of(run_vae, *flags, "--latent-dim", 4, "--out", folder / "vae")
-    main_of(run_ddpm, *flags, "--T", T, "--arch", "mlp", "--out", folder / "ddpm")
-    return folder
-
-
-@pytest.fixture
-def folder(runs, tmp_path):
-    shutil.copytree(runs, tmp_path / "runs")
-    return tmp_path / "runs"
+from conftest import T, main_of
 
 
 @pytest.fixture
@@ -47,20 +28,13 @@ def measure(folder, small_data):
     return run
 
 
-@pytest.fixture
-def x_test(small_data):
-    with pytest.warns(UserWarning, match="not the published"):
-        return load_fashion_mnist(small_data)["test_images"]
-
-
 # ----------------------------------------------------------------------------------------------------------------- VAE
 
 
 def test_vae_numbers(folder, measure, x_test, capsys):
     before = json.loads((folder / "vae" / "metrics.json").read_text())
     found = measure("vae", "--iwae", 30)
-    _, params = evaluate.load_run(folder / "vae")
-    mu, log_var = vae.mlp_encode(params, scale(x_test, 0, 1))
+    mu, log_var = vae.mlp_encode(load_run(folder / "vae").params, scale(x_test, 0, 1))
     kl = vae.kl_per_dimension(mu, log_var).mean(axis=0)
     np.testing.assert_allclose(found["latent"]["kl_per_dimension"], kl, atol=1e-4)
     np.testing.assert_allclose(found["latent"]["variance_of_mu"], mu.var(axis=0), atol=1e-4)
@@ -134,22 +108,6 @@ def test_drawing_a_finished_run_again_keeps_what_was_measured(module, folder, me
     assert "evaluation" not in json.loads((folder / name / "metrics.json").read_text())
 
 
-def test_a_binarised_vae_with_held_out_images_is_measured_on_its_own_terms(folder, measure, small_data, x_test):
-    flags = ["--data", small_data, "--binarize", "--hold-out", 20, "--epochs", 4, "--lr", 0.05, "--workers", 1]
-    main_of(run_vae, *flags, "--latent-dim", 4, "--out", folder / "vae")
-    _, state = checkpoint.load(folder / "vae" / "checkpoint.npz")
-    held_out = [row["held_out_elbo"] for row in state["log"]]
-    best = state["log"][int(np.argmax(held_out))]
-    assert json.loads((folder / "vae" / "metrics.json").read_text())["elbo"] == best["test_elbo"]
-    _, params = evaluate.load_run(folder / "vae")
-    x = binarised_test(x_test)
-    assert set(np.unique(x)) == {0, 1}
-    eps = np.random.default_rng([0, run_vae.TEST]).standard_normal((len(x), 4), dtype=np.float32)
-    terms = vae.elbo_terms(lambda x: vae.mlp_encode(params, x), lambda z: vae.mlp_decode(params, z), (x, eps))
-    assert (terms[0] - terms[1]).mean() == pytest.approx(best["test_elbo"], rel=1e-5)
-    assert measure("vae", "--iwae", 50)["iwae_50"]["log_likelihood"] > best["test_elbo"]
-
-
 # ----------------------------------------------------------------------------------------------------- diffusion model
 
 
@@ -181,7 +139,7 @@ def test_frechet_distance_beside_that_of_training_images_and_of_the_vae(folder, 
     assert not (folder / "ddpm" / "bound.png").exists()  # an exact one that was there stays
 
     ruler = classifier.load_classifier()
-    images = measurements.drawing(*evaluate.load_run(folder / "vae"), 0)(np.arange(10))
+    images = reports.draw(load_run(folder / "vae"), 10, 0, Workers(1))
     a, b = (classifier.features(ruler, scale(x, 0, 1)) for x in (images, x_test))
     assert found["VAE"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-4)
     assert measure("vae", "--frechet", 10)["frechet_10"]["VAE"] == found["VAE"]
@@ -189,7 +147,7 @@ def test_frechet_distance_beside_that_of_training_images_and_of_the_vae(folder, 
 
 @pytest.mark.parametrize("model", ["vae", "ddpm"])
 def test_samples(model, folder, measure, monkeypatch):
-    monkeypatch.setattr(measurements, "SHARD", 4)
+    monkeypatch.setattr(reports, "SHARD", 4)
     files = []
     for workers in (1, 2):
         measure(model, "--samples", 11, workers=workers)
@@ -202,20 +160,19 @@ def test_samples(model, folder, measure, monkeypatch):
 
 
 def test_samples_of_ddpm_are_algorithm_2(folder):
-    config, params = evaluate.load_run(folder / "ddpm")
-    schedule, eps_theta = measurements.noise_predictor(config, params)
-    rng = np.random.default_rng([5, measurements.SAMPLES, 0])
+    model = load_run(folder / "ddpm")
+    rng = np.random.default_rng([5, reports.SAMPLES, 0])
     x_T = rng.standard_normal((3, 28, 28, 1), dtype=np.float32)
-    *_, (_, x_0) = diffusion.sample(eps_theta, schedule, x_T, rng)
-    images = measurements.drawing(config, params, 5, "ddpm", T)(np.arange(3))
+    *_, (_, x_0) = diffusion.sample(model.eps_theta, model.schedule, x_T, rng)
+    images = reports.draw(model, 3, 5, Workers(1), "ddpm", T)
     assert np.abs(images - (x_0 + 1) * 127.5).max() <= 0.51
 
 
 def test_grey_levels():
-    assert measurements.grey_levels(np.array([-1.0, 0.0, 1.0]), -1, 1).tolist() == [0, 128, 255]
+    assert reports.grey_levels(np.array([0.0, 0.5, 1.0])).tolist() == [0, 128, 255]
     x = np.arange(256, dtype=np.uint8)
-    for low, high in ((0, 1), (-1, 1)):
-        np.testing.assert_array_equal(measurements.grey_levels(scale(x, low, high), low, high), x)
+    for in_0_to_1 in (scale(x, 0, 1), (scale(x, -1, 1) + 1) / 2):  # of a VAE, and as `DDPMRun.sample` ends
+        np.testing.assert_array_equal(reports.grey_levels(in_0_to_1), x)
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
@@ -242,46 +199,20 @@ def test_grey_levels():
 )
 def test_flags_that_do_not_fit_are_refused_before_any_work(model, flags, message, folder, small_data, monkeypatch):
     flags = [folder / "ddpm" if flag == "DDPM" else flag for flag in flags]
-    monkeypatch.setattr("sys.argv", ["evaluate", str(folder / model), "--data", str(small_data), *map(str, flags)])
+    argv = [str(folder / model), "--data", str(small_data), *map(str, flags)]
     for work in ("measure_vae", "measure_bound", "measure_samples"):
         monkeypatch.setattr(evaluate, work, None)
     before = {path: path.read_bytes() for path in (folder / model).iterdir()}
     with pytest.raises(cli.UsageError, match=re.escape(message)):
         if "there are" in message:
             with pytest.warns(UserWarning, match="not the published"):
-                evaluate.main()
+                evaluate.main(argv)
         else:
-            evaluate.main()
+            evaluate.main(argv)
     assert before == {path: path.read_bytes() for path in (folder / model).iterdir()}
-
-
-def test_a_folder_without_a_sound_checkpoint(folder):
-    with pytest.raises(checkpoint.CheckpointError, match="no such file"):
-        evaluate.load_run(folder / "nothing")
-    (folder / "vae" / "checkpoint.npz").write_bytes(b"PK damaged")
-    with pytest.raises(checkpoint.CheckpointError, match="expected a sound checkpoint"):
-        evaluate.load_run(folder / "vae")
-
-
-@pytest.mark.parametrize(("key", "value"), [("model", "gan"), ("arch", "transformer"), ("arch", None)])
-def test_a_checkpoint_of_something_else(key, value, folder):
-    path = folder / "ddpm" / "checkpoint.npz"
-    arrays, state = checkpoint.load(path)
-    state["config"][key] = value
-    checkpoint.save(path, arrays, state)
-    with pytest.raises(checkpoint.CheckpointError):
-        evaluate.load_run(folder / "ddpm")
-
-
-def test_a_run_that_never_finished_an_epoch(folder):
-    path = folder / "ddpm" / "checkpoint.npz"
-    arrays, state = checkpoint.load(path)
-    checkpoint.save(path, arrays, state | {"log": []})
-    with pytest.raises(checkpoint.CheckpointError, match="first epoch"):
-        evaluate.load_run(folder / "ddpm")
 
 
 def test_over_images_keeps_the_order():
     workers = Workers(2)
     x = np.arange(23)
-    np.testing.assert_array_equal(measurements.over_images(lambda a: a * a, [x], 3, workers, "squares"), x * x)
+    np.testing.assert_array_equal(reports.over_images(lambda a: a * a, [x], 3, workers, "squares"), x * x)

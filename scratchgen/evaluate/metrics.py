@@ -5,7 +5,7 @@ Dimensions: N images of H x W pixels and C channels, D latent dimensions, K impo
 
 import math
 
-from scratchgen.diffusion import predict_x_0, q_posterior, q_sample
+from scratchgen.diffusion import q_posterior, q_sample
 
 import numpy as np
 
@@ -46,8 +46,9 @@ def active_units(mu, threshold=0.01):
 #
 #     L_{t-1} = D_KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) for t > 1,    L_0 = -log p_theta(x_0 | x_1).
 #
-# The model is exactly what `diffusion.p_sample` draws from, clipped x_0 and variance beta~_t included; only
-# beta~_1 = 0 has to be replaced, by beta~_2, or a pixel that is off by one grey level would cost infinitely much.
+# The model is exactly what `diffusion.p_sample` draws from: its mean is Eq. (7) of x_0_theta(x_t, t), the predicted and
+# clipped x_0, and its variance beta~_t. Only beta~_1 = 0 has to be replaced, by beta~_2, or a pixel that is off by one
+# grey level would cost infinitely much.
 
 
 def gaussian_kl(mean, variance, mean_theta, variance_theta):
@@ -60,12 +61,11 @@ def gaussian_kl(mean, variance, mean_theta, variance_theta):
     return 0.5 * (ratio - 1 - np.log(ratio) + (mean - mean_theta) ** 2 / variance_theta)
 
 
-def bound_terms(eps_theta, schedule, x_0, t, eps):
+def bound_terms(x_0_theta, schedule, x_0, t, eps):
     """L_{t-1} of each image at its own t, in nats, (N,) float64; eps (N, H, W, C) leads to the x_t that it is for."""
     x_t = q_sample(schedule, x_0, t, eps)
-    x_0_theta = predict_x_0(schedule, x_t, t, eps_theta(x_t, t))
     mean, variance = q_posterior(schedule, x_0, x_t, t)
-    mean_theta, _ = q_posterior(schedule, x_0_theta, x_t, t)
+    mean_theta, _ = q_posterior(schedule, x_0_theta(x_t, t), x_t, t)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 at t = 1, where the decoder takes its place
         divergence = gaussian_kl(mean, variance, mean_theta, variance)
     terms = divergence.reshape(len(t), -1).sum(axis=1, dtype=np.float64)

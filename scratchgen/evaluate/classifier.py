@@ -1,0 +1,50 @@
+"""A small convolutional classifier of FashionMNIST: not for its labels, but for its features.
+
+`metrics.frechet_distance` compares images by what this network sees in them. Its weights lie beside this file, in
+``classifier.npz``, so that everyone measures with the same ruler; ``docs/train_classifier.py`` made them.
+
+Dimensions: N images, H = W = 28, one channel, in [0, 1]; K = 10 classes; F = 64 features.
+"""
+
+from pathlib import Path
+
+from scratchgen.layers import conv, dense, init_conv, init_dense
+from scratchgen.machinery import checkpoint
+from scratchgen.ops import relu, space_to_depth
+
+import autograd.numpy as np
+
+WEIGHTS = Path(__file__).with_name("classifier.npz")
+
+
+def init_classifier(rng):
+    return {
+        "conv14": [init_conv(rng, 4, 32), init_conv(rng, 32, 32)],
+        "down": init_dense(rng, 4 * 32, 64),
+        "conv7": [init_conv(rng, 64, 64), init_conv(rng, 64, 32)],
+        "features": init_dense(rng, 7 * 7 * 32, 64),
+        "classes": init_dense(rng, 64, 10, gain=1.0),
+    }
+
+
+def features(params, x):  # (N, H, W, 1) -> (N, F)
+    """What the last hidden layer sees: all that the classes are told apart by."""
+    h = space_to_depth(x, 2)  # (N, 14, 14, 4)
+    for layer in params["conv14"]:
+        h = relu(conv(layer, h))
+    h = relu(dense(params["down"], space_to_depth(h, 2)))  # (N, 7, 7, 64)
+    for layer in params["conv7"]:
+        h = relu(conv(layer, h))  # at last (N, 7, 7, 32)
+    return relu(dense(params["features"], np.reshape(h, (len(x), -1))))
+
+
+def logits(params, x):  # (N, H, W, 1) -> (N, K)
+    return dense(params["classes"], features(params, x))
+
+
+def load_classifier():
+    """The weights that lie beside this file. Raises CheckpointError."""
+    params = init_classifier(np.random.default_rng(0))
+    arrays, _ = checkpoint.load(WEIGHTS, keys=["test_accuracy"])
+    checkpoint.fill(params, arrays, WEIGHTS)
+    return params

@@ -1,0 +1,180 @@
+"""What we added to the diffusion model of `diffusion.py`, each addition with its source and what it bought.
+
+`run_ddpm.py --additions` takes any of the names in ADDITIONS; with "none", what the network predicts, the loss, the
+optimiser and the sampler are the paper's. Two are not in this file: "muon" is the optimiser in `muon.py`, "global" the
+`global_block` in `layers.py`. docs/quality.md has the ladder from none to all, one row per addition.
+
+Dimensions: N images, H height, W width. Images are (N, H, W, 1) in [-1, 1], t is (N,) integers in 1..T.
+network(params, x, t) is a plain network, which knows nothing of schedules.
+"""
+
+import math
+from functools import partial
+
+from scratchgen.diffusion import at, predict_x_0, q_sample, squared_errors
+
+import autograd.numpy as np  # NumPy with functions that autograd can record
+
+ADDITIONS = {  # name -> what it does, for --help; in the order of the ladder
+    "v": "the network predicts v, from which eps follows",
+    "black": "the network sees how far each pixel is from black",
+    "weights": "noisier steps count more in the loss",
+    "muon": "Muon steps the smaller matrices, Adam the rest",
+    "global": "the U-Net has blocks that see the whole image",
+}
+
+
+def init_denoiser(init, rng, additions):
+    """The parameters of a network of `denoisers.py`, made by its ``init``, with what the additions ask of it."""
+    options = {"global_blocks": True} if "global" in additions else {}
+    return init(rng, inputs=2 if "black" in additions else 1, **options)
+
+
+def denoiser(network, schedule, additions):
+    """From a plain network make (eps_theta, x_0_theta), two functions of (params, x_t, t).
+
+    eps_theta predicts the noise in x_t, and is what the loss scores; x_0_theta predicts the clean image, clipped to
+    [-1, 1], and is what the samplers below ask for. Without additions eps_theta is the network itself.
+    """
+    if "black" in additions:
+        network = partial(with_black, network, schedule)
+    if "v" in additions:
+        return partial(eps_from_v, network, schedule), partial(x_0_from_v, network, schedule)
+    return network, partial(x_0_from_eps, network, schedule)
+
+
+def x_0_from_eps(eps_theta, schedule, params, x_t, t):
+    return predict_x_0(schedule, x_t, t, eps_theta(params, x_t, t))
+
+
+# ------------------------------------------------------------------------------------------------- "v": preconditioning
+# Salimans and Ho 2022 let the network F predict v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0. Together with
+# Eq. (4) of Ho et al., x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, that is a rotation of (x_0, eps) by an
+# angle whose cosine is sqrt(alpha_bar_t), and rotating back gives both:
+#
+#     eps = c_skip x_t + c_out v,    c_skip = sqrt(1 - alpha_bar_t),    c_out = sqrt(alpha_bar_t)
+#     x_0 = c_skip x_t + c_out v,    c_skip = sqrt(alpha_bar_t),        c_out = -sqrt(1 - alpha_bar_t)
+#
+# Karras et al. 2022 (Sec. 5) call this preconditioning, and c_skip and c_out are their names. Where x_t is nearly all
+# noise, a network that predicts eps has to copy x_t, and what it misses grows by 1 / sqrt(alpha_bar_t) on the way to
+# x_0. Here c_skip copies x_t, the network says what x_0 is, and its mistakes do not grow.
+
+
+def eps_from_v(network, schedule, params, x_t, t):
+    c_skip, c_out = at(schedule["sqrt_one_minus_alpha_bar"], t), at(schedule["sqrt_alpha_bar"], t)
+    return c_skip * x_t + c_out * network(params, x_t, t)
+
+
+def x_0_from_v(network, schedule, params, x_t, t):
+    """Directly, not by way of eps: where alpha_bar_t is tiny, eps in float32 no longer determines x_0."""
+    c_skip, c_out = at(schedule["sqrt_alpha_bar"], t), -at(schedule["sqrt_one_minus_alpha_bar"], t)
+    return np.clip(c_skip * x_t + c_out * network(params, x_t, t), -1, 1)
+
+
+# ------------------------------------------------------------------------------------------ "black": a second channel
+
+
+def with_black(network, schedule, params, x_t, t):
+    """The network sees `above_black` beside x_t: (N, H, W, 2)."""
+    return network(params, np.concatenate([x_t, above_black(schedule, x_t, t)], axis=3), t)
+
+
+def above_black(schedule, x_t, t):
+    """How far each pixel is above where black would be, -sqrt(alpha_bar_t), in units of the noise and within +-3.
+
+    Where x_0 is black, -1, as half of all pixels are, this is eps itself. To get it from x_t alone a network would have
+    to amplify x_t by 1 / sqrt(1 - alpha_bar_t), 45 times at t = 1, and its backgrounds stay a little grey. The idea is
+    our own.
+    """
+    distance = (x_t + at(schedule["sqrt_alpha_bar"], t)) / at(schedule["sqrt_one_minus_alpha_bar"], t)
+    return np.clip(distance, -3, 3)
+
+
+# ---------------------------------------------------------------------------------------------- "weights": of the loss
+
+
+def weighted_loss(eps_theta, schedule, batch):
+    """`diffusion.simple_loss` with each image's error times 1 / sqrt(alpha_bar_t), and without, to report.
+
+    What a picture shows is decided where alpha_bar_t falls from 0.5 to 0.01. In terms of v, L_simple is
+    alpha_bar_t ||v - v_theta||^2, and counts less and less there. Scoring v itself (Salimans and Ho 2022) gives most
+    weight to the noisiest steps, at which little can be known. This is the geometric mean of both.
+    """
+    x_0, t, eps = batch
+    x_t = q_sample(schedule, x_0, t, eps)
+    errors = squared_errors(eps, eps_theta(x_t, t))
+    weights = (1 / schedule["sqrt_alpha_bar"][t]).astype(np.float32)
+    return np.sum(weights * errors) * (1 / len(t)), {"loss": np.sum(errors) * (1 / len(t))}
+
+
+# -------------------------------------------------------------------------------------------- samplers with fewer steps
+
+# name -> eta and order of `sample`
+SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}
+
+
+def sample_times(T, steps):
+    """The t at which a sampler of fewer steps stops: from T to 0, as evenly as integers can be. Raises ValueError."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"a sampler takes 1 to T = {T} steps, not {steps}")
+    return [round(T * (steps - i) / steps) for i in range(steps + 1)]
+
+
+def sample(x_0_theta, schedule, x_T, rng, steps=None, eta=1.0, order=1):
+    """A sampler that need not take all T steps, a generator: yield (s, x_s) for each s of `sample_times` after T.
+
+    From x_t, any earlier x_s is drawn at once (Song, Meng and Ermon 2021, Eqs. 12 and 16): predict x_0, derive the eps
+    that leads from it to x_t, and put both into Eq. (4) of Ho et al. at time s,
+
+        x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z,    z ~ N(0, I),
+        sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s).
+
+    With eta = 1 and all T steps this is Algorithm 2 of Ho et al. once more. With eta = 0 nothing is random after x_T:
+    that is DDIM, and ``rng`` may be None.
+
+    With eta = 0 these are steps along the solution of a differential equation, and would be exact if the predicted x_0
+    stayed the same from t to s. ``order`` = 2 allows for its change: it takes x_0 as it will be in the middle of the
+    step, if it goes on as it did in the last one. Middle and change are measured in lambda = log(sqrt(alpha_bar) /
+    sqrt(1 - alpha_bar)). This is DPM-Solver++(2M) of Lu et al. 2022, with x_0 clipped: errors shrink with the square of
+    the step, not with the step, still at one call of the network per step. With eta = 1 it is their
+    SDE-DPM-Solver++(2M): fresh noise at each step covers up some of what the network got wrong before.
+    """
+    # x_t = a_t x_0 + b_t eps
+    alpha_bar, a, b = (schedule[k] for k in ("alpha_bar", "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
+
+    def lam(t):
+        return math.log(a[t] / b[t])
+
+    T = len(alpha_bar) - 1
+    times, x, last = sample_times(T, T if steps is None else steps), x_T, None
+    for t, s in zip(times, times[1:], strict=False):
+        x_0 = predicted = x_0_theta(x, np.full(len(x), t))
+        if order == 2 and last is not None and s > 0:  # lambda is infinite at s = 0
+            before, predicted_before = last
+            half_a_step = (lam(s) - lam(t)) / 2 / (lam(t) - lam(before))  # as a fraction of the last step
+            x_0 = np.clip(predicted + np.float32(half_a_step) * (predicted - predicted_before), -1, 1)
+        last = t, predicted
+        eps = (x - np.float32(a[t]) * x_0) / np.float32(b[t])
+        variance = eta**2 * (1 - alpha_bar[s]) / (1 - alpha_bar[t]) * (1 - alpha_bar[t] / alpha_bar[s])
+        direction = math.sqrt(max(0.0, 1 - alpha_bar[s] - variance))
+        x = np.float32(a[s]) * x_0 + np.float32(direction) * eps
+        if variance > 0:
+            x += np.float32(math.sqrt(variance)) * rng.standard_normal(x.shape, dtype=np.float32)
+        yield s, x
+
+
+# ------------------------------------------------------------------------------------------- the flag --additions
+
+
+def help_for_additions():
+    each = "; ".join(f"{name} ({what})" for name, what in ADDITIONS.items())
+    return f"what we added to Ho et al. 2020: none, all, or any of {each} (default: all)"
+
+
+def chosen(names, arch, error):
+    """The additions that the flag --additions names, in the order of ADDITIONS; ``error`` is told what is wrong."""
+    if len(names) > 1 and {"none", "all"} & set(names):
+        error(f"--additions {' '.join(names)}: none and all stand alone")
+    if "global" in names and arch != "unet":
+        error(f"--additions global is for --arch unet, not {arch}")
+    return [name for name in ADDITIONS if name in names or (names == ["all"] and (name != "global" or arch == "unet"))]

@@ -1,0 +1,152 @@
+"""What all programs here share at the command line: flags, one-line errors, progress.
+
+Nothing here knows about models; the training loop stands in the scripts.
+"""
+
+import argparse
+import math
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+from scratchgen.data import DataError
+from scratchgen.machinery import runtime
+from scratchgen.machinery.checkpoint import CheckpointError
+from scratchgen.machinery.files import FolderInUse
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[2]  # of the project, where the run scripts and the data are
+
+
+class UsageError(ValueError):
+    """Flags that contradict each other or the data; the message says it in one line."""
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a finite number."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop by this signal, and has saved what it had."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are one line, without the whole usage above it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help explains every flag)\n")
+
+    def flag(self, name, help, **options):
+        """A flag whose help ends in its default value, if it has one and the help does not name it."""
+        if options.get("default") is not None and "(default: " not in help:
+            help += " (default: %(default)s)"
+        self.add_argument(name, help=help, **options)
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        args.command = shlex.join(["python", self.prog, *(sys.argv[1:] if argv is None else argv)])
+        return args
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: a number from ``low`` to ``high``, or strictly above ``low``."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse says "invalid whole number value"
+    return parse
+
+
+def add_data_flags(parser):
+    """The flags of everything that computes on the data: --workers and --data."""
+    parser.flag(
+        "--workers",
+        "parallel processes (threads on macOS and Windows); results do not depend on N, and 1 keeps everything in this "
+        "process, for a debugger (default: all cores, here %(default)s)",
+        type=number(int, 1),
+        default=runtime.available_cores(),
+        metavar="N",
+    )
+    help = "folder with the four FashionMNIST idx files, compressed or not (default: data/ beside the run scripts)"
+    parser.flag("--data", help, type=Path, default=ROOT / "data", metavar="DIR")
+
+
+def run_parser(prog, description, epochs, batch_size, lr, out):
+    """A parser with the flags of every run; a script adds its model's own.
+
+    ``epochs`` maps each architecture to its default number of epochs; the first architecture is the default.
+    """
+    p = OneLineParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    by_arch = ", ".join(f"{count} for {arch}" for arch, count in epochs.items())
+    whole, positive = number(int, 1), number(float, 0, above=True)
+    p.flag("--arch", "the network", choices=epochs, default=next(iter(epochs)))
+    p.flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
+    p.flag("--batch-size", "images per gradient step", type=whole, default=batch_size, metavar="N")
+    p.flag("--lr", "peak learning rate: a short rise, then half a cosine down to 0", type=positive, default=lr)
+    p.flag("--seed", "decides every random number: same seed, same results", type=number(int, 0), default=0)
+    add_data_flags(p)
+    p.flag("--out", "folder for everything the run makes", type=Path, default=Path(out), metavar="DIR")
+    p.flag("--train-images", "train on the first N images, for a quick look (default: all)", type=whole, metavar="N")
+    help = (
+        "continue from checkpoint.npz in --out, to the same bits as if never stopped; a finished run redoes its figures"
+    )
+    p.flag("--resume", help, action="store_true")
+    return p
+
+
+def first_images(images, count):
+    """The first ``count`` images, or all of them for None. Raises UsageError if there are fewer."""
+    if count is not None and count > len(images):
+        raise UsageError(f"--train-images {count} is out of range, the data has {len(images)} training images")
+    return images[:count]
+
+
+def progress(total, done=0, description=None):
+    """A tqdm bar of images on a terminal, nothing elsewhere: a log file wants only what `tqdm.write` prints."""
+    options = {"unit": " images", "unit_scale": True, "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
+    return tqdm(desc=description, total=total, initial=done, **options)
+
+
+def progress_over(steps, total, description):
+    return tqdm(steps, description, total, unit=" steps", dynamic_ncols=True, disable=not sys.stderr.isatty())
+
+
+RESUMABLE = "stopped: the same command with --resume continues from the last checkpoint, if there is one"
+
+
+def run(main, when_stopped=RESUMABLE):
+    """Call ``main()`` and exit; what a user can put right becomes one line on stderr and a non-zero status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the whole run
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(line_buffering=True)  # an epoch's line appears when the epoch ends, in a pipe too
+    status, message = 0, None
+    try:
+        main()
+    except (UsageError, DataError, CheckpointError, FolderInUse) as error:
+        status, message = 2, str(error)
+    except Diverged as error:
+        status, message = 1, str(error)
+    except Stopped as stop:
+        status, message = 128 + stop.args[0], "stopped and saved: the same command with --resume continues"
+    except KeyboardInterrupt:
+        status, message = 130, when_stopped
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        status, message = 1, f"{where}{error.strerror or error}"
+    except MemoryError:
+        status, message = 1, "out of memory: try fewer --workers"
+    if message:
+        program = Path(sys.argv[0])
+        print(f"{program.parent.name if program.stem == '__main__' else program.name}: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,141 @@
+"""A finished run, loaded again: what a notebook can do with it, and what is refused."""
+
+import re
+from functools import partial
+
+import run_ddpm
+from scratchgen import denoisers, diffusion, improved, vae
+from scratchgen.evaluate import load
+from scratchgen.evaluate.load import DDPMRun, VAERun, load_run
+from scratchgen.machinery import checkpoint
+from scratchgen.machinery.checkpoint import CheckpointError
+
+import numpy as np
+import pytest
+from conftest import T, main_of
+
+
+def test_the_session_of_the_docstring_works_as_it_stands(small_data, tmp_path):
+    flags = ["--T", 20, "--arch", "mlp", "--epochs", 1, "--train-images", 32, "--workers", 1]
+    main_of(run_ddpm, "--data", small_data, *flags, "--out", tmp_path / "ddpm")
+    session = "\n".join(line[4:] for line in load.__doc__.splitlines() if line.startswith("    "))
+    assert '"runs/ddpm"' in session and "# (4, 28, 28, 1) in [0, 1]" in session
+    names = {}
+    exec(session.replace('"runs/ddpm"', repr(str(tmp_path / "ddpm"))), names)
+    assert names["images"].shape == (4, 28, 28, 1)
+    assert 0 <= names["images"].min() < names["images"].max() <= 1
+
+
+@pytest.mark.parametrize("how", [(), ("ddpm", T), ("ddim", 3), ("dpm++", 3), ("sde-dpm++", 3)])
+def test_samples_of_a_diffusion_model_are_those_of_its_sampler_in_0_to_1(runs, how):
+    model = load_run(runs / "ddpm")
+    assert isinstance(model, DDPMRun) and model.config["T"] == T
+    images = model.sample(5, np.random.default_rng(3), *how)
+    assert images.shape == (5, 28, 28, 1) and images.dtype == np.float32
+    assert 0 <= images.min() < images.max() <= 1
+    np.testing.assert_array_equal(images, model.sample(5, np.random.default_rng(3), *how))
+    assert np.any(images != model.sample(5, np.random.default_rng(4), *how))
+
+    eta, order = {"ddpm": (1, 1), "ddim": (0, 1), "dpm++": (0, 2), "sde-dpm++": (1, 2)}[how[0] if how else "ddpm"]
+    rng = np.random.default_rng(3)
+    x_T = rng.standard_normal((5, 28, 28, 1), dtype=np.float32)
+    steps = how[1] if how else T
+    path = list(improved.sample(model.x_0_theta, model.schedule, x_T, rng, steps, eta, order))
+    assert len(path) == steps
+    np.testing.assert_array_equal(images, (path[-1][1] + 1) / 2)
+
+
+def test_samples_of_a_vae_are_decoded_from_the_prior(runs):
+    model = load_run(runs / "vae")
+    assert isinstance(model, VAERun)
+    images = model.sample(5, np.random.default_rng(3))
+    assert images.shape == (5, 28, 28, 1) and 0 <= images.min() < images.max() <= 1
+    np.testing.assert_array_equal(images, model.sample(5, np.random.default_rng(3)))
+    z = np.random.default_rng(3).standard_normal((5, 4), dtype=np.float32)
+    np.testing.assert_array_equal(images, vae.generate(model.decode, z))
+
+
+def test_the_functions_of_a_run_have_its_weights(runs, rng):
+    model, x = load_run(runs / "vae"), rng.random((3, 28, 28, 1), dtype=np.float32)
+    mu, log_var = model.encode(x)
+    assert mu.shape == log_var.shape == (3, 4) and model.decode(mu).shape == x.shape
+    np.testing.assert_array_equal(mu, vae.mlp_encode(model.params, x)[0])
+    with np.load(runs / "vae" / "checkpoint.npz") as file:
+        np.testing.assert_array_equal(model.params["mu"]["w"], file["params/mu/w"])
+
+    model, x_t, t = load_run(runs / "ddpm"), rng.standard_normal((3, 28, 28, 1), dtype=np.float32), np.array([1, 3, T])
+    additions = ["v", "black", "weights", "muon"]
+    assert model.config["additions"] == additions
+    expected = improved.denoiser(denoisers.mlp_denoiser, diffusion.make_schedule("linear", T), additions)
+    for found, f in zip((model.eps_theta, model.x_0_theta), expected, strict=True):
+        np.testing.assert_array_equal(found(x_t, t), partial(f, model.params)(x_t, t))
+    with np.load(runs / "ddpm" / "checkpoint.npz") as file:  # sampling and measuring are for the averaged weights
+        np.testing.assert_array_equal(model.params[0]["w"], file["ema/0/w"])
+        assert np.any(file["ema/0/w"] != file["params/0/w"])
+
+
+@pytest.mark.parametrize("name", ["vae", "ddpm"])
+def test_a_run_prints_its_settings_and_no_weights(runs, name):
+    text = repr(load_run(runs / name))
+    assert f"'model': '{name}'" in text and "'seed': 0" in text and "array" not in text and "partial" not in text
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_folder_without_a_sound_checkpoint(folder):
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_run(folder / "nothing")
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_run(str(folder / "nothing"))  # as in a notebook
+    (folder / "vae" / "checkpoint.npz").write_bytes(b"PK damaged")
+    with pytest.raises(CheckpointError, match="expected a sound checkpoint"):
+        load_run(folder / "vae")
+
+
+MISSING = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("ddpm", "model", "gan"),
+        ("ddpm", "model", None),
+        ("ddpm", "model", MISSING),
+        ("ddpm", "arch", "transformer"),
+        ("ddpm", "arch", None),
+        ("ddpm", "arch", "unet"),  # of which the arrays are not
+        ("ddpm", "additions", MISSING),  # as in a checkpoint of an earlier version
+        ("ddpm", "additions", None),
+        ("ddpm", "additions", []),
+        ("ddpm", "additions", ["v", "black", "global"]),  # the dense network has no place for it
+        ("ddpm", "schedule", "square"),
+        ("ddpm", "schedule", MISSING),
+        ("ddpm", "T", MISSING),
+        ("ddpm", "T", "6"),
+        ("vae", "model", "vae on binarised pixels"),  # whose pixels and weights that count are others
+        ("vae", "model", "ddpm"),
+        ("vae", "arch", "unet"),
+        ("vae", "latent_dim", MISSING),
+        ("vae", "latent_dim", 5),
+    ],
+)
+def test_a_checkpoint_of_something_else(name, key, value, folder):
+    path = folder / name / "checkpoint.npz"
+    arrays, state = checkpoint.load(path)
+    state["config"][key] = value
+    if value is MISSING:
+        del state["config"][key]
+    checkpoint.save(path, arrays, state)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))) as error:
+        load_run(folder / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["vae", "ddpm"])
+def test_a_run_that_never_finished_an_epoch(name, folder):
+    path = folder / name / "checkpoint.npz"
+    arrays, state = checkpoint.load(path)
+    checkpoint.save(path, arrays, state | {"log": []})
+    with pytest.raises(CheckpointError, match="first epoch"):
+        load_run(folder / name)

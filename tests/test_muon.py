@@ -1,0 +1,56 @@
+"""Muon: orthogonalised momentum against a singular value decomposition, and what is stepped by what."""
+
+from scratchgen import tree
+from scratchgen.muon import muon_step, orthogonalise
+from scratchgen.optim import adam_step, init_moments
+
+import numpy as np
+import pytest
+
+
+@pytest.mark.parametrize("shape", [(9, 40), (40, 9), (16, 16)])
+def test_orthogonalise_keeps_singular_vectors_and_evens_out_singular_values(rng, shape):
+    U, _, Vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+    s = np.geomspace(30, 3, len(Vt))  # divided by their norm, all are above 0.01
+    X = orthogonalise(U * s @ Vt)
+    diagonal = U.T @ X @ Vt.T
+    assert np.abs(diagonal - np.diag(np.diag(diagonal))).max() < 1e-9
+    assert np.diag(diagonal).min() > 0.6 and np.diag(diagonal).max() < 1.3
+    assert orthogonalise((U * s @ Vt).astype(np.float32)).dtype == np.float32
+    assert np.all(orthogonalise(np.zeros(shape)) == 0)
+
+
+def test_muon_steps_matrices_by_nesterov_momentum_and_the_rest_by_adam(rng):
+    params = {"k": rng.standard_normal((3, 3, 2, 12)), "b": rng.standard_normal(12), "narrow": np.ones((20, 4))}
+    gradients = [tree.map(lambda p: rng.standard_normal(p.shape), params) for _ in range(3)]
+    by_muon, by_adam = (tree.map(np.copy, params) for _ in range(2))
+    moments, adam_moments = init_moments(params), init_moments(params)
+    m, k = 0, params["k"].copy()
+    for step, g in enumerate(gradients, 1):
+        muon_step(by_muon, g, moments, step, lr=0.01, beta2=0.99)
+        adam_step(by_adam, g, adam_moments, step, lr=0.01, beta2=0.99)
+        m = 0.95 * m + g["k"]
+        direction = orthogonalise((g["k"] + 0.95 * m).reshape(18, 12)).reshape(3, 3, 2, 12)
+        k -= 0.01 * 0.2 * 18**0.5 * direction
+    np.testing.assert_allclose(by_muon["k"], k, rtol=1e-12)
+    for name in ("b", "narrow"):
+        np.testing.assert_array_equal(by_muon[name], by_adam[name])
+
+
+def test_weight_decay_shrinks_all_matrices_before_the_step_and_no_biases(rng):
+    shapes = {"muon": (3, 3, 2, 12), "adam": (20, 4), "bias": (12,)}
+    params = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    g = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    shrunk = {name: p * (1 if name == "bias" else 1 - 0.01 * 0.5) for name, p in params.items()}
+    muon_step(params, g, init_moments(params), 1, lr=0.01, weight_decay=0.5)
+    muon_step(shrunk, g, init_moments(shrunk), 1, lr=0.01)
+    for name in shapes:
+        np.testing.assert_allclose(params[name], shrunk[name], rtol=1e-12)
+
+
+def test_a_muon_step_has_entries_of_the_size_lr_times_0_2(rng):
+    params = [np.zeros((64, 200), np.float32)]
+    g = [rng.standard_normal((64, 200), dtype=np.float32)]
+    muon_step(params, g, init_moments(params), 1, lr=1.0)
+    assert params[0].dtype == np.float32
+    assert np.sqrt((params[0] ** 2).mean()) == pytest.approx(0.2, rel=0.3)

@@ -1,0 +1,68 @@
+"""The README's sessions, run as they stand there, and its links."""
+
+import doctest
+import re
+import subprocess
+import sys
+
+import run_ddpm
+from scratchgen.machinery import cli
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHECKER = doctest.OutputChecker()
+
+
+def block_with(start):
+    """The indented block that has this text in its first line, without the indentation."""
+    blocks = re.findall(r"(?:^    .*\n)+", README, re.M)
+    return re.sub(r"^    ", "", next(b for b in blocks if start in b.splitlines()[0]), flags=re.M)
+
+
+def test_the_ten_lines(small_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="not the published"):
+        flags = ["--T", "20", "--arch", "mlp", "--epochs", "1", "--train-images", "16", "--workers", "1"]
+        run_ddpm.main([*flags, "--data", str(small_data)])
+    session = doctest.DocTestParser().get_doctest(block_with(">>> from scratchgen"), {}, "README.md", None, 0)
+    assert len(session.examples) >= 9
+    report = []
+    failed, _ = doctest.DocTestRunner().run(session, out=report.append)
+    assert failed == 0, "".join(report)
+    assert (tmp_path / "four.png").exists()
+
+
+def test_the_debugger_session(tmp_path):
+    command, *lines = block_with("python -m pdb").splitlines()
+    arguments = command.removeprefix("python ").split()
+    arguments[arguments.index("run_vae.py")] = str(ROOT / "run_vae.py")
+    steps = []  # [what is typed, what must be printed]
+    for line in lines:
+        if line.startswith("(Pdb) "):
+            steps.append([line.removeprefix("(Pdb) "), ""])
+        else:
+            steps[-1][1] += line + "\n"
+    typed = "".join(f"{step}\n" for step, _ in steps) + "quit\n"
+    result = subprocess.run(
+        [sys.executable, *arguments], input=typed, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    answers = result.stdout.split("(Pdb) ")[1:]  # what stands before the first prompt answers nothing
+    assert len(answers) > len(steps), result.stdout + result.stderr
+    compared = 0
+    for (step, expected), answer in zip(steps, answers, strict=False):
+        assert "Error" not in answer and "***" not in answer, (step, answer)
+        if expected:
+            compared += 1
+            assert CHECKER.check_output(expected, answer, doctest.ELLIPSIS), f"{step}:\n{answer}\nnot\n{expected}"
+    assert compared >= 4
+
+
+def test_what_the_readme_links_to_and_names_exists():
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
+        assert link.startswith("https:") or (ROOT / link).exists(), link
+    for flag in re.findall(r"`(--[a-z-]+)", README):
+        parser = cli.run_parser("", "", run_ddpm.EPOCHS, 1, 1.0, "")
+        known = {option for action in parser._actions for option in action.option_strings} | {"--additions", "--T"}
+        assert flag in known, flag

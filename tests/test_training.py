@@ -1,0 +1,197 @@
+"""The book-keeping of a run: its steps, its means, its log, and that it stops and goes on without losing anything."""
+
+import argparse
+import csv
+import json
+import os
+import signal
+
+from scratchgen.machinery import cli, files, training
+from scratchgen.machinery.checkpoint import CheckpointError
+from scratchgen.machinery.training import Run, StopBetweenSteps, rng_for
+from scratchgen.machinery.workers import Workers
+
+import numpy as np
+import pytest
+
+IMAGES = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A function that begins a run of 40 images with arrays of zeros; flags by name."""
+
+    def begin(model="toy", images=IMAGES, workers=1, **flags):
+        settings = {"epochs": 2, "batch_size": 16, "seed": 0, "lr": 0.1, "out": tmp_path / "run", "resume": False}
+        settings |= {"workers": workers, "data": "data", "command": "python run_toy.py"} | flags
+        arrays = {"params": {"w": np.zeros(3, np.float32)}, "moments": {"m": {"w": np.zeros(3, np.float32)}}}
+        return Run(model, argparse.Namespace(**settings), images, arrays, Workers(workers))
+
+    yield begin
+    files.let_go()
+
+
+def take_step(run, images):
+    """Something that depends on the images, on their order and on random numbers, as training does."""
+    drawn = run.rng.standard_normal(3, dtype=np.float32)
+    w = run.arrays["params"]["w"]
+    w *= np.float32(0.9)
+    w += drawn + np.float32(images.sum())
+    run.record(float(w[0]), {"loss": w[0]})
+
+
+def train(run, stop_at=None, how=signal.SIGINT):
+    with run:
+        for _epoch in run.epochs():
+            for step, images in run.minibatches():
+                if step == stop_at:
+                    os.kill(os.getpid(), how)
+                take_step(run, images)
+            run.end_epoch({"train": run.epoch_means, "test": {"loss": float(run.arrays["params"]["w"][1])}}, "summary")
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------- random numbers
+
+
+def test_what_is_drawn_for_one_purpose_changes_nothing_for_another():
+    purposes = [(training.INIT,), (training.NOISE,), (training.ORDER, 0), (training.ORDER, 1), (training.TEST,)]
+    firsts = [rng_for(seed, *purpose).random() for seed in (0, 1) for purpose in purposes]
+    assert len(set(firsts)) == 10
+    assert rng_for(1, training.ORDER, 1).random() == firsts[8]  # and is the same each time
+
+
+# ------------------------------------------------------------------------------------------------------ steps and means
+
+
+def test_steps_count_from_1_over_the_run_and_every_epoch_shows_every_image(make):
+    run, steps, seen = make(), [], []
+    with run:
+        for epoch in run.epochs():
+            for step, images in run.minibatches():
+                assert run.step == step - 1  # it counts as done when the script comes back for the next
+                steps.append((epoch, step, len(images)))
+                seen.append(images.ravel())
+                run.record(1.0, {"loss": 1.0})
+            run.end_epoch({"train": run.epoch_means}, "")
+    assert steps == [(1, 1, 16), (1, 2, 16), (1, 3, 8), (2, 4, 16), (2, 5, 16), (2, 6, 8)]
+    assert run.total_steps == 6 and run.steps_per_epoch == 3
+    orders = [np.concatenate(seen[start : start + 3]).tolist() for start in (0, 3)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40)) and orders[0] != orders[1]
+
+
+def test_epoch_means_are_weighted_by_images(make):
+    run = make(batch_size=30, epochs=1)
+    with run:
+        for _epoch in run.epochs():
+            for step, _images in run.minibatches():
+                run.record(0.0, {"kl": {1: 2.0, 2: 6.0}[step]})
+            assert run.epoch_means == {"kl": 3.0}
+            run.end_epoch({"train": run.epoch_means}, "")
+            assert run.epoch_means == {} and run.log[-1]["train_kl"] == 3.0
+
+
+def test_a_row_an_epoch_in_log_csv_and_one_line_on_the_screen(make, capsys):
+    run = train(make())
+    with open(run.args.out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "step", "train_loss", "test_loss", "seconds"]
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "3"), ("2", "6")]
+    assert [float(row["train_loss"]) for row in rows] == [row["train_loss"] for row in run.log]
+    out = capsys.readouterr().out
+    assert out.count("\n") == 2 and "epoch 1/2  summary" in out and "epoch 2/2  summary" in out
+
+
+def test_what_it_took_goes_beside_the_models_own_numbers(make):
+    run = train(make(seed=3))
+    run.write_metrics({"elbo": -240.0}, run.arrays["params"])
+    found = json.loads((run.args.out / "metrics.json").read_text())
+    weights, seconds = found.pop("weights"), found.pop("seconds")
+    assert found == {"elbo": -240.0, "epochs": 2, "seed": 3, "parameters": 3, "command": "python run_toy.py"}
+    assert weights.startswith("CRC-32 ") and seconds >= 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("-inf")])
+def test_a_loss_that_is_not_finite_ends_the_run(make, value):
+    run = make()
+    with pytest.raises(cli.Diverged, match="at step 2: try a smaller --lr"), run:
+        for _epoch in run.epochs():
+            for step, _images in run.minibatches():
+                run.record(value if step == 2 else 1.0, {"loss": 1.0})
+    run = make()
+    with pytest.raises(cli.Diverged, match="--lr"), run:  # or one that shows only in what is measured
+        run.end_epoch({"train": {"loss": 1.0}, "test": {"loss": value}}, "")
+    assert run.log == [] and not (run.args.out / "log.csv").exists()
+
+
+# --------------------------------------------------------------------------------------------------- stop and resume
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_stop_waits_for_the_next_place_where_it_is_allowed(make, number):
+    handlers = [signal.getsignal(s) for s in SIGNALS]
+    run, saved, step_goes_on = make(), [], False
+    save = run.save
+    run.save = lambda: saved.append(run.step) or save()
+    with pytest.raises(cli.Stopped) as stopped, run:
+        for _epoch in run.epochs():
+            for step, images in run.minibatches():
+                if step == 2:
+                    os.kill(os.getpid(), number)
+                take_step(run, images)
+                step_goes_on = step == 2
+    assert saved == [2] and stopped.value.args == (number,) and step_goes_on
+    assert [signal.getsignal(s) for s in SIGNALS] == handlers
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    handlers = [signal.getsignal(s) for s in SIGNALS]
+    stop = StopBetweenSteps()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.received == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop.restore()
+    assert [signal.getsignal(s) for s in SIGNALS] == handlers
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 6])  # 3 and 6 are the last steps of their epochs
+def test_stopped_anywhere_and_resumed_it_is_the_same_run(make, tmp_path, stop_at, workers):
+    whole = train(make(out=tmp_path / "whole"))
+    with pytest.raises(cli.Stopped):
+        train(make(workers=workers), stop_at)
+    resumed = make(resume=True, workers=3 - workers)
+    assert resumed.step == stop_at
+    train(resumed)
+    np.testing.assert_array_equal(resumed.arrays["params"]["w"], whole.arrays["params"]["w"])
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in run.log] for run in (whole, resumed)]
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+    assert resumed.log[-1]["seconds"] >= resumed.log[0]["seconds"] > 0
+
+
+def test_a_run_is_resumed_only_with_the_settings_it_was_made_with(make, tmp_path):
+    train(make())
+    for change, words in (
+        ({"seed": 1}, "seed 0, this run has seed 1"),
+        ({"lr": 0.2}, "lr 0.1, this run has lr 0.2"),
+        ({"model": "other"}, "model toy, this run has model other"),
+        ({"images": IMAGES[:39]}, "40 of CRC-32"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            make(resume=True, **change)
+    # What changes nothing that is computed may differ.
+    run = make(resume=True, workers=2, data="elsewhere", command="python run_toy.py --resume")
+    with run:
+        assert run.step == 6 and list(run.epochs()) == []
+
+
+def test_a_new_run_saves_at_once_and_puts_an_earlier_checkpoint_aside(make, capsys):
+    first = train(make()).path.read_bytes()
+    run = make(seed=1)
+    assert (run.args.out / "checkpoint-1.npz").read_bytes() == first != run.path.read_bytes()
+    assert "kept the checkpoint of an earlier run" in capsys.readouterr().out
+    assert make(seed=1, resume=True).step == 0
