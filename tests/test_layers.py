@@ -87,7 +87,7 @@ def test_a_residual_block_is_what_its_docstring_says(rng):
     np.testing.assert_allclose(layers.res_block(p, x, time), expected, atol=1e-9)
 
 
-def test_a_residual_block_hears_the_time(rng):
+def test_a_residual_block_depends_on_the_time(rng):
     params = shaken(rng, layers.init_res_block(rng, C, C, E))
     x = np.repeat(rng.standard_normal((1, H, W, C), dtype=np.float32), 2, axis=0)
     y = layers.res_block(params, x, rng.standard_normal((2, E), dtype=np.float32))
@@ -116,7 +116,7 @@ def test_a_global_block_starts_as_the_identity_and_is_what_its_docstring_says(rn
     np.testing.assert_allclose(layers.global_block(p, x, time), x + affine(p["expand"], back), atol=1e-9)
 
 
-def test_in_a_global_block_each_position_hears_of_every_other(rng):
+def test_in_a_global_block_each_position_depends_on_every_other(rng):
     params = shaken(rng, layers.init_global_block(rng, (H, W), C, 3, 7, E))
     x, time = rng.standard_normal((1, H, W, C)), rng.standard_normal((1, E))
     corner = x.copy()
