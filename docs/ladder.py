@@ -44,13 +44,14 @@ def main(argv=None):
 
         metrics = json.loads((folder / "metrics.json").read_text())
         bound, frechet = (metrics["evaluation"][name] for name in ("bound_exact_100", "frechet_10000"))
-        rows.append(
-            f"| `--additions {' '.join(additions) or 'none'}` | {metrics['seconds'] / 60:.0f} min "
-            f"| {metrics['test_loss']:.4f} | {bound['bits_per_dimension']:.2f} | {frechet['sde-dpm++, 20 steps']:.1f} |"
+        command = f"python run_ddpm.py --T 200 --additions {' '.join(additions) or 'none'} --out runs/ladder-{number}"
+        numbers = (
+            f"{metrics['test_loss']:.4f} | {bound['bits_per_dimension']:.2f} | {frechet['sde-dpm++, 20 steps']:.1f}"
         )
+        rows.append(f"| `{command}` | {metrics['seconds'] / 60:.0f} min | {numbers} |")
         images.append(load_run(folder).sample(10, np.random.default_rng(0)))  # for each rung from the same noise
         labels.append(f"+ {additions[-1]}" if additions else "none")
-    print("| additions | time | test loss | bits per dimension | Frechet distance |", "|---|---|---|---|---|", sep="\n")
+    print("| command | time | test loss | bits per dimension | Frechet distance |", "|---|---|---|---|---|", sep="\n")
     print(*rows, sep="\n")
     figure = plots.grid(np.concatenate(images), 10, "samples after 200 steps, by additions", row_labels=labels)
     plots.save(figure, args.figure)

@@ -27,7 +27,7 @@ def reparameterise(mu, log_var, eps):
 
 def kl_per_dimension(mu, log_var):
     """D_KL(N(mu, exp(log_var)) || N(0, 1)) of each latent dimension, (N, D): App. B of the paper."""
-    return 0.5 * (mu**2 + np.exp(log_var) - 1 - log_var)
+    return 0.5 * (mu * mu + np.exp(log_var) - 1 - log_var)
 
 
 def elbo_terms(encode, decode, batch):
