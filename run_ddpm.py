@@ -80,7 +80,7 @@ def main(argv=None):
         for epoch in run.epochs():
             for step, images in run.minibatches():
                 batch = diffusion.draw_batch(schedule, scale(images, -1, 1), run.rng)  # Algorithm 1, lines 2 to 4
-                (value, means), gradient = value_and_gradient(params, batch)  # and line 5, as far as the step below
+                (value, means), gradient = value_and_gradient(params, batch)  # line 5, with the step below
                 lr = cosine_decay(step, run.total_steps, args.lr)
                 optimiser_step(params, gradient, moments, step, lr)
                 ema_step(ema, params, step, args.ema)
@@ -108,10 +108,10 @@ def main(argv=None):
     frames = sorted({round(t) for t in np.linspace(args.T, 0, 51)}, reverse=True)  # of the animation
     x_T = rng.standard_normal((64, 28, 28, 1), dtype=np.float32)
     path = cli.progress_over(sample(x_T, rng), args.T, "sampling")
-    x = {args.T: x_T} | {t: x_t for t, x_t in path if t in times or t in frames}
-    plots.save(plots.row_of_times([x[t][0] for t in times], times, plots.REVERSE), args.out / "trajectory.png")
-    plots.save(plots.grid(x[0], 8, f"samples after {args.T} steps", -1, 1), args.out / "samples.png")
-    plots.save_gif([x[t][:16] for t in frames], 4, args.out / "sampling.gif")
+    seen = {args.T: x_T} | {t: x_t for t, x_t in path if t in times or t in frames}
+    plots.save(plots.row_of_times([seen[t][0] for t in times], times, plots.REVERSE), args.out / "trajectory.png")
+    plots.save(plots.grid(seen[0], 8, f"samples after {args.T} steps", -1, 1), args.out / "samples.png")
+    plots.save_gif([seen[t][:16] for t in frames], 4, args.out / "sampling.gif")
     print(f"figures and numbers are in {args.out}")
 
 

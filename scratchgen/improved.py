@@ -58,6 +58,7 @@ def x_0_from_eps(eps_theta, schedule, params, x_t, t):
 # Karras et al. 2022 (Sec. 5) call this preconditioning, and c_skip and c_out are their names. Where x_t is nearly all
 # noise, a network that predicts eps has to copy x_t, and what it misses grows by 1 / sqrt(alpha_bar_t) on the way to
 # x_0. Here c_skip copies x_t, the network says what x_0 is, and its mistakes do not grow.
+# Bought: a Frechet distance of 39.4 instead of 49.1 (docs/quality.md, "The ladder").
 
 
 def eps_from_v(network, schedule, params, x_t, t):
@@ -84,7 +85,7 @@ def above_black(schedule, x_t, t):
 
     Where x_0 is black, -1, as half of all pixels are, this is eps itself. To get it from x_t alone a network would have
     to amplify x_t by 1 / sqrt(1 - alpha_bar_t), 45 times at t = 1, and its backgrounds stay a little grey. The idea is
-    our own.
+    our own. Bought: a Frechet distance of 32.7 instead of 39.4.
     """
     distance = (x_t + at(schedule["sqrt_alpha_bar"], t)) / at(schedule["sqrt_one_minus_alpha_bar"], t)
     return np.clip(distance, -3, 3)
@@ -98,7 +99,8 @@ def weighted_loss(eps_theta, schedule, batch):
 
     What a picture shows is decided where alpha_bar_t falls from 0.5 to 0.01. In terms of v, L_simple is
     alpha_bar_t ||v - v_theta||^2, and counts less and less there. Scoring v itself (Salimans and Ho 2022) gives most
-    weight to the noisiest steps, at which little can be known. This is the geometric mean of both.
+    weight to the noisiest steps, at which little can be known. This is the geometric mean of both. Bought: a Frechet
+    distance of 28.9 instead of 32.7.
     """
     x_0, t, eps = batch
     x_t = q_sample(schedule, x_0, t, eps)
@@ -137,7 +139,8 @@ def sample(x_0_theta, schedule, x_T, rng, steps=None, eta=1.0, order=1):
     step, if it goes on as it did in the last one. Middle and change are measured in lambda = log(sqrt(alpha_bar) /
     sqrt(1 - alpha_bar)). This is DPM-Solver++(2M) of Lu et al. 2022, with x_0 clipped: errors shrink with the square of
     the step, not with the step, still at one call of the network per step. With eta = 1 it is their
-    SDE-DPM-Solver++(2M): fresh noise at each step covers up some of what the network got wrong before.
+    SDE-DPM-Solver++(2M): fresh noise at each step covers up some of what the network got wrong before. Bought: in 20
+    steps a Frechet distance of 11 (2,048 samples), where Algorithm 2 needs 200 for 8 and DDIM comes to 25.
     """
     # x_t = a_t x_0 + b_t eps
     alpha_bar, a, b = (schedule[k] for k in ("alpha_bar", "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))

@@ -111,8 +111,8 @@ def global_block(params, x, time):  # (N, H, W, C), (N, E) -> (N, H, W, C)
     """A residual block with hidden units that see the whole image at once, through a weight for every position.
 
     Norm, SiLU, and a dense layer that reduces C channels to S at each position; then all H W S numbers of the image
-    through one dense layer, where the time embedding sets scale and shift, SiLU, and the same way back. Our own; the
-    U-Net of Ho et al. 2020 has self-attention in its place.
+    through one dense layer, where the time embedding sets scale and shift, SiLU, and the same way back. Our own; it is
+    "global" in `improved.py`. Bought: a Frechet distance of 11.9 instead of 22.1.
     """
     h = dense(params["squeeze"], ops.silu(group_norm(params["norm"], x)))  # (N, H, W, S)
     units = dense(params["gather"], h.reshape((len(x), -1)))
