@@ -112,4 +112,4 @@ def prior_kl_of_betas(betas, x):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "stopped: the figures that were there are still there")

@@ -22,6 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNGS = [list(improved.ADDITIONS)[:count] for count in range(len(improved.ADDITIONS) + 1)]
+PEERS = {"samples of the VAE": "VAE", "training images": "training images"}
 FRECHET = ["--frechet", "10000", "--sampler", "sde-dpm++", "--sample-steps", "20"]
 
 
@@ -32,6 +33,8 @@ def main(argv=None):
     parser.flag("--figure", "where the figure goes", type=Path, default=ROOT / "docs" / "figures" / "ddpm_ladder.png")
     cli.add_data_flags(parser)
     args = parser.parse_args(argv)
+    if not (args.runs / "vae" / "checkpoint.npz").exists():
+        raise cli.UsageError(f"{args.runs / 'vae'}: expected a finished run of run_vae.py to compare with")
     more = ["--data", args.data.resolve(), "--workers", args.workers]
     rows, images, labels = [], [], []
     for number, additions in enumerate(RUNGS):
@@ -39,28 +42,44 @@ def main(argv=None):
         train = [ROOT / "run_ddpm.py", "--T", 200, "--additions", *(additions or ["none"]), "--out", folder, *more]
         if not (folder / "metrics.json").exists():
             run(*train, *(["--resume"] if (folder / "checkpoint.npz").exists() else []))
-        if "frechet_10000" not in json.loads((folder / "metrics.json").read_text()).get("evaluation", {}):
+        rung = load_run(folder)
+        if (rung.config["additions"], rung.config["T"]) != (additions, 200):
+            raise cli.UsageError(
+                f"{folder}: expected a run with T = 200 and --additions {' '.join(additions) or 'none'}"
+            )
+        bound, frechet = measured(folder)
+        if "sde-dpm++, 20 steps" not in frechet or not bound:
             run("-m", "scratchgen.evaluate", folder, "--bound", 100, *FRECHET, *more)
+            bound, frechet = measured(folder)
 
-        metrics = json.loads((folder / "metrics.json").read_text())
-        bound, frechet = (metrics["evaluation"][name] for name in ("bound_exact_100", "frechet_10000"))
+        test_loss = json.loads((folder / "metrics.json").read_text())["test_loss"]
         command = f"python run_ddpm.py --T 200 --additions {' '.join(additions) or 'none'} --out runs/ladder-{number}"
-        numbers = (
-            f"{metrics['test_loss']:.4f} | {bound['bits_per_dimension']:.2f} | {frechet['sde-dpm++, 20 steps']:.1f}"
-        )
-        rows.append(f"| `{command}` | {metrics['seconds'] / 60:.0f} min | {numbers} |")
-        images.append(load_run(folder).sample(10, np.random.default_rng(0)))  # for each rung from the same noise
+        numbers = f"{test_loss:.4f} | {bound['bits_per_dimension']:.2f} | {frechet['sde-dpm++, 20 steps']:.1f}"
+        rows.append(f"| `{command}` | {numbers} |")
+        images.append(rung.sample(10, np.random.default_rng(0)))  # for each rung from the same noise
         labels.append(f"+ {additions[-1]}" if additions else "none")
-    print("| command | time | test loss | bits per dimension | Frechet distance |", "|---|---|---|---|---|", sep="\n")
+    rows += [f"| 10,000 {name} | | | {frechet[key]:.1f} |" for name, key in PEERS.items()]
+    print("| command | test loss | bits per dimension | Frechet distance |", "|---|---|---|---|", sep="\n")
     print(*rows, sep="\n")
     figure = plots.grid(np.concatenate(images), 10, "samples after 200 steps, by additions", row_labels=labels)
     plots.save(figure, args.figure)
 
 
 def run(*command):
-    if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # it has been told, too, and saves what it has
+        status = process.wait()
+    if status:
         sys.exit(status)  # it has said what is wrong
 
 
+def measured(folder):
+    """What metrics.json has of this rung's bound and Frechet distances: two dicts, empty for what is not there."""
+    evaluation = json.loads((folder / "metrics.json").read_text()).get("evaluation", {})
+    return evaluation.get("bound_exact_100", {}), evaluation.get("frechet_10000", {})
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "stopped: the same command goes on from here")

@@ -9,6 +9,7 @@ network(params, x, t) is a plain network, which knows nothing of schedules.
 """
 
 import math
+import warnings
 from functools import partial
 
 from scratchgen.diffusion import at, predict_x_0, q_sample, squared_errors
@@ -180,4 +181,6 @@ def chosen(names, arch, error):
         error(f"--additions {' '.join(names)}: none and all stand alone")
     if "global" in names and arch != "unet":
         error(f"--additions global is for --arch unet, not {arch}")
+    if "weights" in names and "v" not in names:
+        warnings.warn("additions: weights without v leave hardly any step but the noisiest to count", stacklevel=2)
     return [name for name in ADDITIONS if name in names or (names == ["all"] and (name != "global" or arch == "unet"))]

@@ -74,7 +74,7 @@ def load_run(folder):
             predictions = improved.denoiser(network, schedule, config["additions"])
             run = DDPMRun(config, schedule, params, *(partial(f, params) for f in predictions))
         else:
-            raise KeyError("model")
+            raise KeyError(f"model, {config['model']}")
     except (KeyError, TypeError) as error:
         raise checkpoint.CheckpointError(
             f"{path}: expected a run of this version, found this missing or invalid: {error}"
