@@ -4,8 +4,8 @@ For each rung this runs, from the folder of the run scripts (here for the third,
   python run_ddpm.py --T 200 --additions v black --out runs/ladder-2
   python -m scratchgen.evaluate runs/ladder-2 --bound 100 --frechet 10000 --sampler sde-dpm++ --sample-steps 20
 
-A finished rung is not trained again, and one that was stopped is resumed; `python run_vae.py` must have been run. Two
-hours on two cores. Prints the table of quality.md, and writes ddpm_ladder.png.
+A finished rung is not trained again, and one that was stopped is resumed; `python run_vae.py` must have been run. An
+hour and a half or so on two cores. Prints the table of quality.md, and writes ddpm_ladder.png.
 """
 
 import argparse
