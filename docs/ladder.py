@@ -43,10 +43,9 @@ def main(argv=None):
         if not (folder / "metrics.json").exists():
             run(*train, *(["--resume"] if (folder / "checkpoint.npz").exists() else []))
         rung = load_run(folder)
-        if (rung.config["additions"], rung.config["T"]) != (additions, 200):
-            raise cli.UsageError(
-                f"{folder}: expected a run with T = 200 and --additions {' '.join(additions) or 'none'}"
-            )
+        expected = {"additions": additions, "T": 200, "epochs": 8, "lr": 1e-2, "seed": 0}
+        if other := [name for name, value in expected.items() if rung.config[name] != value]:
+            raise cli.UsageError(f"{folder}: expected the run of this rung, found one with another {other[0]}")
         bound, frechet = measured(folder)
         if "sde-dpm++, 20 steps" not in frechet or not bound:
             run("-m", "scratchgen.evaluate", folder, "--bound", 100, *FRECHET, *more)
@@ -69,8 +68,9 @@ def run(*command):
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
     try:
         status = process.wait()
-    except KeyboardInterrupt:  # it has been told, too, and saves what it has
-        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # it has been told, too, and saves what it has
+        raise
     if status:
         sys.exit(status)  # it has said what is wrong
 

@@ -99,7 +99,7 @@ def weighted_loss(eps_theta, schedule, batch):
     """`diffusion.simple_loss` with each image's error times 1 / sqrt(alpha_bar_t), and without, to report.
 
     What a picture shows is decided where alpha_bar_t falls from 0.5 to 0.01. In terms of v, L_simple is
-    alpha_bar_t ||v - v_theta||^2, and counts less and less there. Scoring v itself (Salimans and Ho 2022) gives most
+    alpha_bar_t ||v - v_theta||^2, and counts less and less there. Scoring v itself (Salimans and Ho 2022) gives more
     weight to the noisiest steps, at which little can be known. This is the geometric mean of both. Bought: a Frechet
     distance of 28.9 instead of 32.7.
     """
