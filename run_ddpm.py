@@ -11,7 +11,7 @@ from functools import partial
 from scratchgen import diffusion, improved, tree  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, scale
 from scratchgen.denoisers import DENOISERS
-from scratchgen.gradients import in_parallel, sharded_value_and_grad
+from scratchgen.gradients import in_parallel, sharded_training
 from scratchgen.machinery import cli, plots
 from scratchgen.machinery.training import INIT, PREVIEW, SAMPLES, TEST, Run, rng_for
 from scratchgen.machinery.workers import Workers
@@ -21,8 +21,7 @@ from scratchgen.optim import adam_step, cosine_decay, ema_step, init_moments
 import numpy as np
 
 EPOCHS = {"unet": 8, "mlp": 12}  # by default
-SHARD, SAMPLE_SHARD = 32, 16  # images that one worker differentiates, or denoises, at a time
-CURVE_STRIDE = 5  # each epoch's point of the loss curve takes every fifth test image, the final number all
+SHARD, SAMPLE_SHARD = 32, 16  # images that one worker measures, or denoises, at a time
 
 
 def parse_arguments(argv):
@@ -49,7 +48,7 @@ def main(argv=None):
     params = improved.init_denoiser(init, rng_for(args.seed, INIT), args.additions)
     arrays = {"params": params, "moments": init_moments(params), "ema": tree.map(np.copy, params)}
     run = Run("ddpm", args, train_images, arrays, workers)
-    params, moments, ema = (run.arrays[name] for name in ("params", "moments", "ema"))  # in memory that all workers see
+    ema = run.arrays["ema"]  # in memory that all workers see
     optimiser_step = partial(muon_step, beta2=0.99) if "muon" in args.additions else adam_step
     eps_theta, x_0_theta = improved.denoiser(network, schedule, args.additions)
 
@@ -62,7 +61,11 @@ def main(argv=None):
     def errors(x_0, t, eps):  # (N, H, W, 1), (N,), (N, H, W, 1) -> (N,)
         return diffusion.squared_errors(eps, eps_theta(ema, diffusion.q_sample(schedule, x_0, t, eps), t))
 
-    value_and_gradient = sharded_value_and_grad(loss, SHARD, workers)
+    def update(arrays, gradient, step, lr):  # of all the weights, or of those that one of several workers steps
+        optimiser_step(arrays["params"], gradient, arrays["moments"], step, lr)
+        ema_step(arrays["ema"], arrays["params"], step, args.ema)
+
+    differentiate, take_step = sharded_training(loss, update, run.arrays, run.shard_size, workers)
     evaluate = in_parallel(errors, SHARD, workers)
     t_test = 1 + np.arange(len(x_test)) * args.T // len(x_test)  # not at random, but evenly from 1 to T
     test_batch = (x_test, t_test, rng_for(args.seed, TEST).standard_normal(x_test.shape, dtype=np.float32))
@@ -80,13 +83,11 @@ def main(argv=None):
         for epoch in run.epochs():
             for step, images in run.minibatches():
                 batch = diffusion.draw_batch(schedule, scale(images, -1, 1), run.rng)  # Algorithm 1, lines 2 to 4
-                (value, means), gradient = value_and_gradient(params, batch)  # line 5, with the step below
-                lr = cosine_decay(step, run.total_steps, args.lr)
-                optimiser_step(params, gradient, moments, step, lr)
-                ema_step(ema, params, step, args.ema)
+                value, means = differentiate(batch)  # line 5: the gradient, and the step along it
+                take_step(step, cosine_decay(step, run.total_steps, args.lr))
                 run.record(value, means)
 
-            test_loss = float(evaluate(*(part[::CURVE_STRIDE] for part in test_batch)).mean(dtype=np.float64))
+            test_loss = float(evaluate(*(part[::5] for part in test_batch)).mean(dtype=np.float64))  # of a fifth
             summary = f"loss: train {run.epoch_means['loss']:.5f}, test {test_loss:.5f}"
             run.end_epoch({"train": run.epoch_means, "test": {"loss": test_loss}}, summary)
             # The same noise each time, so that one sees the same pictures form.

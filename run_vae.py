@@ -11,7 +11,7 @@ from functools import partial
 
 from scratchgen import tree, vae  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, scale
-from scratchgen.gradients import in_parallel, sharded_value_and_grad
+from scratchgen.gradients import in_parallel, sharded_training
 from scratchgen.machinery import cli, plots
 from scratchgen.machinery.training import INIT, SAMPLES, TEST, Run, rng_for
 from scratchgen.machinery.workers import Workers
@@ -22,7 +22,7 @@ import numpy as np
 
 EPOCHS = {"mlp": 17, "gated": 12, "conv": 7}  # by default
 OPTIMISER_STEP = {"mlp": adam_step, "gated": muon_step, "conv": muon_step}  # Muon does not help the dense ReLU network
-SHARD = 64  # images that one worker differentiates at a time
+SHARD = 64  # test images that one worker measures at a time
 
 
 def parse_arguments(argv):
@@ -49,8 +49,7 @@ def main(argv=None):
     init, encode, decode = vae.VAES[args.arch]
     params = init(rng_for(args.seed, INIT), args.latent_dim)
     run = Run("vae", args, train_images, {"params": params, "moments": init_moments(params)}, workers)
-    params, moments = run.arrays["params"], run.arrays["moments"]  # in memory that all workers see
-    optimiser_step = OPTIMISER_STEP[args.arch]
+    params, optimiser_step = run.arrays["params"], OPTIMISER_STEP[args.arch]  # in memory that all workers see
 
     def loss(params, batch):  # batch is (x, eps): every random number is drawn before, so that the loss is pure
         return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, args.beta)
@@ -58,7 +57,10 @@ def main(argv=None):
     def both_terms(x, eps):  # -> (N, 2)
         return np.stack(vae.elbo_terms(partial(encode, params), partial(decode, params), (x, eps)), axis=1)
 
-    value_and_gradient = sharded_value_and_grad(loss, SHARD, workers)
+    def update(arrays, gradient, step, lr):  # of all the weights, or of those that one of several workers steps
+        optimiser_step(arrays["params"], gradient, arrays["moments"], step, lr)
+
+    differentiate, take_step = sharded_training(loss, update, run.arrays, run.shard_size, workers)
     evaluate = in_parallel(both_terms, SHARD, workers)
 
     print(f"VAE {args.arch}: {tree.size(params):,} parameters, {len(train_images):,} training images")
@@ -67,9 +69,8 @@ def main(argv=None):
             for step, images in run.minibatches():
                 x = scale(images, 0, 1)
                 eps = run.rng.standard_normal((len(x), args.latent_dim), dtype=np.float32)
-                (value, means), gradient = value_and_gradient(params, (x, eps))
-                lr = cosine_decay(step, run.total_steps, args.lr)
-                optimiser_step(params, gradient, moments, step, lr)
+                value, means = differentiate((x, eps))
+                take_step(step, cosine_decay(step, run.total_steps, args.lr))
                 run.record(value, means)
 
             reconstruction, kl = evaluate(x_test, eps_test).mean(axis=0, dtype=np.float64).tolist()

@@ -16,7 +16,7 @@ from scratchgen import tree, vae  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, scale
 from scratchgen.evaluate.metrics import active_units
 from scratchgen.evaluate.reports import importance_weighted_bound
-from scratchgen.gradients import in_parallel, sharded_value_and_grad
+from scratchgen.gradients import in_parallel, sharded_training
 from scratchgen.machinery import cli, plots
 from scratchgen.machinery.training import INIT, TEST, Run, rng_for
 from scratchgen.machinery.workers import Workers
@@ -26,7 +26,7 @@ from scratchgen.optim import cosine_decay, init_moments
 import numpy as np
 
 EPOCHS = {"gated": 700, "mlp": 700, "conv": 700}  # by default
-SHARD = 64  # images that one worker differentiates at a time
+SHARD = 64  # images that one worker measures at a time
 HELD_OUT = 5  # what random numbers are for, beside those of `training`
 
 
@@ -79,7 +79,7 @@ def main(argv=None):
     params = init(rng_for(args.seed, INIT), args.latent_dim)
     arrays = {"params": params, "moments": init_moments(params), "best": tree.map(np.copy, params)}
     run = Run("vae on binarised pixels", args, train_images, arrays, workers)
-    params, moments, best = (run.arrays[name] for name in ("params", "moments", "best"))
+    params, best = run.arrays["params"], run.arrays["best"]
     beta = workers.share(np.ones(1, np.float32))  # of the warm-up: it changes, and the workers must see it
 
     def loss(params, batch):
@@ -88,7 +88,10 @@ def main(argv=None):
     def both_terms(x, eps):  # -> (N, 2)
         return np.stack(vae.elbo_terms(partial(encode, params), partial(decode, params), (x, eps)), axis=1)
 
-    value_and_gradient = sharded_value_and_grad(loss, SHARD, workers)
+    def update(arrays, gradient, step, lr):  # of all the weights, or of those that a worker steps
+        muon_step(arrays["params"], gradient, arrays["moments"], step, lr, args.weight_decay)
+
+    differentiate, take_step = sharded_training(loss, update, run.arrays, run.shard_size, workers)
     evaluate = in_parallel(both_terms, SHARD, workers)
 
     def means(x):  # with the same eps after each epoch
@@ -104,9 +107,8 @@ def main(argv=None):
                 x = binarise(images, run.rng)
                 eps = run.rng.standard_normal((len(x), args.latent_dim), dtype=np.float32)
                 beta[0] = min(1, step / max(1, args.warm_up * run.steps_per_epoch))
-                (value, terms), gradient = value_and_gradient(params, (x, eps))
-                lr = cosine_decay(step, run.total_steps, args.lr)
-                muon_step(params, gradient, moments, step, lr, args.weight_decay)
+                value, terms = differentiate((x, eps))
+                take_step(step, cosine_decay(step, run.total_steps, args.lr))
                 run.record(value, terms)
 
             train = {"elbo": run.epoch_means["reconstruction"] - run.epoch_means["kl"]} | run.epoch_means

@@ -13,7 +13,7 @@ from pathlib import Path
 from scratchgen import tree  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, minibatches, scale
 from scratchgen.evaluate.classifier import WEIGHTS, init_classifier, logits
-from scratchgen.gradients import in_parallel, sharded_value_and_grad
+from scratchgen.gradients import in_parallel, sharded_training
 from scratchgen.machinery import checkpoint, cli
 from scratchgen.machinery.training import check_finite, rng_for
 from scratchgen.machinery.workers import Workers
@@ -50,17 +50,22 @@ def main(argv=None):
     x_test, labels_test = scale(data["test_images"], 0, 1), data["test_labels"]
 
     params = init_classifier(rng_for(args.seed, 0))
-    params, moments = workers.share({"params": params, "moments": init_moments(params)}).values()
-    value_and_gradient = sharded_value_and_grad(cross_entropy, SHARD, workers)
+    arrays = workers.share({"params": params, "moments": init_moments(params)})
+    params = arrays["params"]
+
+    def update(arrays, gradient, step, lr):  # of all the weights, or of those that a worker steps
+        adam_step(arrays["params"], gradient, arrays["moments"], step, lr)
+
+    differentiate, take_step = sharded_training(cross_entropy, update, arrays, SHARD, workers)
     logits_of = in_parallel(partial(logits, params), SHARD, workers)
     total_steps, step, began = EPOCHS * math.ceil(len(images) / BATCH), 0, time.monotonic()
     with cli.progress(EPOCHS * len(images)) as bar:
         for epoch in range(EPOCHS):
             for rows in minibatches(np.arange(len(images)), BATCH, rng_for(args.seed, 1, epoch)):
                 step += 1
-                loss, gradient = value_and_gradient(params, (scale(images[rows], 0, 1), labels[rows]))
+                loss = differentiate((scale(images[rows], 0, 1), labels[rows]))
                 check_finite(loss, step)
-                adam_step(params, gradient, moments, step, cosine_decay(step, total_steps, LR))
+                take_step(step, cosine_decay(step, total_steps, LR))
                 bar.update(len(rows))
             accuracy = (logits_of(x_test).argmax(axis=1) == labels_test).mean()
             seconds = time.monotonic() - began

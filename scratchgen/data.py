@@ -70,9 +70,8 @@ def read_idx(file, path):
         raise DataError(f"{path}: expected {rank} dimensions in the header, found the file to end inside them")
     shape = struct.unpack(f">{rank}I", sizes)
 
-    if (
-        math.prod(size or 1 for size in shape) > sys.maxsize // dtype.itemsize
-    ):  # with a zero among them, no bytes follow
+    # With a zero among them, no bytes follow.
+    if math.prod(size or 1 for size in shape) > sys.maxsize // dtype.itemsize:
         raise DataError(f"{path}: expected sizes that fit into memory, found {shape} in the header")
     expected = math.prod(shape) * dtype.itemsize
     content = bytearray()

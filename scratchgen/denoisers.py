@@ -34,7 +34,7 @@ def init_unet(rng, inputs=1, global_blocks=False, channels=(32, 64), blocks=1, s
         "up_blocks": [
             layers.init_res_block(rng, 2 * shallow if i == 0 else shallow, shallow, TIME_WIDTH) for i in range(blocks)
         ],
-        "norm_out": layers.init_group_norm(shallow),
+        "norm_out": layers.init_norm(shallow),
         "conv_out": layers.init_conv(rng, shallow + 4 * inputs, 4, gain=0.0),
     }
 
@@ -64,7 +64,7 @@ def unet(params, x, t):  # (N, H, W, 1 or 2), (N,) -> (N, H, W, 1)
     h = np.concatenate([h, skip], axis=3)
     for block in params["up_blocks"]:
         h = layers.res_block(block, h, time)
-    h = silu(layers.group_norm(params["norm_out"], h))
+    h = layers.norm_silu(params["norm_out"], h)
     # The noisy input joins the last convolution: the noise in it need not be carried through all the layers above.
     return depth_to_space(layers.conv(params["conv_out"], np.concatenate([h, x], axis=3)), 2)
 

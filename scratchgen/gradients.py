@@ -8,6 +8,7 @@ after all that depend on it, and hand every parent its share of the gradient.
 
 import operator
 from functools import partial, reduce
+from itertools import cycle
 
 from scratchgen import tree
 
@@ -77,65 +78,79 @@ def value_and_grad(loss):
         if not isbox(end) or end.shape != ():
             raise TypeError("the loss must return a scalar that depends on the parameters")
         gradients = iter(backward(end._node, end.dtype.type(weight), dict.fromkeys(roots)))
-        return tree.map(getval, result), tree.map(lambda leaf: zeros_if_none(next(gradients), leaf), params)
+        gradient = tree.map(lambda leaf: leaf * 0 if (g := next(gradients)) is None else g, params)
+        return tree.map(getval, result), gradient
 
     return value_and_gradient
 
 
-def zeros_if_none(gradient, leaf):
-    return leaf * 0 if gradient is None else gradient
+def shards(N, shard_size):
+    """The slices that cut N images into shards of ``shard_size``, the last of which may be smaller."""
+    return [slice(start, min(start + shard_size, N)) for start in range(0, N, shard_size)]
 
 
-def shards(batch, shard_size):
-    """Cut a tree of arrays with leading axis N into trees with leading axis ``shard_size`` (or less)."""
-
-    def cut(start):
-        return tree.map(lambda array: array[start : start + shard_size], batch)
-
-    return [cut(start) for start in range(0, len(tree.leaves(batch)[0]), shard_size)]
+def images_of(batch, images):  # a tree of arrays with leading axis N -> the same for a slice of the images
+    return tree.map(lambda array: array[images], batch)
 
 
-def sharded_value_and_grad(loss, shard_size, workers):
-    """``value_and_grad(loss)`` for a loss that is a mean over the images of a minibatch, computed in parallel.
+def sharded_training(loss, update, arrays, shard_size, workers):
+    """The two halves of a training step, both shared by all workers: functions ``differentiate`` and ``step``.
 
-    The shard size alone decides the arithmetic: each shard of ``shard_size`` images is differentiated on its own and
-    the parts are added in the order of the shards. Workers only decide who computes which shard, so the result is the
-    same to the last bit for any number of them.
+    ``differentiate(batch)`` returns ``loss(arrays["params"], batch)``, a mean over the images of the batch, and leaves
+    the gradient of each shard in memory that all workers see. ``step(*numbers)`` adds them up in the order of the
+    shards and calls ``update(arrays, gradient, *numbers)``, which changes the arrays in place. Every worker does so
+    for some of the leaves, so update must treat each on its own. ``arrays`` holds trees like arrays["params"], shared.
+    The shard size alone decides the arithmetic: for any number of workers the result has the same bits.
     """
-    one_shard = value_and_grad(loss)
+    one_shard, params = value_and_grad(loss), arrays["params"]
+    room, parts, count = {}, [], 0  # of a minibatch; what each worker steps; shards of the last minibatch
 
-    def differentiate(job):
-        params, shard, weight = job
-        value, gradient = one_shard(params, shard, weight=weight)
-        return tree.map(lambda number: weight * number, value), gradient
+    def make_room(batch, count):
+        room["batch"] = workers.share(tree.map(np.copy, batch))
+        room["gradients"] = [workers.share(tree.map(np.zeros_like, params)) for _ in range(count)]
+        rank, n = np.argsort(np.argsort([leaf.size for leaf in tree.leaves(params)])), min(workers.count, count)
+        everything = arrays, room["gradients"]  # all trees like params, one after the other: hence `cycle`
+        parts[:] = [tree.part(everything, cycle(rank % n == k)) for k in range(n)]  # each gets some large, some small
 
-    workers.register(differentiate)
+    def differentiate_shard(job):
+        number, images, N = job
+        weight = (images.stop - images.start) / N
+        value, gradient = one_shard(params, images_of(room["batch"], images), weight=weight)
+        tree.map(np.copyto, room["gradients"][number], gradient)
+        return tree.map(lambda value: weight * value, value)
 
-    def value_and_gradient(params, batch):
+    def differentiate(batch):
+        nonlocal count
         N = len(tree.leaves(batch)[0])
-        jobs = [(params, shard, len(tree.leaves(shard)[0]) / N) for shard in shards(batch, shard_size)]
-        # Added as they come, in order, and not in place: see `value_and_grad`. Without copies: each may be overwritten
-        # when the next is asked for.
-        return reduce(partial(tree.map, operator.add), workers.map(differentiate, jobs, copy=False))
+        cut = shards(N, shard_size)
+        count = len(cut)
+        if not room or len(tree.leaves(room["batch"])[0]) < N:
+            make_room(batch, count)
+        tree.map(np.copyto, images_of(room["batch"], slice(N)), batch)
+        jobs = [(number, images, N) for number, images in enumerate(cut)]
+        return reduce(partial(tree.map, operator.add), workers.map(differentiate_shard, jobs))
 
-    return value_and_gradient
+    def step_part(job):
+        part, count, numbers = job
+        some_arrays, (gradient, *others) = parts[part]
+        for other in others[: count - 1]:
+            tree.map(lambda total, term: np.add(total, term, out=total), gradient, other)
+        update(some_arrays, gradient, *numbers)
+
+    def step(*numbers):
+        workers.map(step_part, [(part, count, numbers) for part in range(len(parts))])
+
+    return differentiate, step
 
 
 def in_parallel(f, shard_size, workers):
-    """``f(*arrays)`` computed shard by shard in parallel, for an f that treats each image of its batch on its own.
+    """``f(*arrays)`` computed shard by shard in parallel, for an f that treats each image of its batch on its own."""
 
-    Arrays that f refers to and that change between calls must be `Workers.share`d.
-    """
-
-    def several_shards(part):
-        return [f(*shard) for shard in part]
-
-    workers.register(several_shards)
+    def one_shard(arrays):
+        return f(*arrays)
 
     def sharded(*arrays):
-        cut = shards(arrays, shard_size)
-        each = -(-len(cut) // workers.count)  # one question to each worker, rather than one for each shard
-        parts = [cut[start : start + each] for start in range(0, len(cut), each)]
-        return np.concatenate([result for results in workers.map(several_shards, parts) for result in results])
+        cut = [images_of(arrays, images) for images in shards(len(arrays[0]), shard_size)]
+        return np.concatenate(workers.map(one_shard, cut))
 
     return sharded

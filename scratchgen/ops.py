@@ -14,23 +14,68 @@ Sums over positions are written as products with a row of ones: BLAS is several 
 over a leading axis (measured 7 times, 32 x 14 x 14 x 32 float32).
 """
 
+import itertools
+import math
+from functools import cache
+
 import numpy as np
 from autograd.extend import defvjp, defvjp_argnums, primitive
 from autograd.tracer import getval
 
-# The columns of a convolution are built for as many images at a time as fit this many bytes, so that the matrix
-# product finds them in cache: a U-Net step is 1.15 times faster than with the columns of a whole shard at once.
-COLUMN_BYTES = 1 << 20
+# ----------------------------------------------------------------------------------------------------- matrix products
+# OpenBLAS copies ("packs") the operands of a product into a layout of its own. Its kernels for AVX-512 read them where
+# they lie instead, if rows x inner x columns is at most a million; and if the right operand is transposed, if rows x
+# columns is at most 1200 and the inner dimension 32 or more. So there a product is cut into such tiles, all of them in
+# one call of np.matmul, which loops over stacks of matrices: 1.1 to 2 times faster (docs/performance.md). Elsewhere it
+# stays whole. The processor decides, never the clock: on one machine the sums, and so the bits, are always the same.
+
+
+def has_small_kernels():
+    config = np.show_config(mode="dicts")
+    features = {*config["SIMD Extensions"].get("baseline", ()), *config["SIMD Extensions"].get("found", ())}
+    new_name, old_name = "X86_V4", "AVX512_SKX"  # of the same, since NumPy 2.4 and before
+    return bool(features & {new_name, old_name}) and "openblas" in config["Build Dependencies"]["blas"]["name"]
+
+
+SMALL_KERNELS = has_small_kernels()
+
+
+@cache
+def tile(M, K, N, transposed):
+    """How much of (M, K) @ (K, N) to take at a time: the most (rows, columns) that divide M and N, and the squarest."""
+    if not SMALL_KERNELS or (transposed and K < 32):
+        return M, N
+    limit = max(1, min(10**6 // K, 1200) if transposed else 10**6 // K)
+    sizes = itertools.product(*([d for d in range(1, side + 1) if side % d == 0] for side in (M, N)))
+    return max((size for size in sizes if math.prod(size) <= limit), key=lambda size: (math.prod(size), min(size)))
+
+
+def product(a, b, out=None):
+    """a @ b for (.., M, K) and (.., K, N), or one b (K, N) for all: (.., M, N), written to ``out`` if it is given."""
+    M, K, N = a.shape[-2:] + b.shape[-1:]
+    transposed = b.strides[-1] != b.itemsize
+    if transposed and M > 512:  # where the copy is much smaller than the product, a b that lies in rows is read faster
+        b, transposed = np.ascontiguousarray(b), False
+    rows, columns = tile(M, K, N, transposed)
+    if (rows, columns) == (M, N):
+        return np.matmul(a, b, out=out)
+    if out is None:
+        out = np.empty((*a.shape[:-1], N), np.result_type(a, b))
+    # Two axes more, of the tiles: (.., M / rows, 1, rows, K) @ (.., 1, N / columns, K, columns). None of this copies.
+    a = a.reshape(*a.shape[:-2], M // rows, 1, rows, K)
+    b = b.reshape(*b.shape[:-1], N // columns, columns).swapaxes(-3, -2)[..., None, :, :, :]
+    np.matmul(a, b, out=out.reshape(*out.shape[:-2], M // rows, rows, N // columns, columns).swapaxes(-3, -2))
+    return out
 
 
 def sum_rows(x):
-    """The sum of all rows of a matrix: (M, C) -> (C,)."""
-    return np.ones(len(x), x.dtype) @ x
+    """The sum of all rows of a matrix, or of each in a stack, as of an image's positions: (.., M, C) -> (.., C)."""
+    return np.ones(x.shape[-2], x.dtype) @ x
 
 
-def sum_positions(x):
-    """Sums over the positions of each image: (N, P, C) -> (N, C)."""
-    return np.ones(x.shape[1], x.dtype) @ x
+def along_row(v, W):  # (.., C) -> (.., W, C)
+    """The same for all positions of a row: NumPy's inner loops then run over W C numbers, not C, in half the time."""
+    return np.repeat(v[..., None, :], W, axis=-2)
 
 
 def sigmoid(x):
@@ -48,9 +93,10 @@ def sigmoid(x):
 
 @primitive
 def dense(x, w, b):  # (..., C), (C, O), (O,) -> (..., O)
-    y = x.reshape(-1, len(w)) @ w  # two dimensions: (N, H, W, C) @ (C, O) would be N small products
-    y += b
-    return y.reshape(*x.shape[:-1], len(b))
+    # In two dimensions: (N, H, W, C) @ (C, O) would be N H small products.
+    y = product(x.reshape(-1, len(w)), w).reshape(*x.shape[:-1], len(b))
+    y += along_row(b, x.shape[-2]) if x.ndim > 2 else b
+    return y
 
 
 def dense_vjp(argnums, ans, args, kwargs):
@@ -58,12 +104,9 @@ def dense_vjp(argnums, ans, args, kwargs):
 
     def vjp(g):
         g2 = g.reshape(-1, len(b))
-        by_argument = {
-            0: lambda: (g2 @ w.T).reshape(x.shape),
-            1: lambda: x.reshape(-1, len(w)).T @ g2,
-            2: lambda: sum_rows(g2),
-        }
-        return [by_argument[argnum]() for argnum in argnums]
+        dx = product(g2, w.T).reshape(x.shape) if 0 in argnums else None
+        gradients = dx, product(x.reshape(-1, len(w)).T, g2), sum_rows(g2)
+        return [gradients[argnum] for argnum in argnums]
 
     return vjp
 
@@ -74,33 +117,41 @@ defvjp_argnums(dense, dense_vjp)
 # --------------------------------------------------------------------------------------------------------- convolution
 # y[n, h, w, o] = b[o] + sum_{i, j, c} x[n, h + i - r, w + j - r, c] k[i, j, c, o],  x zero outside, r = (K - 1) / 2.
 #
-# With the K x K x C neighbourhood of every position laid out as a row of a matrix ("columns", from im2col) this is a
-# dense layer: y = columns(x) k + b.  For x: substituting h' = h + i - r (and w' alike) shows that
+# With the K x K x C neighbourhood of every position laid out as a row of a matrix (im2col) this is a dense layer:
+# y = windows(x) k + b.  For x: substituting h' = h + i - r (and w' alike) shows that
 # dL/dx[n, h', w', c] = sum_{i, j, o} g[n, h' - i + r, w' - j + r, o] k[i, j, c, o], which is again a convolution, of g,
 # with the kernel flipped in both directions and its channel axes exchanged.  The same substitution for the kernel,
-# dL/dk[i, j, c, o] = sum_{n, h', w'} x[n, h', w', c] g[n, h' - i + r, w' - j + r, o], shows that the columns of g serve
-# both and those of x need not be built again: the backward pass becomes 1.06 to 2 times faster.
+# dL/dk[i, j, c, o] = sum_{n, h', w'} x[n, h', w', c] g[n, h' - i + r, w' - j + r, o], shows that the windows of g serve
+# both, and those of x need not be built again.
 
 
-def columns(x, K):
-    """Yield (slice of images, columns of those images): (N, H, W, C) -> (n H W, K K C), a few images at a time.
+def windows(x, K):
+    """All neighbourhoods of an image, one matrix for each column of positions: (N, H, W, C) -> (W, N H, K K C).
 
-    The columns live in one buffer that the next turn of the loop overwrites.
+    Row (n, h) of matrix w is x[n, h - r : h + r + 1, w - r : w + r + 1], zero outside of x, column by column.
+    Neighbourhoods side by side share all columns but one. So each column of K pixels is copied once, beside its
+    neighbour to the right, and the windows are views that overlap.
     """
     N, H, W, C = x.shape
-    n = max(1, min(N, COLUMN_BYTES // (H * W * K * K * C * x.itemsize)))
     r = K // 2
-    padded = np.zeros((n, H + 2 * r, W + 2 * r, C), x.dtype)
-    # A view on the same memory: windows[n, h, w] is the K x K x C neighbourhood that starts at padded[n, h, w].
-    image, row, column, channel = padded.strides
-    windows = np.ndarray((n, H, W, K, K, C), x.dtype, padded, strides=(image, row, column, row, column, channel))
-    cols = np.empty(windows.shape, x.dtype)
-    for start in range(0, N, n):
-        images = slice(start, min(start + n, N))
-        count = images.stop - start
-        padded[:count, r : r + H, r : r + W] = x[images]
-        cols[:count] = windows[:count]
-        yield images, cols[:count].reshape(count * H * W, K * K * C)
+    strips = np.zeros((N, H, W + 2 * r, K, C), x.dtype)  # strips[n, h, r + w, i] = x[n, h + i - r, w]
+    for i in range(K):
+        top = max(0, r - i)
+        bottom = max(top, min(H, H + r - i))
+        strips[:, top:bottom, r : r + W, i] = x[:, top + i - r : bottom + i - r]
+    _, row, column, _, number = strips.strides
+    return np.ndarray(
+        (W, N * H, K * K * C), x.dtype, strips, strides=(column, row, number)
+    )  # a view of the same memory
+
+
+def correlate(windows, k, shape):
+    """The sums of the windows times a kernel (K, K, C, O), as images of this shape (N, H, W, O)."""
+    N, H, W, O = shape
+    y = np.empty(shape, np.result_type(windows, k))
+    matrix = k.swapaxes(0, 1).reshape(-1, O)  # its rows are (j, i, c), as a window's numbers are
+    product(windows, matrix, out=y.reshape(N * H, W, O).swapaxes(0, 1))
+    return y
 
 
 @primitive
@@ -111,39 +162,27 @@ def conv2d(x, k, b):
     """
     if k.shape[0] != k.shape[1] or k.shape[0] % 2 == 0 or x.shape[-1] != k.shape[2]:
         raise ValueError(f"conv2d needs a kernel (K, K, C, O), K odd, C = {x.shape[-1]}; found {k.shape}")
-    N, H, W, _ = x.shape
-    K, _, _, O = k.shape
-    y = np.empty((N, H, W, O), np.result_type(x, k))
-    for images, cols in columns(x, K):
-        np.matmul(cols, k.reshape(-1, O), out=y[images].reshape(-1, O))
-    y += b
+    y = correlate(windows(x, len(k)), k, (*x.shape[:3], len(b)))
+    y += along_row(b, x.shape[2])
     return y
 
 
 def flipped(k):  # (K, K, C, O) -> (K, K, O, C)
-    return np.ascontiguousarray(k[::-1, ::-1].swapaxes(2, 3))
+    return k[::-1, ::-1].swapaxes(2, 3)
 
 
 def conv2d_vjp(argnums, ans, args, kwargs):
     x, k, b = args
     K, _, C, O = k.shape
-
-    def kernel_alone(g):  # the first layer: its images need no gradient, and their columns are narrow
-        dk = np.zeros((K * K * C, O), k.dtype)
-        for images, cols in columns(x, K):
-            dk += cols.T @ g[images].reshape(-1, O)
-        return dk.reshape(k.shape)
-
-    def image_and_kernel(g):
-        dx, dk, k_flipped = np.empty(x.shape, x.dtype), np.zeros((C, K * K * O), k.dtype), flipped(k).reshape(-1, C)
-        for images, cols in columns(g, K):
-            np.matmul(cols, k_flipped, out=dx[images].reshape(-1, C))
-            dk += x[images].reshape(-1, C).T @ cols
-        # Column (i', j') holds g at h' + i' - r, and k[i, j] wants it at h' - i + r: i' = 2 r - i, so flip back.
-        return dx, flipped(dk.reshape(C, K, K, O).transpose(1, 2, 3, 0))  # (K, K, O, C) -> (K, K, C, O)
+    N, H, W, _ = x.shape
 
     def vjp(g):
-        dx, dk = image_and_kernel(g) if 0 in argnums else (None, kernel_alone(g))
+        windows_g = windows(g, K)
+        dx = correlate(windows_g, flipped(k), x.shape) if 0 in argnums else None
+        # For each w the product of C channels of x with the windows at the same positions, and then the sum over w.
+        dk = product(x.reshape(N * H, W, C).transpose(1, 2, 0), windows_g).sum(axis=0).reshape(C, K, K, O)
+        # Window (j', i') holds g at h' + i' - r, and k[i, j] wants it at h' - i + r: i' = 2 r - i, so flip back.
+        dk = np.ascontiguousarray(flipped(dk.transpose(2, 1, 3, 0)))  # (C, j, i, O) -> (i, j, O, C) -> (i, j, C, O)
         gradients = dx, dk, sum_rows(g.reshape(-1, O))
         return [gradients[argnum] for argnum in argnums]
 
@@ -177,9 +216,9 @@ defvjp(depth_to_space, lambda ans, x, p: lambda g: space_to_depth(g, p))
 
 # ------------------------------------------------------------------------------------------------- activation functions
 # What the backward pass would have to compute a second time is worked out once, on the plain value of x (`getval`
-# takes it out of autograd's box), and handed to the primitive as a further argument: s = sigmoid(x) here, m and
-# r in `group_norm` below. To autograd that argument is a constant. The VJP takes its
-# dependence on x into account: it is the derivative of the whole function of x.
+# takes it out of autograd's box), and handed to the primitive as a further argument: s = sigmoid(x) here, everything in
+# `norm_silu` below. To autograd that argument is a constant. The VJP takes its dependence on x into account: it is the
+# derivative of the whole function of x.
 
 
 @primitive
@@ -233,72 +272,83 @@ def glu(x):
     return times_gate(x, sigmoid(getval(x)[..., x.shape[-1] // 2 :]))
 
 
-# --------------------------------------------------------------------------------------------------------- group norm
+# ------------------------------------------------------------------------------------------------ group norm with SiLU
 # Over the positions and channels of each group of an image, with m their mean and r = 1 / sqrt(variance + epsilon):
-# xhat = (x - m) r, y = scale xhat + shift. For one image and channel that is y = a x + (shift - m a) with a = scale r:
-# one multiplication and one addition per element.
+# xhat = (x - m) r, h = scale xhat + shift, y = h s with s = sigmoid(h). For one image and channel h = a x + (shift -
+# m a) with a = scale r: one multiplication and one addition per element. One operation for both saves passes.
 #
-# Gradient: write s1 = mean over the group of scale g, s2 = mean over the group of scale g xhat. m and r depend on every
-# x of the group, dm/dx = 1 / n and dr/dx = -r^2 xhat / n for the n numbers of a group, so that
-# dL/dx = r (scale g - s1 - xhat s2) = a g - (r^2 s2) x + r (m r s2 - s1).
+# Gradient: with g = dL/dy, dL/dh = g (s + h s (1 - s)) = g (s (1 - y) + y); call it q. Write s1 = mean over the group
+# of scale q, s2 = mean over the group of scale q xhat. m and r depend on every x of the group, dm/dx = 1 / n and
+# dr/dx = -r^2 xhat / n for the n numbers of a group, so that
+# dL/dx = r (scale q - s1 - xhat s2) = a q - (r^2 s2) x + r (m r s2 - s1).
 
 
-def group_mean(sums, groups, P):  # sums over the P positions of a channel (N, C) -> means over its group (N, C)
-    N, C = sums.shape
-    means = sums.reshape(N, groups, -1).sum(axis=2) / (P * C // groups)
-    return np.repeat(means, C // groups, axis=1)
+@cache
+def group_means(C, groups, P, dtype):
+    """The matrix that turns sums over P positions, (N, C), into means over each channel's group, (N, C)."""
+    return np.kron(np.eye(groups), np.full((C // groups, C // groups), groups / (C * P))).astype(dtype)
 
 
 def group_moments(x, groups, epsilon):  # (N, H, W, C) -> m and r of each channel's group, 2 x (N, C)
     N, H, W, C = x.shape
-    x3 = x.reshape(N, H * W, C)
-    m = group_mean(sum_positions(x3), groups, H * W)
-    # One pass fewer than the mean of (x - m)^2. In float32 the difference keeps five digits while |m| is at most ten
-    # times the standard deviation, three at a hundred times; activations of a network stay far below that.
-    variance = group_mean(sum_positions(x3 * x3), groups, H * W) - m * m
+    x3, mean = x.reshape(N, H * W, C), group_means(C, groups, H * W, x.dtype)
+    m = sum_rows(x3) @ mean
+    # One pass fewer than the mean of (x - m)^2. In float32 five digits are left where |m| is ten standard deviations,
+    # three where it is a hundred; activations of a network stay far below that.
+    variance = sum_rows(x3 * x3) @ mean - m * m
     return m, 1 / np.sqrt(np.maximum(variance, 0) + epsilon)
 
 
 @primitive
-def normalise(x, scale, shift, m, r, groups):  # (N, H, W, C), twice (C,) or (N, C), twice (N, C) -> (N, H, W, C)
-    a = scale * r
-    y = x * a[:, None, None]
-    y += (shift - m * a)[:, None, None]
+def with_gradient(x, scale, shift, y, s, m, r, groups):
     return y
 
 
-def normalise_vjp(argnums, ans, args, kwargs):
-    x, scale, shift, m, r, groups = args  # m and r depend on x, which dx takes into account
+def with_gradient_vjp(argnums, ans, args, kwargs):
+    x, scale, shift, y, s, m, r, groups = args  # the last five depend on the first three, which dx takes into account
 
     def vjp(g):
         N, H, W, C = x.shape
-        sum_g = sum_positions(g.reshape(N, H * W, C))
-        sum_gx = sum_positions((g * x).reshape(N, H * W, C))
-        sum_gxhat = r * (sum_gx - m * sum_g)
-        s1 = group_mean(scale * sum_g, groups, H * W)
-        s2 = group_mean(scale * sum_gxhat, groups, H * W)
-        dx = x * (-(r**2) * s2)[:, None, None]
-        dx += g * (scale * r)[:, None, None]
-        dx += (r * (m * r * s2 - s1))[:, None, None]
+        q = 1 - y
+        q *= s
+        q += y
+        q *= g
+        sum_q = sum_rows(q.reshape(N, H * W, C))
+        qx = q * x
+        sum_qxhat = r * (sum_rows(qx.reshape(N, H * W, C)) - m * sum_q)
+        mean = group_means(C, groups, H * W, x.dtype)
+        s1, s2 = (scale * sum_q) @ mean, (scale * sum_qxhat) @ mean
+        dx = q  # which is no longer needed
+        dx *= along_row((scale * r)[:, None], W)
+        dx += np.multiply(x, along_row((-(r**2) * s2)[:, None], W), out=qx)
+        dx += along_row((r * (m * r * s2 - s1))[:, None], W)
         if scale.ndim == 1:  # one scale and shift for all images
-            sum_gxhat, sum_g = sum_gxhat.sum(axis=0), sum_g.sum(axis=0)
-        gradients = (dx, sum_gxhat, sum_g)
+            sum_qxhat, sum_q = sum_qxhat.sum(axis=0), sum_q.sum(axis=0)
+        gradients = dx, sum_qxhat, sum_q
         return [gradients[argnum] for argnum in argnums]
 
     return vjp
 
 
-defvjp_argnums(normalise, normalise_vjp)
+defvjp_argnums(with_gradient, with_gradient_vjp)
 
 
-def group_norm(x, scale, shift, groups, epsilon=1e-5):
-    """Group normalisation (Wu and He 2018): (N, H, W, C), scale, shift -> (N, H, W, C).
+def norm_silu(x, scale, shift, groups, epsilon=1e-5):
+    """Group normalisation (Wu and He 2018), then SiLU: (N, H, W, C), scale, shift -> (N, H, W, C).
 
     Scale and shift are both (C,), or both (N, C) to differ from image to image: that is how the time step enters a
-    residual block.
+    residual block. SiLU is y = h sigmoid(h), by sigmoid(h) = (1 + tanh(h / 2)) / 2, which costs three passes fewer.
     """
-    m, r = group_moments(getval(x), groups, epsilon)
-    return normalise(x, scale, shift, m, r, groups)
+    plain_x, plain_scale, plain_shift, W = getval(x), getval(scale), getval(shift), x.shape[2]
+    m, r = group_moments(plain_x, groups, epsilon)
+    half_a = 0.5 * plain_scale * r
+    y = plain_x * along_row(half_a[:, None], W)  # h / 2, here and in the next line
+    y += along_row((0.5 * plain_shift - m * half_a)[:, None], W)
+    s = np.tanh(y)
+    s += 1
+    y *= s
+    s *= 0.5
+    return with_gradient(x, scale, shift, y, s, m, r, groups)
 
 
 # ------------------------------------------------------------------------------------------- Bernoulli log-likelihood

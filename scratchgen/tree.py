@@ -33,10 +33,13 @@ def names(tree, prefix=""):
     return [name for key, child in children for name in names(child, f"{prefix}/{key}" if prefix else str(key))]
 
 
-def nodes(tree):
-    """The tree itself, every container in it and every leaf."""
-    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
-    return [tree] + [node for child in children for node in nodes(child)]
+def part(tree, wanted):
+    """The tree without those leaves for which ``wanted``, an iterator of truth values, is false."""
+    if isinstance(tree, dict):
+        return {key: kept for key, child in tree.items() if (kept := part(child, wanted)) is not None}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(kept for child in tree if (kept := part(child, wanted)) is not None)
+    return tree if next(wanted) else None
 
 
 def size(tree):

@@ -96,9 +96,8 @@ def gaussian(params, h):  # (N, C) -> 2 x (N, D)
 def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28, gated=False):
     *before, last = hidden
     return {
-        "encoder": init_mlp(
-            rng, [pixels, *before, last * (1 + gated)], gated
-        ),  # gain 1 at the end, though a ReLU follows
+        # Gain 1 at the end, though a ReLU follows.
+        "encoder": init_mlp(rng, [pixels, *before, last * (1 + gated)], gated),
         **init_gaussian(rng, last, latent_dim),
         "decoder": init_mlp(rng, [latent_dim, *hidden, pixels], gated),
     }
@@ -157,12 +156,9 @@ def conv_decode(params, z):  # (N, D) -> (N, H, W, 1)
 
 
 # --arch on the command line: name -> (init, encode, decode)
+gated = partial(init_mlp_vae, gated=True), partial(mlp_encode, activation=glu), partial(mlp_decode, activation=glu)
 VAES = {
     "mlp": (init_mlp_vae, mlp_encode, mlp_decode),
-    "gated": (
-        partial(init_mlp_vae, gated=True),
-        partial(mlp_encode, activation=glu),
-        partial(mlp_decode, activation=glu),
-    ),
+    "gated": gated,
     "conv": (init_conv_vae, conv_encode, conv_decode),
 }

@@ -21,6 +21,7 @@ CONFIG = {"model": "ddpm", "T": 200, "additions": ["v", "black"]}
 def path(tmp_path, arrays):
     generator = np.random.default_rng(5)
     state = {"config": CONFIG, "step": 7, "rng": generator.bit_generator.state, "seconds": 0.1 + 0.2}
+    state |= {"shard_size": 8}
     state |= {"epoch_means": {"loss": 1 / 3}, "log": [{"epoch": 1}]}
     checkpoint.save(tmp_path / "c.npz", arrays, state)
     return tmp_path / "c.npz"

@@ -4,7 +4,7 @@ from functools import partial
 
 from scratchgen import diffusion, improved, tree
 from scratchgen.denoisers import DENOISERS, init_mlp_denoiser, init_unet, mlp_denoiser, unet
-from scratchgen.gradients import in_parallel, sharded_value_and_grad, value_and_grad
+from scratchgen.gradients import in_parallel, sharded_training, value_and_grad
 from scratchgen.machinery.workers import Workers
 from scratchgen.optim import adam_step, init_moments
 
@@ -107,8 +107,17 @@ def test_the_unet_uses_both_halves_of_its_joins(rng, half):
 
 
 def test_unet_gradient_has_the_same_bits_for_any_number_of_workers(rng):
-    params, batch = shaken(rng, init_unet(rng, **WHOLE_UNET)), make_batch(rng, 11)
-    results = [sharded_value_and_grad(loss_of(unet), 4, Workers(n))(params, batch) for n in (1, 2, 3)]
+    def keep(arrays, gradient):
+        tree.map(np.copyto, arrays["gradient"], gradient)
+
+    params, batch, results = shaken(rng, init_unet(rng, **WHOLE_UNET)), make_batch(rng, 11), []
+    for n in (1, 2, 3):
+        workers = Workers(n)
+        arrays = workers.share({"params": params, "gradient": tree.map(np.zeros_like, params)})
+        differentiate, step = sharded_training(loss_of(unet), keep, arrays, 4, workers)
+        value = differentiate(batch)
+        step()
+        results.append((value, arrays["gradient"]))
     for other in results[1:]:
         for a, b in zip(tree.leaves(results[0]), tree.leaves(other), strict=True):
             np.testing.assert_array_equal(a, b)

@@ -2,12 +2,15 @@
 
 import os
 from functools import partial
+from types import SimpleNamespace
 
 from scratchgen import denoisers, diffusion, improved, ops, tree, vae
-from scratchgen.gradients import in_parallel, sharded_value_and_grad, shards, value_and_grad
+from scratchgen.gradients import in_parallel, sharded_training, shards, value_and_grad
 from scratchgen.layers import init_mlp, mlp
 from scratchgen.machinery import workers as workers_module
 from scratchgen.machinery.workers import Workers
+from scratchgen.muon import muon_step
+from scratchgen.optim import adam_step, init_moments
 
 import autograd
 import autograd.numpy as anp
@@ -152,16 +155,31 @@ def test_weight_multiplies_the_gradient_and_not_the_value(problem):
     assert_same_bits(weighted, tree.map(lambda g: np.float32(0.25) * g, gradient))
 
 
-def test_shards_cover_the_batch_in_order(problem):
-    x, y = problem[1]
-    parts = shards((x, y), 4)
-    assert [len(part[0]) for part in parts] == [4, 4, 4, 1]
-    np.testing.assert_array_equal(np.concatenate([part[1] for part in parts]), y)
+def test_shards_cover_the_images_in_order():
+    assert shards(13, 4) == [slice(0, 4), slice(4, 8), slice(8, 12), slice(12, 13)]
+
+
+def trainer(loss, params, shard_size, workers, update=None):
+    """(differentiate, step, arrays); without another ``update``, a step leaves the gradient in arrays["gradient"]."""
+
+    def keep(arrays, gradient):
+        tree.map(np.copyto, arrays["gradient"], gradient)
+
+    arrays = {"params": params, "gradient": tree.map(np.zeros_like, params), "moments": init_moments(params)}
+    arrays = Workers.share(workers, tree.map(np.copy, arrays))
+    return *sharded_training(loss, update or keep, arrays, shard_size, workers), arrays
+
+
+def sharded_value_and_grad(loss, params, batch, shard_size, workers):
+    differentiate, step, arrays = trainer(loss, params, shard_size, Workers(workers))
+    value = differentiate(batch)
+    step()
+    return value, arrays["gradient"]
 
 
 def test_sharded_gradient_is_the_whole_one_up_to_rounding(problem):
     value, gradient = value_and_grad(mean_square)(*problem)
-    found_value, found = sharded_value_and_grad(mean_square, 4, Workers(1))(*problem)  # 4 + 4 + 4 + 1 images
+    found_value, found = sharded_value_and_grad(mean_square, *problem, 4, 1)  # 4 + 4 + 4 + 1 images
     np.testing.assert_allclose(found_value, value, rtol=1e-6)
     for a, b in zip(tree.leaves(found), tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -169,10 +187,77 @@ def test_sharded_gradient_is_the_whole_one_up_to_rounding(problem):
 
 @pytest.mark.parametrize("workers", [2, 3, 8])
 def test_any_number_of_workers_gives_the_same_bits(problem, workers):
-    expected = sharded_value_and_grad(mean_square, 4, Workers(1))(*problem)
-    parallel = sharded_value_and_grad(mean_square, 4, Workers(workers))
+    expected = sharded_value_and_grad(mean_square, *problem, 4, 1)
+    differentiate, step, arrays = trainer(mean_square, problem[0], 4, Workers(workers))
     for _ in range(20):
-        assert_same_bits(parallel(*problem), expected)
+        value = differentiate(problem[1])
+        step()
+        assert_same_bits((value, arrays["gradient"]), expected)
+
+
+@pytest.mark.parametrize("optimiser_step", [adam_step, muon_step])
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_steps_shared_by_workers_are_those_of_one_optimiser(problem, optimiser_step, workers):
+    """Of two minibatches, the second smaller; each compared with the plain loop over all the weights."""
+
+    def update(arrays, gradient, step, lr):
+        optimiser_step(arrays["params"], gradient, arrays["moments"], step, lr)
+
+    params, batch = problem
+    differentiate, take_step, arrays = trainer(mean_square, params, 4, Workers(workers), update)
+    params, moments = tree.map(np.copy, params), init_moments(params)
+    for step, images in enumerate((slice(None), slice(6)), 1):
+        part = tree.map(lambda array, images=images: array[images], batch)
+        gradient = sharded_value_and_grad(mean_square, params, part, 4, 1)[1]
+        optimiser_step(params, gradient, moments, step, 0.1)
+        differentiate(part)
+        take_step(step, 0.1)
+        assert_same_bits(arrays["params"], params)
+        assert_same_bits(arrays["moments"], moments)
+
+
+def test_a_larger_minibatch_finds_room(problem):
+    params, batch = problem
+    differentiate, step, arrays = trainer(mean_square, params, 4, Workers(2))
+    for images in (slice(5), slice(None), slice(7)):
+        part = tree.map(lambda array, images=images: array[images], batch)
+        value = differentiate(part)
+        step()
+        assert_same_bits((value, arrays["gradient"]), sharded_value_and_grad(mean_square, params, part, 4, 1))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_leaf_is_one_workers_and_none_gets_all_the_work(count):
+    params = [np.zeros(size) for size in (100_000, 100_000, 10, 10, 20, 20)]
+    taken = []
+
+    def loss(params, batch):
+        return anp.sum(params[0]) * anp.sum(batch)
+
+    def update(arrays, gradient, who):
+        taken.append([leaf.size for leaf in arrays["params"]])
+        assert [leaf.size for leaf in gradient] == taken[-1]
+
+    in_one_process = SimpleNamespace(
+        count=count, share=lambda arrays: arrays, map=lambda f, items: [f(i) for i in items]
+    )
+    differentiate, step = sharded_training(loss, update, {"params": params}, 1, in_one_process)
+    differentiate(np.ones(4))
+    step("anybody")
+    assert len(taken) == count and sorted(size for sizes in taken for size in sizes) == [10, 10, 20, 20, *[100_000] * 2]
+    assert count == 1 or all(sum(sizes) < 110_000 for sizes in taken)
+
+
+def test_a_loss_that_changes_between_minibatches_is_the_new_one_for_all_workers(problem):
+    params, batch = problem
+    factor = 1.0
+
+    def loss(params, batch):
+        return factor * mean_square(params, batch)
+
+    differentiate, _, _ = trainer(loss, params, 4, Workers(2))
+    before, factor = differentiate(batch), 3.0
+    assert differentiate(batch) == pytest.approx(3 * before)
 
 
 def test_one_worker_stays_in_the_calling_thread(problem):
@@ -184,7 +269,7 @@ def test_one_worker_stays_in_the_calling_thread(problem):
         seen.add(threading.current_thread())
         return mean_square(params, batch)
 
-    sharded_value_and_grad(loss, 4, Workers(1))(*problem)
+    sharded_value_and_grad(loss, *problem, 4, 1)
     assert seen == {threading.current_thread()}
 
 
@@ -193,7 +278,7 @@ def test_an_error_in_a_worker_reaches_the_caller(problem):
         raise ZeroDivisionError("in a shard")
 
     with pytest.raises(ZeroDivisionError, match="in a shard"):
-        sharded_value_and_grad(loss, 4, Workers(2))(*problem)
+        sharded_value_and_grad(loss, *problem, 4, 2)
 
 
 def test_in_parallel_returns_the_images_in_order(rng):
@@ -204,7 +289,7 @@ def test_in_parallel_returns_the_images_in_order(rng):
 @pytest.mark.skipif(not workers_module.CAN_FORK, reason="workers are threads here")
 def test_in_parallel_gives_every_worker_its_part():
     who = in_parallel(lambda x: np.full(len(x), os.getpid()), 2, Workers(2))(np.zeros(8))
-    assert who[0] == os.getpid() and len(set(who[:4])) == len(set(who[4:])) == 1 and who[0] != who[4]
+    assert who[0] == os.getpid() != who[2] and who.tolist() == [who[0], who[0], who[2], who[2]] * 2
 
 
 def test_a_function_that_returns_several_arrays_has_its_place_on_the_tape():

@@ -27,7 +27,7 @@ CASES = {
     ),
     "conv": (lambda r: layers.init_conv(r, C, O), layers.conv, [(N, H, W, C)]),
     "conv 1x1": (lambda r: layers.init_conv(r, C, O, kernel_size=1), layers.conv, [(N, H, W, C)]),
-    "group_norm": (lambda r: layers.init_group_norm(O), layers.group_norm, [(N, H, W, O)]),
+    "norm_silu": (lambda r: layers.init_norm(O), layers.norm_silu, [(N, H, W, O)]),
     "res_block": (lambda r: layers.init_res_block(r, C, O, E), layers.res_block, [(N, H, W, C), (N, E)]),
     "res_block same width": (lambda r: layers.init_res_block(r, C, C, E), layers.res_block, [(N, H, W, C), (N, E)]),
     "global_block": (

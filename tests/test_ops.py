@@ -5,10 +5,11 @@ import warnings
 from scratchgen import ops
 from scratchgen.gradients import value_and_grad
 
+import autograd.numpy as anp
 import numpy as np
 import pytest
 from autograd.extend import defvjp, primitive
-from finite_differences import assert_gradients
+from finite_differences import assert_directional, assert_gradients
 
 N, H, W, C, O = 3, 4, 6, 8, 5  # all different, so that no two axes can be confused
 
@@ -49,19 +50,70 @@ def away_from_zero(rng, *shape):
 # ------------------------------------------------------------------------------------------------------------ values
 
 
-@pytest.mark.parametrize("K", [1, 3, 5])
-@pytest.mark.parametrize("column_bytes", [1, 1 << 20])  # one image at a time, and all at once
-def test_convolution_equals_the_naive_loop(rng, monkeypatch, K, column_bytes):
-    monkeypatch.setattr(ops, "COLUMN_BYTES", column_bytes)
+@pytest.fixture(params=[True, False], ids=["tiles", "whole"])
+def both_kinds(request, monkeypatch):
+    """Matrix products as on a processor with AVX-512, and as on one without."""
+    monkeypatch.setattr(ops, "SMALL_KERNELS", request.param)
+    ops.tile.cache_clear()
+    yield
+    ops.tile.cache_clear()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("stack", [(), (3,)])
+@pytest.mark.parametrize("shape", [(60, 784, 300), (1001, 64, 96), (7, 3, 1), (2, 2_000_000, 1), (97, 200, 211)])
+def test_a_product_is_the_same_whole_and_in_tiles(rng, both_kinds, shape, stack, transposed):
+    M, K, N = shape
+    a = rng.standard_normal((*stack, K, M), dtype=np.float32).swapaxes(-1, -2) if K < 1000 else np.ones((*stack, M, K))
+    b = rng.standard_normal((*stack, N, K)).swapaxes(-1, -2) if transposed else rng.standard_normal((K, N))
+    out = np.full((*a.shape[:-1], 2 * N), np.nan)[..., ::2]  # not even in one piece
+    np.testing.assert_allclose(ops.product(a, b), a @ b, atol=1e-8)
+    assert ops.product(a, b, out=out) is out
+    np.testing.assert_allclose(out, a @ b, atol=1e-8)
+
+
+def test_tiles_divide_a_product_and_are_small_enough_for_the_kernels_that_do_not_pack(monkeypatch, both_kinds):
+    for M, K, N, transposed in (
+        (784, 288, 32, False),
+        (64, 784, 300, False),
+        (32, 256, 784, True),
+        (8, 10**7, 4, False),
+    ):
+        rows, columns = ops.tile(M, K, N, transposed)
+        assert M % rows == 0 and N % columns == 0
+        if not ops.SMALL_KERNELS:
+            assert (rows, columns) == (M, N)
+        elif K <= 10**6:
+            assert rows * K * columns <= 10**6 and (not transposed or rows * columns <= 1200)
+
+
+@pytest.mark.parametrize(
+    ("features", "blas", "small"),
+    [("X86_V4", "scipy-openblas", True), ("AVX512_SKX", "openblas", True), ("AVX2", "openblas", False)]
+    + [("X86_V4", "accelerate", False)],
+)
+def test_what_the_processor_has_decides_and_not_the_clock(monkeypatch, features, blas, small):
+    config = {
+        "SIMD Extensions": {"baseline": ["SSE"], "found": [features]},
+        "Build Dependencies": {"blas": {"name": blas}},
+    }
+    monkeypatch.setattr(np, "show_config", lambda mode: config)
+    assert ops.has_small_kernels() == small
+
+
+def test_windows_are_the_neighbourhoods_of_every_position(rng):
+    x, K = rng.standard_normal((N, H, W, C)), 3
+    padded, found = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), ops.windows(x, K)
+    assert found.shape == (W, N * H, K * K * C)
+    for n, h, w in np.ndindex(N, H, W):
+        expected = padded[n, h : h + K, w : w + K].swapaxes(0, 1)  # column, row, channel
+        np.testing.assert_array_equal(found[w, n * H + h], expected.ravel())
+
+
+@pytest.mark.parametrize("K", [1, 3, 5, 11])  # the last is larger than the images
+def test_convolution_equals_the_naive_loop(rng, both_kinds, K):
     x, k, b = rng.standard_normal((N, H, W, C)), rng.standard_normal((K, K, C, O)), rng.standard_normal(O)
     np.testing.assert_allclose(ops.conv2d(x, k, b), naive_conv2d(x, k, b), atol=1e-12)
-
-
-def test_convolution_with_a_last_chunk_that_is_smaller(rng, monkeypatch):
-    x, k, b = rng.standard_normal((5, H, W, C)), rng.standard_normal((3, 3, C, O)), rng.standard_normal(O)
-    monkeypatch.setattr(ops, "COLUMN_BYTES", 2 * H * W * 9 * C * 8)  # 2 + 2 + 1 images
-    np.testing.assert_allclose(ops.conv2d(x, k, b), naive_conv2d(x, k, b), atol=1e-12)
-    assert_gradients(ops.conv2d, [x, k, b])
 
 
 @pytest.mark.parametrize("kernel", [(2, 2, C, O), (3, 1, C, O), (3, 3, C + 1, O)])
@@ -72,16 +124,26 @@ def test_convolution_refuses_a_kernel_that_does_not_fit(rng, kernel):
 
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 8])
-def test_group_norm_equals_its_definition(rng, groups, per_image):
+def test_norm_silu_equals_its_definition(rng, groups, per_image):
     x = rng.standard_normal((N, H, W, C)) * 3 + 2
     scale, shift = rng.standard_normal((2, N, C) if per_image else (2, C))
-    np.testing.assert_allclose(ops.group_norm(x, scale, shift, groups), naive_group_norm(x, scale, shift, groups))
+    h = naive_group_norm(x, scale, shift, groups)
+    np.testing.assert_allclose(ops.norm_silu(x, scale, shift, groups), h / (1 + np.exp(-h)), rtol=1e-6, atol=1e-12)
 
 
-def test_group_norm_of_a_constant_image_is_its_shift():
+def test_norm_silu_of_a_constant_image_is_the_silu_of_its_shift():
     x = np.full((1, H, W, C), 1000.0, np.float32)
-    shift = np.arange(C, dtype=np.float32)
-    np.testing.assert_allclose(ops.group_norm(x, np.ones(C, np.float32), shift, 2)[0, 0, 0], shift, atol=1e-2)
+    shift = np.arange(C, dtype=np.float32) - C // 2
+    found = ops.norm_silu(x, np.ones(C, np.float32), shift, 2)[0, 0, 0]
+    np.testing.assert_allclose(found, shift / (1 + np.exp(-shift)), atol=1e-2)
+
+
+def test_norm_silu_of_extreme_scales_is_finite(rng):
+    x, scale = rng.standard_normal((N, H, W, C), dtype=np.float32), np.full(C, 1e4, np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value, gradients = value_and_grad(lambda a: ops.norm_silu(*a, 2).sum())([x, scale, 0 * scale])
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
 
 
 def test_space_to_depth_holds_the_pixels_of_one_square_and_depth_to_space_puts_them_back(rng):
@@ -123,6 +185,14 @@ def test_extreme_logits_stay_finite_and_probabilities_within_0_and_1(dtype):
 # --------------------------------------------------------------------------------------------------------- gradients
 
 
+def test_gradients_of_layers_so_large_that_their_products_are_cut(rng, both_kinds):
+    """Along random directions, against finite differences: here the entries are too many to try each."""
+    x, k, b = rng.standard_normal((2, 14, 12, 24)), rng.standard_normal((3, 3, 24, 40)), rng.standard_normal(40)
+    assert_directional(lambda p: anp.sum(anp.sin(ops.conv2d(*p))), [x, 0.1 * k, b], rng)
+    x, w, b = rng.standard_normal((60, 784)), rng.standard_normal((784, 300)), rng.standard_normal(300)
+    assert_directional(lambda p: anp.sum(anp.sin(ops.dense(*p))), [x, 0.03 * w, b], rng, rtol=1e-5)
+
+
 def test_dense_gradients(rng):
     assert_gradients(ops.dense, [rng.standard_normal((N, C)), rng.standard_normal((C, O)), rng.standard_normal(O)])
     assert_gradients(
@@ -151,10 +221,10 @@ def test_group_norm_of_constant_images_is_finite():
 
 
 @pytest.mark.parametrize("K", [1, 3, 5])
-def test_convolution_gradients(rng, K):
+def test_convolution_gradients(rng, both_kinds, K):
     arrays = [rng.standard_normal((N, H, W, 2)), rng.standard_normal((K, K, 2, 3)), rng.standard_normal(3)]
     assert_gradients(ops.conv2d, arrays)
-    x, k, b = arrays  # the first layer of a network goes a way of its own
+    x, k, b = arrays  # the images of a network's first layer need none
     assert_gradients(lambda k, b: ops.conv2d(x, k, b), [k, b])
     assert_gradients(lambda x, b: ops.conv2d(x, k, b), [x, b])
 
@@ -172,10 +242,10 @@ def test_activation_gradients(rng):
 
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 8])
-def test_group_norm_gradients(rng, groups, per_image):
+def test_norm_silu_gradients(rng, groups, per_image):
     x = rng.standard_normal((2, H, W, C)) * 2 + 1
     scale, shift = rng.standard_normal((2, 2, C) if per_image else (2, C))
-    assert_gradients(lambda *a: ops.group_norm(*a, groups), [x, scale, shift], atol=1e-6)
+    assert_gradients(lambda *a: ops.norm_silu(*a, groups), [x, scale, shift], atol=1e-6)
 
 
 def test_bernoulli_log_likelihood_gradient(rng):
@@ -195,7 +265,7 @@ def test_the_checker_catches_a_wrong_vjp(rng):
 
 def test_the_checker_catches_a_kernel_that_is_not_flipped(rng, monkeypatch):
     """The commonest mistake in a convolution's VJP, put in on purpose."""
-    monkeypatch.setattr(ops, "flipped", lambda k: np.ascontiguousarray(k.swapaxes(2, 3)))
+    monkeypatch.setattr(ops, "flipped", lambda k: k.swapaxes(2, 3))
     arrays = [rng.standard_normal((N, H, W, 2)), rng.standard_normal((3, 3, 2, 3)), rng.standard_normal(3)]
     with pytest.raises(AssertionError, match="argument 0"):
         assert_gradients(ops.conv2d, arrays)
@@ -213,8 +283,8 @@ CASES = {
     "relu": (ops.relu, [(N, C)]),
     "silu": (ops.silu, [(N, C)]),
     "glu": (ops.glu, [(N, 2 * C)]),
-    "group_norm": (lambda *a: ops.group_norm(*a, 2), [(N, H, W, C), (C,), (C,)]),
-    "group_norm per image": (lambda *a: ops.group_norm(*a, 2), [(N, H, W, C), (N, C), (N, C)]),
+    "norm_silu": (lambda *a: ops.norm_silu(*a, 2), [(N, H, W, C), (C,), (C,)]),
+    "norm_silu per image": (lambda *a: ops.norm_silu(*a, 2), [(N, H, W, C), (N, C), (N, C)]),
     "bernoulli": (lambda logits: ops.bernoulli_log_likelihood(logits, np.zeros((N, C), F32)), [(N, C)]),
 }
 

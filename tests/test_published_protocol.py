@@ -170,7 +170,7 @@ def test_warm_up_reaches_the_loss(call, monkeypatch, tmp_path):
         return negative_elbo(encode, decode, batch, beta)
 
     monkeypatch.setattr(vae, "negative_elbo", recording)
-    monkeypatch.setattr(protocol, "SHARD", 64)  # one call a step
+    monkeypatch.setattr(training, "shard_size", lambda batch_size, cores: batch_size)  # one call a step
     flags = [*SMALL, "--batch-size", 16, "--train-images", 84, "--workers", 1, "--out", tmp_path]  # 64 are left
     call(*flags, "--epochs", 3, "--warm-up", 2)
     assert betas == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1, 1, 1, 1, 1]

@@ -21,9 +21,29 @@ def test_blas_is_told_to_use_one_thread_before_numpy_loads():
     assert python(code, OPENBLAS_NUM_THREADS="7").stdout.split() == ["False", "1"]
 
 
-def test_numpy_imported_first_is_warned_of():
-    assert "import scratchgen first" in python("import numpy, scratchgen").stderr
-    assert python("import scratchgen, numpy").stderr == ""
+THREADS_AND_WORKERS = """
+from scratchgen.machinery import runtime
+from scratchgen.machinery.workers import Workers
+print(runtime.ONE_BLAS_THREAD, Workers(3).count)
+"""
+
+
+def test_numpy_imported_first_is_told_to_use_one_thread_then_and_one_line_says_so():
+    result = python("import numpy" + THREADS_AND_WORKERS)
+    assert result.stdout.split() == ["True", "3"] and result.stderr.count("import scratchgen first") == 1
+    assert "set to one thread now" in result.stderr
+    for alone in ("import scratchgen, numpy" + THREADS_AND_WORKERS, "import numpy, scratchgen"):
+        assert python(alone, OPENBLAS_NUM_THREADS="1" if alone.startswith("import n") else "5").stderr == ""
+
+
+def test_where_blas_cannot_be_told_it_does_the_parallel_work_alone():
+    code = "import ctypes, numpy; ctypes.CDLL = lambda *_: object()"  # a library without any of the functions
+    result = python(code + THREADS_AND_WORKERS)
+    assert result.stdout.split() == ["False", "1"] and "left its threads, and --workers is ignored" in result.stderr
+
+
+def test_a_library_that_is_not_there_has_no_threads_to_set():
+    assert not runtime.set_one_thread("no/such/library.so")
 
 
 def test_whatever_is_imported_first_of_the_package_runtime_acts_before_numpy_is_loaded():

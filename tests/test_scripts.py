@@ -67,7 +67,7 @@ def test_vae_script(arch, record, call, test_images, tmp_path):
     steps_taken, latents = record(run_vae.OPTIMISER_STEP, arch), record(plots, "plot_latents")
     reconstructions, grids, losses = (record(plots, name) for name in ("reconstructions", "grid", "vae_loss"))
     flags = ["--arch", arch, "--latent-dim", 5, "--epochs", 2, "--batch-size", 16, "--train-images", 50]
-    flags += ["--lr", 0.01, "--out", tmp_path]
+    flags += ["--lr", 0.01, "--workers", 1, "--out", tmp_path]  # one worker, who steps all the weights at once
     call(run_vae, *flags)
     steps = 2 * 4  # 50 images are 16 + 16 + 16 + 2
     assert [args[3] for args in steps_taken] == list(range(1, steps + 1))
@@ -99,10 +99,10 @@ def test_beta_reaches_the_loss(record, call, tmp_path):
     losses = record(vae, "negative_elbo")
     flags = ["--latent-dim", 2, "--batch-size", 16, "--train-images", 64, "--workers", 1, "--out", tmp_path]
     call(run_vae, *flags, "--epochs", 2, "--beta", 4)
-    assert [args[3] for args in losses] == [4] * 8
+    assert [args[3] for args in losses] == [4] * 8 * (16 // training.shard_size(16, training.runtime.available_cores()))
     losses.clear()
     call(run_vae, *flags, "--epochs", 1)
-    assert [args[3] for args in losses] == [1] * 4
+    assert [args[3] for args in losses] == [1] * 4 * (16 // training.shard_size(16, training.runtime.available_cores()))
 
 
 def names_as_tree(params):
@@ -168,7 +168,7 @@ def test_the_additions_decide_on_loss_and_optimiser(additions, record, call, tmp
     flags = ["--T", 5, "--arch", "mlp", "--batch-size", 16, "--train-images", 40, "--workers", 1, "--out", tmp_path]
     call(run_ddpm, *flags, "--epochs", 2, "--lr", 0.01, "--additions", *(additions or ["none"]))
     used = LOSSES["weights" in additions]
-    assert [len(args[2][0]) for args in losses.pop(used)] == [16, 16, 8] * 2  # of each step, and of nothing else
+    assert sum(len(args[2][0]) for args in losses.pop(used)) == 40 * 2  # of each step's shards, and of nothing else
     assert list(losses.values()) == [[]]
     taken = steps.pop("muon_step" if "muon" in additions else "adam_step")
     assert [args[3:] for args in taken] == [(step, cosine_decay(step, 6, 0.01)) for step in range(1, 7)]

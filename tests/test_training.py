@@ -52,6 +52,26 @@ def train(run, stop_at=None, how=signal.SIGINT):
     return run
 
 
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize(
+    ("cores", "batch_64", "batch_128"), [(1, 32, 64), (2, 32, 64), (3, 22, 43), (4, 16, 32), (8, 8, 16), (96, 8, 16)]
+)
+def test_up_to_eight_cores_all_have_a_shard(cores, batch_64, batch_128):
+    assert (training.shard_size(64, cores), training.shard_size(128, cores)) == (batch_64, batch_128)
+    for batch in (1, 2, 7, 1000):
+        assert 1 <= training.shard_size(batch, cores) <= min(batch, 64)
+
+
+def test_the_shards_are_those_of_the_machine_where_a_run_began(make, monkeypatch):
+    monkeypatch.setattr(training.runtime, "available_cores", lambda: 4)
+    assert [make(workers=n, out=make().args.out.with_name(f"{n}")).shard_size for n in (1, 2, 3)] == [4] * 3
+    train(make())
+    monkeypatch.setattr(training.runtime, "available_cores", lambda: 2)
+    assert make(resume=True).shard_size == 4 and make(seed=1).shard_size == 8
+
+
 # ----------------------------------------------------------------------------------------------------- random numbers
 
 

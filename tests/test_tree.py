@@ -25,5 +25,15 @@ def test_map_refuses_trees_of_different_length():
         tree.map(lambda x, y: x, [1, 2], [1])
 
 
+def test_a_part_has_the_wanted_leaves_at_their_places():
+    assert tree.part(EXAMPLE, iter([True, False, False, True, True])) == {
+        "w": 1,
+        "b": [({"c": 4},)],
+        "empty": {},
+        "a": 5,
+    }
+    assert tree.part([1, 2], iter([False, False])) == []
+
+
 def test_size_counts_elements():
     assert tree.size({"w": np.zeros((2, 3)), "b": [np.zeros(4)]}) == 10

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from scratchgen.machinery import workers as workers_module
@@ -69,14 +70,8 @@ def test_shared_arrays_are_seen_and_changed_by_all(both_kinds):
         assert list(workers.map(add_one, range(3))) == [np.float32] * 3
     assert list(shared["a"]) == [2, 2, 2]
     shared["b"][0][:] = 7  # and what the caller changes, they see
-    assert [x.tolist() for x in workers.map(lambda tree: tree["b"][0], [shared] * 3)] == [[7] * 4] * 3
+    assert [x.tolist() for x in workers.map(lambda _: shared["b"][0], range(3))] == [[7] * 4] * 3
     assert shared["empty"].shape == (0, 2)
-
-    def double(leaf):
-        leaf *= 2
-
-    list(workers.map(double, [shared["empty"], shared["a"], shared["b"][0]]))  # a leaf is as good as the whole tree
-    assert shared["a"].tolist() == [4] * 3 and shared["b"][0].tolist() == [14] * 4
 
 
 @needs_fork
@@ -97,9 +92,8 @@ def test_results_are_the_callers_own(both_kinds):
 
 
 @needs_fork
-def test_arrays_of_every_layout_arrive_also_where_the_mailbox_is_full(monkeypatch, rng):
-    monkeypatch.setattr(workers_module, "MAILBOX_BYTES", 1 << 12)
-    a = rng.standard_normal((20, 30))  # 4,800 bytes: more than there is room for
+def test_arrays_of_every_layout_arrive_also_those_larger_than_a_pipe(rng):
+    a = rng.standard_normal((200, 300))
     arrays = [a, a.T, a[::2, ::3], a[:3], a[0, :0], np.asfortranarray(a[:4, :5]), np.float32(3), np.array(2)]
     for result in Workers(2).map(lambda x: x, [arrays, arrays]):
         for found, sent in zip(result, arrays, strict=True):
@@ -153,11 +147,19 @@ def test_a_worker_process_killed_between_two_maps_is_the_same_error():
     assert len(set(workers.map(process, range(2)))) == 2
 
 
-def test_an_answer_nobody_waited_for_is_not_taken_for_the_next(both_kinds):
-    workers = Workers(2)
-    for _ in workers.map(lambda x: x, [1, 2, 3, 4]):
-        break
-    assert list(workers.map(lambda x: x, [5, 6])) == [5, 6]
+@needs_fork
+def test_an_answer_nobody_waited_for_is_not_taken_for_the_next():
+    """Ctrl-C in the caller, while the other one is still at work."""
+    workers, caller = Workers(2), os.getpid()
+
+    def f(i):
+        if os.getpid() == caller and i == 1:
+            raise KeyboardInterrupt
+        return i
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.map(f, [1, 2, 3, 4])
+    assert workers.map(f, [5, 6]) == [5, 6]
 
 
 @needs_fork
@@ -172,10 +174,9 @@ def test_worker_processes_leave_interrupts_to_the_caller():
 @needs_fork
 def test_one_map_at_a_time():
     workers = Workers(2)
-    with pytest.raises(RuntimeError, match="at work on another map"):
-        list(zip(workers.map(abs, [1, 2, 3]), workers.map(abs, [4, 5, 6]), strict=True))
-    with pytest.raises(RuntimeError, match="at work on another map"):
-        list(workers.map(lambda i: list(workers.map(abs, [i, i])), [1, 2]))
+    for guilty in (0, 1):  # the caller, a worker process: which has the caller's pipes, and must not use them
+        with pytest.raises(RuntimeError, match="at work on another map"):
+            workers.map(lambda i, guilty=guilty: workers.map(abs, [i, i]) if i == guilty else i, [0, 1])
     assert list(workers.map(abs, [-1, -2])) == [1, 2]
 
 
@@ -198,10 +199,72 @@ def test_what_cannot_travel_is_said_in_its_own_words():
         list(Workers(2).map(f, [0, 2]))
 
 
+class Settings:
+    def __init__(self):
+        self.factor = 1
+
+
 @needs_fork
-def test_arrays_arrive_aligned():
-    sent = [np.arange(3, dtype=np.uint8), np.arange(5.0)]
-    assert all(list(Workers(2).map(lambda arrays: arrays[1].flags.aligned, [sent, sent])))
+@pytest.mark.parametrize(
+    "what", ["variable", "array", "list", "dict", "object", "default", "partial", "method", "deep"]
+)
+def test_what_a_function_refers_to_may_change_and_all_workers_see_it(what):
+    """Each case: something that f refers to is 1, then 5; a process forked in between would go on with 1."""
+    workers, settings, variable = Workers(2), Settings(), 1
+    array, numbers, named, inner = np.ones(1000), [1], {"factor": 1}, [({"deep": [1]},)]
+
+    def with_default(i, factor=1):
+        return factor
+
+    def read(self, i):
+        return self.factor
+
+    f = {
+        "variable": lambda i: variable,
+        "array": lambda i: array[500],
+        "list": lambda i: numbers[0],
+        "dict": lambda i: named["factor"],
+        "object": lambda i: settings.factor,
+        "default": with_default,
+        "partial": partial(lambda numbers, i: numbers[-1], numbers),
+        "method": read.__get__(settings),
+        "deep": lambda i: inner[0][0]["deep"][0],
+    }[what]
+    assert workers.map(f, [0, 1]) == [1, 1]
+    pids = [process.pid for process, _ in workers.processes]
+    assert workers.map(f, [0, 1]) == [1, 1]
+    assert [process.pid for process, _ in workers.processes] == pids  # what has not changed is not forked anew
+    variable = array[500] = numbers[0] = named["factor"] = settings.factor = inner[0][0]["deep"][0] = 5
+    with_default.__defaults__ = (5,)
+    assert workers.map(f, [0, 1]) == [5, 5]
+
+
+@needs_fork
+def test_a_variable_of_the_main_program_may_change_as_in_a_notebook():
+    code = """
+from scratchgen.machinery.workers import Workers
+workers, factor = Workers(2), 1
+def f(i):
+    return factor
+first = workers.map(f, [0, 1])
+factor = 5
+print(first, workers.map(f, [0, 1]))
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "[1, 1] [5, 5]\n", result.stderr
+
+
+@needs_fork
+def test_shared_arrays_and_those_that_nobody_can_write_change_nothing():
+    workers, frozen = Workers(2), np.zeros(3)
+    frozen.flags.writeable = False
+    shared = workers.share(np.zeros(3))
+    f = lambda i: frozen[0] + shared[0]  # noqa: E731
+    assert workers.map(f, [0, 1]) == [0, 0]
+    pids = [process.pid for process, _ in workers.processes]
+    shared[0] = 2
+    assert workers.map(f, [0, 1]) == [2, 2]
+    assert [process.pid for process, _ in workers.processes] == pids
 
 
 def is_running(pid):

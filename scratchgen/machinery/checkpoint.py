@@ -15,7 +15,7 @@ from scratchgen.machinery.files import replacing
 
 import numpy as np
 
-STATE = ("config", "rng", "step", "seconds", "epoch_means", "log")  # what the state of a run must have
+STATE = ("config", "shard_size", "rng", "step", "seconds", "epoch_means", "log")  # what the state of a run must have
 
 
 class CheckpointError(ValueError):

@@ -18,6 +18,7 @@ from scratchgen.machinery.files import FolderInUse
 
 from tqdm import tqdm
 
+tqdm.monitor_interval = 0  # no thread to watch the bars: workers are forked, and a fork should find no thread at work
 ROOT = Path(__file__).parents[2]  # of the project, where the run scripts and the data are
 
 
@@ -67,14 +68,11 @@ def number(kind, low, high=math.inf, above=False):
 
 def add_data_flags(parser):
     """The flags of everything that computes on the data: --workers and --data."""
-    parser.flag(
-        "--workers",
+    help = (
         "parallel processes (threads on macOS and Windows); results do not depend on N, and 1 keeps everything in this "
-        "process, for a debugger (default: all cores, here %(default)s)",
-        type=number(int, 1),
-        default=runtime.available_cores(),
-        metavar="N",
+        "process, for a debugger (default: all cores, here %(default)s)"
     )
+    parser.flag("--workers", help, type=number(int, 1), default=runtime.available_cores(), metavar="N")
     help = "folder with the four FashionMNIST idx files, compressed or not (default: data/ beside the run scripts)"
     parser.flag("--data", help, type=Path, default=ROOT / "data", metavar="DIR")
 
@@ -91,13 +89,12 @@ def run_parser(prog, description, epochs, batch_size, lr, out):
     p.flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
     p.flag("--batch-size", "images per gradient step", type=whole, default=batch_size, metavar="N")
     p.flag("--lr", "peak learning rate: a short rise, then half a cosine down to 0", type=positive, default=lr)
-    p.flag("--seed", "decides every random number: same seed, same results", type=number(int, 0), default=0)
+    help = "decides every random number: on one machine the same seed gives the same bits, elsewhere nearly the same"
+    p.flag("--seed", help, type=number(int, 0), default=0)
     add_data_flags(p)
     p.flag("--out", "folder for everything the run makes", type=Path, default=Path(out), metavar="DIR")
     p.flag("--train-images", "train on the first N images, for a quick look (default: all)", type=whole, metavar="N")
-    help = (
-        "continue from checkpoint.npz in --out, to the same bits as if never stopped; a finished run redoes its figures"
-    )
+    help = "continue from checkpoint.npz in --out, to the same bits as if never stopped; if finished, draw again"
     p.flag("--resume", help, action="store_true")
     return p
 

@@ -1,7 +1,6 @@
 """Process set-up: BLAS threads and memory.
 
-Importing this module (``scratchgen/__init__.py`` does so first) changes two things in the process, both measured
-and both without influence on any result's meaning:
+Importing this module (``scratchgen/__init__.py`` does so first) changes two things in the process, both measured:
 
 * BLAS runs single-threaded, and parallelism comes from workers that each take a whole shard of a minibatch. Copies,
   element-wise work and normalisation then run in parallel too, not only the matrix products.
@@ -13,27 +12,44 @@ import ctypes
 import os
 import sys
 import warnings
+from pathlib import Path
 
-BLAS_THREAD_VARIABLES = (
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "BLIS_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "OMP_NUM_THREADS",
-)
+BLAS_THREAD_VARIABLES = [f"{blas}_NUM_THREADS" for blas in ("OPENBLAS", "MKL", "BLIS", "OMP")]
+BLAS_THREAD_VARIABLES += ["VECLIB_MAXIMUM_THREADS"]
+BLAS_THREAD_FUNCTIONS = [f"{scipy}openblas_set_num_threads{i64}" for scipy in ("scipy_", "") for i64 in ("64_", "")]
+BLAS_THREAD_FUNCTIONS += ["MKL_Set_Num_Threads"]
 # Option numbers of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def use_one_blas_thread():
-    """Make BLAS single-threaded; it reads these variables once, when NumPy loads it."""
-    if "numpy" in sys.modules and os.environ.get(BLAS_THREAD_VARIABLES[0]) != "1":
-        warnings.warn(
-            "NumPy was imported before scratchgen, so BLAS keeps its own threads and training may be slower; "
-            "import scratchgen first",
-            stacklevel=2,
-        )
+    """Make BLAS single-threaded, and return whether it is.
+
+    It reads the variables once, when NumPy loads it; afterwards only a function of its own can change its threads.
+    """
+    late = "numpy" in sys.modules and os.environ.get(BLAS_THREAD_VARIABLES[0]) != "1"
     os.environ.update(dict.fromkeys(BLAS_THREAD_VARIABLES, "1"))
+    if not late:
+        return True
+    folder = Path(sys.modules["numpy"].__file__).parent
+    # NumPy's extension leads to the functions of all that it is linked with; on Windows only their own DLL does.
+    done = any(map(set_one_thread, [*folder.glob("*core/_multiarray*"), *folder.parent.glob("numpy.libs/*blas*")]))
+    how = "set to one thread now" if done else "left its threads, and --workers is ignored: training may be slower"
+    message = f"NumPy was imported before scratchgen, so BLAS was {how}; better import scratchgen first"
+    warnings.warn(message, stacklevel=3)
+    return done
+
+
+def set_one_thread(library):
+    """Whether the BLAS in this library, or in one that it is linked with, could be told to use one thread."""
+    try:
+        functions = ctypes.CDLL(str(library))
+    except OSError:
+        return False
+    names = [name for name in BLAS_THREAD_FUNCTIONS if hasattr(functions, name)]
+    for name in names:
+        getattr(functions, name)(1)
+    return bool(names)
 
 
 def keep_freed_memory():
@@ -55,5 +71,5 @@ def available_cores():
         return os.cpu_count() or 1
 
 
-use_one_blas_thread()
+ONE_BLAS_THREAD = use_one_blas_thread()
 keep_freed_memory()

@@ -20,7 +20,7 @@ import time
 
 from scratchgen import tree
 from scratchgen.data import minibatches
-from scratchgen.machinery import checkpoint, cli, files
+from scratchgen.machinery import checkpoint, cli, files, runtime
 
 import numpy as np
 from tqdm import tqdm
@@ -32,6 +32,12 @@ NOT_SETTINGS = {"workers", "data", "out", "resume", "latents", "iwae", "command"
 def rng_for(seed, *purpose):
     """A generator for one purpose of a run: what is drawn for another does not change its numbers."""
     return np.random.default_rng([seed, *purpose])
+
+
+def shard_size(batch_size, cores):
+    """How many images a worker differentiates at a time: such that up to eight cores all have work, but no more
+    shards than cores, as each costs some Python besides. --workers has no say, so that it cannot change results."""
+    return min(64, math.ceil(batch_size / min(max(2, cores), 8)))  # larger ones only take more memory
 
 
 class Run:
@@ -50,6 +56,7 @@ class Run:
         settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
         self.config = {"model": model} | settings | {"train_images": checkpoint.fingerprint(images)}
         self.step, self.epoch_means, self.log, seconds = 0, {}, [], 0.0
+        self.shard_size = shard_size(args.batch_size, runtime.available_cores())
 
         self.path = args.out / "checkpoint.npz"
         args.out.mkdir(parents=True, exist_ok=True)
@@ -57,7 +64,7 @@ class Run:
         if args.resume:
             state = checkpoint.resume(self.path, self.config, self.arrays)
             self.step, self.epoch_means, self.log = state["step"], state["epoch_means"], state["log"]
-            seconds = state["seconds"]
+            self.shard_size, seconds = state["shard_size"], state["seconds"]  # shards as where the run began
             self.rng.bit_generator.state = state["rng"]
         else:
             checkpoint.put_aside(self.path)
@@ -67,7 +74,7 @@ class Run:
 
     def save(self):
         self.seconds = time.monotonic() - self.began
-        names = ("config", "step", "seconds", "epoch_means", "log")
+        names = ("config", "shard_size", "step", "seconds", "epoch_means", "log")
         state = {name: getattr(self, name) for name in names} | {"rng": self.rng.bit_generator.state}
         checkpoint.save(self.path, self.arrays, state)
 

@@ -1,172 +1,133 @@
-"""The workers that share a minibatch: the calling process, and worker processes forked from it.
+"""The workers that share a computation: this process, and others forked from it.
 
-`Workers` is what the rest of the package uses. Below it stands how a worker process is forked, asked and ended, and how
-questions and answers travel.
+A fork gives a process everything as it is at that moment, functions with all that they refer to and the arrays of
+`Workers.share` among it. After that, only items and results travel, through a pipe.
 """
 
-import io
+import gc
 import mmap
-import os
 import pickle
 import signal
 import sys
 import traceback
-import weakref
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from itertools import islice
-from multiprocessing import Pipe
+from multiprocessing import get_context
+from multiprocessing.util import Finalize
+from types import CodeType, FunctionType, ModuleType
 
 from scratchgen import tree
+from scratchgen.machinery import runtime
 
 import numpy as np
 
 CAN_FORK = sys.platform == "linux"  # macOS has fork, but its BLAS does not survive one; Windows has none
-KILLED = "a worker process was killed, perhaps for want of memory: try fewer --workers"
-MAILBOX_BYTES = 64 << 20  # per direction and worker; only what is ever used takes memory
 
 
 class Workers:
-    """``count`` workers that compute ``map(f, items)``, in order: the caller, and worker processes forked from it.
+    """``count`` workers: the caller, and ``count`` - 1 processes.
 
-    Threads would do the same sums, but a step makes a thousand short calls, and each thread that comes back from one
-    waits for the interpreter to be let go by the others: with two workers a U-Net step takes 1.17 times as long with
-    threads, a VAE step 1.4 times. Where a process cannot safely be forked (CAN_FORK), threads it is.
-
-    A fork gives the worker everything as it is at that moment, functions with all they refer to among it. So a new
-    function means new worker processes (some milliseconds), and a function called before finds its surroundings as they
-    were then: what changes from call to call belongs in the items, or in arrays that `share` made.
+    Threads would do the same sums, but each that comes back from one of a step's thousand short calls waits for the
+    others to let go of the interpreter: a U-Net step takes 1.17 times as long, a VAE step 1.4 times. Where a process
+    cannot safely be forked, threads it is. Where BLAS keeps its own (`runtime.ONE_BLAS_THREAD`), there is one worker.
     """
 
     def __init__(self, count):
-        self.count = count
-        self.registered = {}  # id -> an object that workers have from their fork, and that therefore travels as its id
-        self.processes = []
+        self.count = count if runtime.ONE_BLAS_THREAD else 1
+        self.functions, self.surroundings = [], []  # what the processes know; what each of it referred to at the fork
+        self.processes = []  # pairs of a process and our end of the pipe to it
         self.at_work = False
-        self.threads = ThreadPoolExecutor(count) if count > 1 and not CAN_FORK else None
+        self.threads = ThreadPoolExecutor(self.count) if self.count > 1 and not CAN_FORK else None
         if self.threads:
-            # How long a thread that comes back from a matrix product waits for another to let go of the interpreter.
-            # The default of 5 ms is longer than most products here; 0.5 ms makes a U-Net step 1.2 times faster.
-            sys.setswitchinterval(0.0005)
-        weakref.finalize(self, stop, self.processes)
+            sys.setswitchinterval(
+                0.0005
+            )  # s that they wait; with 5 ms, the default, a U-Net step takes 1.2 times as long
+        Finalize(self, stop, [self.processes], exitpriority=1)  # when this object goes, or the interpreter ends
 
     def share(self, arrays):
-        """The tree in memory that all workers see (a copy, if there are several): changes in place are seen by all.
-
-        In an item of `map` such a tree, any branch or leaf of it, costs nothing to send.
-        """
-        if self.count == 1 or self.threads:
-            return arrays
+        """The tree in memory that all workers see (a copy, if there are several): changes in place are seen by all."""
 
         def in_shared_memory(array):
             shared = np.ndarray(array.shape, array.dtype, mmap.mmap(-1, max(1, array.nbytes)))
             shared[...] = array
             return shared
 
-        shared = tree.map(in_shared_memory, arrays)
-        self.register(*tree.nodes(shared))
-        return shared
+        return arrays if self.count == 1 or self.threads else tree.map(in_shared_memory, arrays)
 
-    def register(self, *objects):
-        """Make sure that the workers have these objects: by new forks, if some are new."""
-        unknown = {id(thing): thing for thing in objects if id(thing) not in self.registered}
-        if unknown:
-            stop(self.processes)
-            self.registered |= unknown
+    def map(self, f, items):
+        """[f(item) for item in items]; of n workers the k-th takes items k, k + n, k + 2 n, ...
 
-    def map(self, f, items, copy=True):
-        """Yield ``f(item)`` for each item, in order. An error in f arrives here, whoever computed it.
-
-        One map at a time, so f may not call another. The arrays of an item are f's for the time of the call only;
-        without ``copy``, those of a result are the caller's only until the next result is asked for.
+        An error in f arrives here, whoever computed it. One map at a time, so f may not call another.
         """
-        if self.count == 1:
-            yield from map(f, items)
-        elif self.threads:
-            yield from self.threads.map(f, items)
-        else:
-            if self.at_work:
-                raise RuntimeError("these workers are at work on another map, which must end first")
-            self.register(f)
-            self.at_work, items = True, iter(items)
-            try:
-                while batch := list(islice(items, self.count)):
-                    while len(self.processes) < len(batch) - 1:
-                        self.processes.append(WorkerProcess(self.registered))
-                    busy = list(zip(self.processes, batch[1:], strict=False))
-                    for process, item in busy:
-                        process.ask(f, item)
-                    yield f(batch[0])
-                    for process, _ in busy:
-                        yield process.answer(copy)
-            except BaseException:  # Ctrl-C, or a caller that wants no more: answers may be on their way to nobody
-                stop(self.processes)
-                raise
-            finally:
-                self.at_work = False
+        items = list(items)
+        if self.count == 1 or self.threads:
+            return list(self.threads.map(f, items)) if self.threads else [f(item) for item in items]
+        if self.at_work:
+            raise RuntimeError("these workers are at work on another map, which must end first")
+        self.at_work, n = True, max(1, min(self.count, len(items)))
+        try:
+            number = self.number(f)
+            while len(self.processes) < n - 1:
+                self.processes.append(fork(self.functions))
+            pipes = [pipe for _, pipe in self.processes[: n - 1]]
+            for k, pipe in enumerate(pipes, 1):
+                through(pipe.send, (number, items[k::n]))
+            results = [None] * len(items)
+            results[::n] = [f(item) for item in items[::n]]
+            for k, pipe in enumerate(pipes, 1):
+                results[k::n], trace = through(pipe.recv)
+                if trace:
+                    raise results[k] from RuntimeError(f"in a worker process:\n{trace}")
+            return results
+        except BaseException:  # an error, or Ctrl-C: answers may be on their way to nobody
+            stop(self.processes)
+            raise
+        finally:
+            self.at_work = False
+
+    def number(self, f):
+        """The number by which the processes know f; if it is new to them, or has changed, others will be forked."""
+        if f not in self.functions:
+            self.functions.append(f)
+            stop(self.processes)
+        number = self.functions.index(f)
+        if self.processes and self.surroundings[number].have_changed():
+            stop(self.processes)
+        if not self.processes:
+            self.surroundings = [Surroundings(f) for f in self.functions]
+        return number
 
 
-def stop(processes):
-    """End these worker processes, whatever they are doing, and empty the list."""
-    while processes:
-        processes.pop().kill()
+# --------------------------------------------------------------------------------------------------- a worker process
 
 
-class WorkerProcess:
-    """A process forked from this one that answers one question after another until the pipe to it is closed."""
-
-    def __init__(self, registered):
-        self.questions, self.answers = Mailbox(registered), Mailbox(registered)
-        # Ctrl-C goes to the whole group of processes, and some send SIGTERM to all of it, too. The parent decides what
-        # then happens; in the worker both stay blocked.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-        self.owner, self.pid = os.getpid(), os.fork()
-        if self.pid == 0:
-            try:
-                self.serve()
-            finally:
-                os._exit(0)  # nothing of what the parent had planned for its own end
+def fork(functions):
+    """A new worker process, and our end of the pipe to it."""
+    ours, theirs = (context := get_context("fork")).Pipe()
+    process = context.Process(target=serve, args=(functions, ours, theirs), daemon=True)
+    # Ctrl-C, and often SIGTERM, goes to the whole group of processes; the caller decides what happens, so here:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        process.start()
+    finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self.questions.receiver.close()
-        self.answers.sender.close()
+    theirs.close()
+    return process, ours
 
-    def serve(self):
-        self.questions.sender.close()
-        self.answers.receiver.close()
-        try:
-            while True:
-                f, item = self.questions.receive(copy=False)
-                try:
-                    answer = f(item), None
-                except BaseException as error:
-                    answer = portable(error), traceback.format_exc()
-                try:
-                    self.answers.send(answer)
-                except (pickle.PicklingError, TypeError, AttributeError) as error:  # what f returned cannot travel
-                    self.answers.send((portable(error), traceback.format_exc()))
-        except (EOFError, BrokenPipeError):  # the parent has ended, in whatever way
-            return
 
-    def ask(self, f, item):
-        try:
-            self.questions.send((f, item))
-        except OSError:
-            raise ChildProcessError(KILLED) from None
-
-    def answer(self, copy):
-        try:
-            answer, trace = self.answers.receive(copy)
-        except (EOFError, OSError):
-            raise ChildProcessError(KILLED) from None
-        if trace:
-            raise answer from RuntimeError(f"in a worker process:\n{trace}")
-        return answer
-
-    def kill(self):
-        if self.owner == os.getpid():  # and not a copy of this object in another worker
-            with suppress(ChildProcessError, ProcessLookupError):  # reaped by somebody else
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
+def serve(functions, ours, theirs):
+    """What the process does: answer one question after another, until the pipe to the caller is closed."""
+    ours.close()
+    try:
+        while True:
+            number, items = theirs.recv()
+            try:
+                message = pickle.dumps(([functions[number](item) for item in items], None), protocol=5)
+            except BaseException as error:  # in the function; or what it returned cannot travel
+                message = pickle.dumps(([portable(error)] * len(items), traceback.format_exc()))
+            theirs.send_bytes(message)
+    except (EOFError, BrokenPipeError):  # the caller has ended, in whatever way
+        pass
 
 
 def portable(error):
@@ -177,38 +138,54 @@ def portable(error):
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-class Mailbox:
-    """One direction between two processes: registered objects go as their ids, arrays through shared memory, the rest
-    (and arrays for which there is no room) through a pipe."""
+def through(send_or_recv, *message):
+    try:
+        return send_or_recv(*message)
+    except (EOFError, OSError):
+        raise ChildProcessError("a worker process was killed, for want of memory? Try fewer --workers") from None
 
-    def __init__(self, registered):
-        self.registered = registered
-        self.memory = mmap.mmap(-1, MAILBOX_BYTES)
-        self.receiver, self.sender = Pipe(duplex=False)
 
-    def send(self, message):
-        places, end = [], 0
+def stop(processes):
+    """End these worker processes, whatever they are doing, and empty the list."""
+    while processes:
+        process, pipe = processes.pop()
+        process.kill()
+        process.join()
+        pipe.close()
 
-        def put(buffer):  # called by pickle for each array; whether pickle itself should carry it
-            nonlocal end
-            raw = buffer.raw()
-            if end + raw.nbytes > MAILBOX_BYTES:
-                return True
-            self.memory[end : end + raw.nbytes] = raw
-            places.append(slice(end, end + raw.nbytes))
-            end += -(-raw.nbytes // 64) * 64  # the next array begins where one may begin in memory
-            return False
 
-        text = io.BytesIO()
-        pickler = pickle.Pickler(text, protocol=5, buffer_callback=put)
-        pickler.persistent_id = lambda thing: id(thing) if id(thing) in self.registered else None
-        pickler.dump(message)
-        self.sender.send((places, text.getvalue()))
+# ------------------------------------------------------------------------------------------ what a function refers to
 
-    def receive(self, copy):
-        """The next message; its arrays lie in the shared memory until the next one comes, or are copies."""
-        places, text = self.receiver.recv()
-        buffers = [memoryview(self.memory)[place] for place in places]
-        unpickler = pickle.Unpickler(io.BytesIO(text), buffers=map(bytearray, buffers) if copy else buffers)
-        unpickler.persistent_load = self.registered.__getitem__
-        return unpickler.load()
+
+class Surroundings:
+    """All that a function refers to, directly or not, as it is at a fork, and stays in the process that was forked: but
+    for the arrays of `Workers.share`, and variables of modules other than the main program, a notebook, say."""
+
+    def __init__(self, f):
+        self.things, self.variables, self.arrays = [], [], []
+        found, todo = set(), [f]
+        while todo:
+            thing = todo.pop()
+            if id(thing) in found or isinstance(thing, (CodeType, ModuleType, type)):
+                continue
+            found.add(id(thing))
+            self.things.append(thing)  # which keeps it alive, too: no other can get the same identity
+            if isinstance(thing, FunctionType):
+                todo += [thing.__defaults__, thing.__kwdefaults__, *(thing.__closure__ or ())]
+                if thing.__module__ == "__main__":
+                    self.variables += [(thing.__globals__, name) for name in thing.__code__.co_names]
+                    todo += [thing.__globals__.get(name) for name in thing.__code__.co_names]
+            elif isinstance(thing, np.ndarray):
+                if thing.flags.writeable and not isinstance(thing.base, mmap.mmap):
+                    self.arrays.append(thing)
+            else:
+                todo += gc.get_referents(thing)  # in it, as the garbage collector sees it
+        self.before = self.look()
+
+    def look(self):
+        identities = list(map(id, gc.get_referents(*self.things)))
+        variables = [id(variables.get(name)) for variables, name in self.variables]
+        return identities, variables, [zlib.crc32(array.tobytes()) for array in self.arrays]
+
+    def have_changed(self):
+        return self.look() != self.before

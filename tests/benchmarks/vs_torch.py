@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the run scripts
 environment = dict(os.environ)
 
 import run_ddpm
-import run_vae
 from scratchgen import denoisers, diffusion, improved, ops, tree, vae
-from scratchgen.gradients import in_parallel, sharded_value_and_grad, shards
+from scratchgen.gradients import images_of, in_parallel, sharded_training, shards
 from scratchgen.layers import GROUPS, time_embedding
 from scratchgen.machinery import files, runtime
+from scratchgen.machinery.training import shard_size
 from scratchgen.machinery.workers import Workers
 from scratchgen.optim import adam_step, ema_step, init_moments
 
@@ -249,25 +249,35 @@ def randomised(params, rng):
 
 def training(params, loss, batch, shard_size, workers, peer_loss, peer_batch, ema=False, layouts=LAYOUTS):
     """Ours and the peers' training steps as functions without arguments, after both were seen to agree."""
-    arrays = workers.share({"params": params, "ema": tree.map(np.copy, params), "moments": init_moments(params)})
+    trees = {name: tree.map(np.copy, params) for name in ("params", "ema", "gradient")}
+    arrays = workers.share(trees | {"moments": init_moments(params)})
     params = arrays["params"]
-    gradient_of = sharded_value_and_grad(loss, shard_size, workers)
+
+    def update(arrays, gradient, step):
+        adam_step(arrays["params"], gradient, arrays["moments"], step, LR, beta2=BETA2)
+        if ema:
+            ema_step(arrays["ema"], arrays["params"], step + 10_000, EMA)
+
+    def keep(arrays, gradient):
+        tree.map(np.copyto, arrays["gradient"], gradient)
+
+    differentiate, take_step = sharded_training(loss, update, arrays, shard_size, workers)
     peers = {layout: Peer(params, layout, peer_loss, peer_batch(layout)) for layout in layouts}
-    value, gradient = gradient_of(params, batch)
+    to_see, keep_gradient = sharded_training(loss, keep, arrays, shard_size, workers)
+    value = to_see(batch)
+    keep_gradient()
     value = value[0] if isinstance(value, tuple) else value
     for layout, peer in peers.items():
         assert_close(f"loss, {layout}", value, np.float32(peer.value_and_grad().item()), 1e-5)
-        for name, leaf in zip(peer.names, tree.leaves(gradient), strict=True):
+        for name, leaf in zip(peer.names, tree.leaves(arrays["gradient"]), strict=True):
             assert_close(f"{name}, {layout}", exchange(name, leaf, layout), peer.p[name].grad.numpy(), 1e-3)
 
     count = [0]
 
     def step():
-        value, gradient = gradient_of(params, batch)
+        value = differentiate(batch)
         count[0] += 1
-        adam_step(params, gradient, arrays["moments"], count[0], LR, beta2=BETA2)
-        if ema:
-            ema_step(arrays["ema"], params, count[0] + 10_000, EMA)
+        take_step(count[0])
         return value[0] if isinstance(value, tuple) else value
 
     for _ in range(3):
@@ -290,7 +300,7 @@ def vae_step(arch, layouts, workers, rng):
         randomised(init(rng, LATENT_DIM), rng),
         loss,
         (x, eps),
-        run_vae.SHARD,
+        shard_size(VAE_BATCH, workers.count),
         workers,
         partial(negative_elbo, peer_encode, peer_decode),
         lambda layout: (image(x, layout), eps),
@@ -317,7 +327,7 @@ def unet_step(workers, rng):
         params,
         loss,
         (x_0, t, eps),
-        run_ddpm.SHARD,
+        shard_size(UNET_BATCH, workers.count),
         workers,
         weighted_loss,
         lambda layout: (image(x_0, layout), t, image(eps, layout), signal, noise),
@@ -370,7 +380,7 @@ def conv2d(shape, backward, workers, rng):
             result = gradients(*shard) if backward else ops.conv2d(shard[0], k, b)
         return result[1:] if backward else None
 
-    parts = workers.share(shards((x, g), run_ddpm.SHARD))
+    parts = workers.share([images_of((x, g), images) for images in shards(UNET_BATCH, run_ddpm.SHARD)])
 
     def ours():
         results = list(workers.map(one_shard, parts))
