@@ -6,6 +6,8 @@
 First each pair must agree: loss, every gradient and the loss after some steps of the optimiser, or the sampled images.
 Only then are both timed, in turns, so that whatever else the machine does meets all of them alike. PyTorch runs eagerly
 with its fused Adam, once in its default layout (NCHW) and once in channels_last; its best is the faster of the two.
+The rows of Muon have the optimiser that the run scripts use by default for these networks; PyTorch's own Muon takes no
+kernels and rounds to 16 bits, so it is written here once more, in PyTorch.
 That scratchgen tells the C library to keep freed memory holds for PyTorch in this process, too.
 
 The machine's limit is the time that the matrix products and convolutions alone would take at the rate of NumPy's large
@@ -14,6 +16,7 @@ float32 matrix product on all cores, measured in the same run; their operations 
 
 import argparse
 import json
+import math
 import operator
 import os
 import statistics
@@ -27,12 +30,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the run scripts
 environment = dict(os.environ)
 
 import run_ddpm
-from scratchgen import denoisers, diffusion, improved, ops, tree, vae
+from scratchgen import denoisers, diffusion, improved, muon, ops, tree, vae
 from scratchgen.gradients import images_of, in_parallel, sharded_training, shards
 from scratchgen.layers import GROUPS, time_embedding
 from scratchgen.machinery import files, runtime
 from scratchgen.machinery.training import shard_size
 from scratchgen.machinery.workers import Workers
+from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, ema_step, init_moments
 
 import numpy as np
@@ -194,7 +198,7 @@ def exchange(name, array, layout):
 class Peer:
     """PyTorch's copy of a tree of parameters in one layout, with what a training step of it needs."""
 
-    def __init__(self, params, layout, loss, batch):
+    def __init__(self, params, layout, loss, batch, muon=False):
         self.names, self.loss = tree.names(params), loss
         self.batch = [tensor(array, layout) for array in batch]
         self.p = {
@@ -204,10 +208,14 @@ class Peer:
         self.weights = list(self.p.values())
         self.p["layout"] = layout
         self.ema = [weight.detach().clone() for weight in self.weights]
-        self.adam = torch.optim.Adam(self.weights, lr=LR, betas=(0.9, BETA2), fused=True)
+        is_muons = [muon and is_stepped_by_muon(leaf) for leaf in tree.leaves(params)]
+        self.of_muon = [(w, torch.zeros_like(w)) for w, is_muon in zip(self.weights, is_muons, strict=True) if is_muon]
+        of_adam = [w for w, is_muon in zip(self.weights, is_muons, strict=True) if not is_muon]
+        self.adam = torch.optim.Adam(of_adam, lr=LR, betas=(0.9, BETA2), fused=True)
 
     def value_and_grad(self):
-        self.adam.zero_grad(set_to_none=True)
+        for weight in self.weights:
+            weight.grad = None
         loss = self.loss(self.p, self.batch)
         loss.backward()
         return loss
@@ -215,10 +223,32 @@ class Peer:
     def step(self, ema=False):
         loss = self.value_and_grad()
         self.adam.step()
-        if ema:
-            with torch.no_grad():
+        with torch.no_grad():
+            for weight, momentum in self.of_muon:
+                momentum.mul_(0.95).add_(weight.grad)
+                direction = orthogonalise((weight.grad + 0.95 * momentum).flatten(1))
+                weight.sub_(direction.reshape(weight.shape), alpha=LR * 0.2 * math.sqrt(max(direction.shape)))
+            if ema:
                 torch._foreach_lerp_(self.ema, self.weights, 1 - EMA)
         return loss.item()
+
+
+def is_stepped_by_muon(leaf):
+    return leaf.ndim >= 2 and min(leaf.size // leaf.shape[-1], leaf.shape[-1]) in muon.MUON_SIDES
+
+
+def orthogonalise(G):
+    """`muon.orthogonalise` in PyTorch. A kernel's matrix here is ours transposed, rows and columns in another order."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.T if len(G) > G.shape[1] else G
+    X = X / (X.norm() + 1e-7)
+    S, product = X @ X.T, torch.eye(len(X))
+    for _ in range(5):
+        P = b * S + c * S @ S
+        P.diagonal().add_(a)
+        S, product = P @ S @ P, P @ product
+    X = product @ X
+    return X.T if len(G) > G.shape[1] else X
 
 
 def tensor(array, layout):
@@ -247,14 +277,15 @@ def randomised(params, rng):
     return tree.map(lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape, dtype=np.float32), params)
 
 
-def training(params, loss, batch, shard_size, workers, peer_loss, peer_batch, ema=False, layouts=LAYOUTS):
+def training(params, loss, batch, shard_size, workers, peer_loss, peer_batch, muon, ema=False, layouts=LAYOUTS):
     """Ours and the peers' training steps as functions without arguments, after both were seen to agree."""
     trees = {name: tree.map(np.copy, params) for name in ("params", "ema", "gradient")}
     arrays = workers.share(trees | {"moments": init_moments(params)})
     params = arrays["params"]
 
     def update(arrays, gradient, step):
-        adam_step(arrays["params"], gradient, arrays["moments"], step, LR, beta2=BETA2)
+        optimiser_step = muon_step if muon else adam_step
+        optimiser_step(arrays["params"], gradient, arrays["moments"], step, LR, beta2=BETA2)
         if ema:
             ema_step(arrays["ema"], arrays["params"], step + 10_000, EMA)
 
@@ -262,7 +293,7 @@ def training(params, loss, batch, shard_size, workers, peer_loss, peer_batch, em
         tree.map(np.copyto, arrays["gradient"], gradient)
 
     differentiate, take_step = sharded_training(loss, update, arrays, shard_size, workers)
-    peers = {layout: Peer(params, layout, peer_loss, peer_batch(layout)) for layout in layouts}
+    peers = {layout: Peer(params, layout, peer_loss, peer_batch(layout), muon) for layout in layouts}
     to_see, keep_gradient = sharded_training(loss, keep, arrays, shard_size, workers)
     value = to_see(batch)
     keep_gradient()
@@ -287,7 +318,7 @@ def training(params, loss, batch, shard_size, workers, peer_loss, peer_batch, em
     return step, {layout: partial(peer.step, ema) for layout, peer in peers.items()}
 
 
-def vae_step(arch, layouts, workers, rng):
+def vae_step(arch, layouts, muon, workers, rng):
     init, encode, decode = vae.VAES[arch]
     peer_encode, peer_decode = {"mlp": (mlp_encode, mlp_decode), "conv": (conv_encode, conv_decode)}[arch]
     x = rng.random((VAE_BATCH, 28, 28, 1), dtype=np.float32)
@@ -304,6 +335,7 @@ def vae_step(arch, layouts, workers, rng):
         workers,
         partial(negative_elbo, peer_encode, peer_decode),
         lambda layout: (image(x, layout), eps),
+        muon,
         layouts=layouts,
     )
 
@@ -316,7 +348,7 @@ def unet_case(rng):
     return schedule, params, batch, *improved.denoiser(denoisers.unet, schedule, improved.ADDITIONS)
 
 
-def unet_step(workers, rng):
+def unet_step(muon, workers, rng):
     schedule, params, (x_0, t, eps), eps_theta, _ = unet_case(rng)
 
     def loss(params, batch):
@@ -331,6 +363,7 @@ def unet_step(workers, rng):
         workers,
         weighted_loss,
         lambda layout: (image(x_0, layout), t, image(eps, layout), signal, noise),
+        muon,
         ema=True,
     )
 
@@ -405,9 +438,11 @@ def conv2d(shape, backward, workers, rng):
 
 
 CASES = {
-    "vae_mlp_step": partial(vae_step, "mlp", ["NCHW"]),  # no images inside: one layout
-    "vae_conv_step": partial(vae_step, "conv", list(LAYOUTS)),
-    "unet_step": unet_step,
+    "vae_mlp_step": partial(vae_step, "mlp", ["NCHW"], False),  # no images inside: one layout
+    "vae_conv_step": partial(vae_step, "conv", list(LAYOUTS), False),
+    "vae_conv_step_muon": partial(vae_step, "conv", list(LAYOUTS), True),
+    "unet_step": partial(unet_step, False),
+    "unet_step_muon": partial(unet_step, True),
     "unet_sampling": unet_sampling,
 }
 for shape in CONVOLUTIONS:
