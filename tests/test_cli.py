@@ -4,6 +4,7 @@ import errno
 import re
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from scratchgen.machinery.checkpoint import CheckpointError
 from scratchgen.machinery.files import FolderInUse
 
 import pytest
+from tqdm import tqdm
 
 MODULES = {"vae": run_vae, "ddpm": run_ddpm}
 
@@ -152,3 +154,11 @@ def test_the_first_images_are_all_or_as_many_as_there_are():
     assert cli.first_images(images, 5) == images
     with pytest.raises(cli.UsageError, match="--train-images 6 is out of range, the data has 5"):
         cli.first_images(images, 6)
+
+
+def test_a_bar_starts_no_thread_that_a_fork_would_lose(monkeypatch):
+    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
+    before = threading.active_count()
+    with cli.progress(10) as bar:
+        bar.update(5)
+        assert threading.active_count() == before and tqdm.monitor_interval == 0

@@ -1,11 +1,13 @@
 """The workers that share a minibatch: who computes what, what they see, and how they end."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -169,6 +171,31 @@ def test_worker_processes_leave_interrupts_to_the_caller():
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(pid, number)
     assert list(workers.map(process, range(2)))[1] == pid
+
+
+@needs_fork
+@pytest.mark.parametrize("_again", range(5))
+def test_a_thread_beside_does_not_hold_up_a_worker(_again):
+    """A fork copies locks as they are, but not the threads that would let them go; nothing in a worker waits for one."""
+    done = threading.Event()
+
+    def busy():  # with what most programs share
+        while not done.is_set():
+            print("working", file=sys.stderr, flush=True)
+            logging.getLogger("test").debug("working")
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 and later: a fork beside threads
+            assert (
+                Workers(3).map(lambda i: float((np.ones((200, 200)) @ np.ones((200, 200)))[i, i]), range(6))
+                == [200] * 6
+            )
+    finally:
+        done.set()
+        thread.join()
 
 
 @needs_fork

@@ -39,9 +39,7 @@ class Workers:
         self.at_work = False
         self.threads = ThreadPoolExecutor(self.count) if self.count > 1 and not CAN_FORK else None
         if self.threads:
-            sys.setswitchinterval(
-                0.0005
-            )  # s that they wait; with 5 ms, the default, a U-Net step takes 1.2 times as long
+            sys.setswitchinterval(0.0005)  # seconds that they wait; 0.005, the default, makes a step 1.2 times as long
         Finalize(self, stop, [self.processes], exitpriority=1)  # when this object goes, or the interpreter ends
 
     def share(self, arrays):
@@ -60,15 +58,16 @@ class Workers:
         An error in f arrives here, whoever computed it. One map at a time, so f may not call another.
         """
         items = list(items)
-        if self.count == 1 or self.threads:
-            return list(self.threads.map(f, items)) if self.threads else [f(item) for item in items]
+        n = min(self.count, len(items))
+        if n < 2:
+            return [f(item) for item in items]
+        if self.threads:
+            return list(self.threads.map(f, items))
         if self.at_work:
             raise RuntimeError("these workers are at work on another map, which must end first")
-        self.at_work, n = True, max(1, min(self.count, len(items)))
+        self.at_work = True
         try:
-            number = self.number(f)
-            while len(self.processes) < n - 1:
-                self.processes.append(fork(self.functions))
+            number = self.number(f, n)
             pipes = [pipe for _, pipe in self.processes[: n - 1]]
             for k, pipe in enumerate(pipes, 1):
                 through(pipe.send, (number, items[k::n]))
@@ -85,16 +84,16 @@ class Workers:
         finally:
             self.at_work = False
 
-    def number(self, f):
-        """The number by which the processes know f; if it is new to them, or has changed, others will be forked."""
+    def number(self, f, n):
+        """The number by which n - 1 processes know f. They are forked anew, all of them, if something is new to them."""
         if f not in self.functions:
             self.functions.append(f)
             stop(self.processes)
         number = self.functions.index(f)
-        if self.processes and self.surroundings[number].have_changed():
+        if len(self.processes) < n - 1 or self.surroundings[number].have_changed():
             stop(self.processes)
-        if not self.processes:
             self.surroundings = [Surroundings(f) for f in self.functions]
+            self.processes += [fork(self.functions) for _ in range(n - 1)]
         return number
 
 
