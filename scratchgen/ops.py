@@ -42,7 +42,7 @@ SMALL_KERNELS = has_small_kernels()
 def tile(M, K, N, transposed):
     """How much of (M, K) @ (K, N) to take at a time: (rows, columns) that divide M and N. The largest such tile; of
     several one of 32 columns or more, as rows of b are read in such pieces, and then the squarest."""
-    if not SMALL_KERNELS or (transposed and K < 32):
+    if not SMALL_KERNELS or (transposed and K < 32) or 0 in (M, K, N):
         return M, N
     limit = max(1, min(10**6 // K, 1200) if transposed else 10**6 // K)
     sizes = itertools.product(*([d for d in range(1, side + 1) if side % d == 0] for side in (M, N)))

@@ -4,8 +4,9 @@ import re
 from functools import partial
 
 import run_ddpm
-from scratchgen import denoisers, diffusion, improved, vae
+from scratchgen import denoisers, diffusion, improved, tree, vae
 from scratchgen.evaluate import load
+from scratchgen.evaluate.classifier import load_classifier
 from scratchgen.evaluate.load import DDPMRun, VAERun, load_run
 from scratchgen.machinery import checkpoint
 from scratchgen.machinery.checkpoint import CheckpointError
@@ -24,6 +25,14 @@ def test_the_session_of_the_docstring_works_as_it_stands(small_data, tmp_path):
     exec(session.replace('"runs/ddpm"', repr(str(tmp_path / "ddpm"))), names)
     assert names["images"].shape == (4, 28, 28, 1)
     assert 0 <= names["images"].min() < names["images"].max() <= 1
+
+
+def test_trained_weights_cannot_be_changed_by_accident(runs):
+    """So workers need not look at every array, before each question, for changes."""
+    for params in (load_run(runs / "vae").params, load_run(runs / "ddpm").params, load_classifier()):
+        for leaf in tree.leaves(params):
+            with pytest.raises(ValueError, match="read-only"):
+                leaf += 1
 
 
 @pytest.mark.parametrize("how", [(), ("ddpm", T), ("ddim", 3), ("dpm++", 3), ("sde-dpm++", 3)])

@@ -72,6 +72,12 @@ def test_a_product_is_the_same_whole_and_in_tiles(rng, both_kinds, shape, stack,
     np.testing.assert_allclose(out, a @ b, atol=1e-8)
 
 
+def test_no_images_are_no_trouble(both_kinds):
+    arrays = [np.zeros((0, H, W, C)), np.ones((3, 3, C, O)), np.ones(O)]
+    value, (dx, dk, db) = value_and_grad(lambda a: ops.conv2d(*a).sum())(arrays)
+    assert value == 0 and dx.shape == arrays[0].shape and not dk.any() and not db.any()
+
+
 def test_tiles_divide_a_product_and_are_small_enough_for_the_kernels_that_do_not_pack(monkeypatch, both_kinds):
     for M, K, N, transposed in (
         (784, 288, 32, False),

@@ -176,7 +176,7 @@ def test_worker_processes_leave_interrupts_to_the_caller():
 @needs_fork
 @pytest.mark.parametrize("_again", range(5))
 def test_a_thread_beside_does_not_hold_up_a_worker(_again):
-    """A fork copies locks as they are, but not the threads that would let them go; nothing in a worker waits for one."""
+    """A fork copies locks as they are, but not the threads that let them go; nothing in a worker waits for one."""
     done = threading.Event()
 
     def busy():  # with what most programs share

@@ -46,5 +46,5 @@ def load_classifier():
     """The weights that lie beside this file. Raises CheckpointError."""
     params = init_classifier(np.random.default_rng(0))
     arrays, _ = checkpoint.load(WEIGHTS, keys=["test_accuracy"])
-    checkpoint.fill(params, arrays, WEIGHTS)
+    checkpoint.fill(params, arrays, WEIGHTS, constant=True)
     return params

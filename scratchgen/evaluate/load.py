@@ -79,7 +79,7 @@ def load_run(folder):
         raise checkpoint.CheckpointError(
             f"{path}: expected a run of this version, found this missing or invalid: {error}"
         ) from None
-    checkpoint.fill({name: params}, arrays, path)
+    checkpoint.fill({name: params}, arrays, path, constant=True)  # so that workers need not look for changes
     if not state["log"]:
         raise checkpoint.CheckpointError(f"{path}: expected a trained model, found one in its first epoch")
     return run

@@ -69,14 +69,15 @@ def shown(setting):
     return (" ".join(map(str, setting)) or "none") if isinstance(setting, list) else setting
 
 
-def fill(arrays, saved, path):
-    """Copy arrays, by name, into the tree ``arrays``. Raises CheckpointError, and then nothing was changed."""
+def fill(arrays, saved, path, constant=False):
+    """Copy arrays by name into a tree, for good if ``constant``. Raises CheckpointError, and nothing was changed."""
     names, leaves = tree.names(arrays), tree.leaves(arrays)
     for name, leaf in zip(names, leaves, strict=True):
         if name not in saved or saved[name].shape != leaf.shape or saved[name].dtype != leaf.dtype:
             raise CheckpointError(f"{path}: expected an array {name} {leaf.shape} {leaf.dtype}, found none like it")
     for name, leaf in zip(names, leaves, strict=True):
         leaf[...] = saved[name]
+        leaf.flags.writeable = not constant
 
 
 def fingerprint(images):

@@ -85,7 +85,7 @@ class Workers:
             self.at_work = False
 
     def number(self, f, n):
-        """The number by which n - 1 processes know f. They are forked anew, all of them, if something is new to them."""
+        """The number by which n - 1 processes know f. If something is new to them, they are all forked anew."""
         if f not in self.functions:
             self.functions.append(f)
             stop(self.processes)

@@ -178,12 +178,13 @@ def draw(results):
         measured = sum(v <= CORES for v in values) if what == "cores" else len(values)
         axes.plot(values[:measured], times[:measured], "o-", label="measured")
         if measured < len(values):
-            axes.plot(values[measured - 1 :], times[measured - 1 :], "o--", color="C0", mfc="white", label="projected")
+            axes.plot(values[measured - 1 :], times[measured - 1 :], "--", color="C0", zorder=1)
+            axes.plot(values[measured:], times[measured:], "o", color="C0", mfc="white", label="projected")
         ideal = [times[0] / v if what == "cores" else times[-1] * v / values[-1] for v in values]
         axes.plot(values, ideal, "k:", lw=1, label="in proportion")
         axes.set(title=name, xlabel=what, ylabel=f"ms for {job}", ylim=(0, None))
         other = axes.twinx()
-        other.plot(values, memory, "s--", color="tab:grey", ms=4)
+        other.plot(values[:measured], memory[:measured], "s--", color="tab:grey", ms=4)
         other.set_ylim(0, max(1024, *memory))
         other.set_ylabel("peak memory in MiB (dashed)", color="tab:grey")
         axes.legend(loc="upper right" if what == "cores" else "upper left")
