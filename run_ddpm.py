@@ -1,7 +1,7 @@
 """Train a denoising diffusion model on FashionMNIST, measure how well it predicts noise, and draw samples with it.
 
 examples:
-  python run_ddpm.py                          T = 200: ten to fifteen minutes on two cores
+  python run_ddpm.py                          T = 200: eight to twelve minutes on two cores
   python run_ddpm.py --additions none         as in Ho et al. 2020: the network predicts eps, L_simple, Adam
   python run_ddpm.py --train-images 6000      a first look in two minutes; samples are still rough
 """

@@ -1,7 +1,7 @@
 """Train a variational autoencoder on FashionMNIST, measure its evidence lower bound, and draw what it learned.
 
 examples:
-  python run_vae.py                                one to two minutes on two cores
+  python run_vae.py                                about a minute on two cores
   python run_vae.py --arch conv                    convolutions in place of dense layers
   python run_vae.py --latent-dim 2 --out runs/2d   a latent space that latents_0_1.png shows whole
   python run_vae.py --beta 4 --out runs/beta-4     a heavier KL: fewer latent dimensions in use
