@@ -99,16 +99,21 @@ def sharded_training(loss, update, arrays, shard_size, workers):
     ``differentiate(batch)`` returns ``loss(arrays["params"], batch)``, a mean over the images of the batch, and leaves
     the gradient of each shard in memory that all workers see. ``step(*numbers)`` adds them up in the order of the
     shards and calls ``update(arrays, gradient, *numbers)``, which changes the arrays in place. Every worker does so
-    for some of the leaves, so update must treat each on its own. ``arrays`` holds trees like arrays["params"], shared.
-    The shard size alone decides the arithmetic: for any number of workers the result has the same bits.
+    for some of the leaves, so update must treat each on its own. ``arrays`` holds trees like arrays["params"], shared,
+    no array twice. The shard size alone decides the arithmetic: for any number of workers the result has the same bits.
+    Raises ValueError if ``arrays`` has other leaves.
     """
     one_shard, params = value_and_grad(loss), arrays["params"]
     room, parts, count = {}, [], 0  # of a minibatch; what each worker steps; shards of the last minibatch
+    shapes, found = ([leaf.shape for leaf in tree.leaves(trees)] for trees in (params, arrays))
+    if found != shapes * (len(found) // len(shapes)):
+        raise ValueError("expected nothing in arrays but trees like params, found other leaves")
 
     def make_room(batch, count):
         room["batch"] = workers.share(tree.map(np.copy, batch))
         room["gradients"] = [workers.share(tree.map(np.zeros_like, params)) for _ in range(count)]
-        rank, n = np.argsort(np.argsort([leaf.size for leaf in tree.leaves(params)])), min(workers.count, count)
+        n = min(workers.count, count)
+        rank = np.argsort(np.argsort([leaf.size for leaf in tree.leaves(params)]))  # of each leaf by size
         everything = arrays, room["gradients"]  # all trees like params, one after the other: hence `cycle`
         parts[:] = [tree.part(everything, cycle(rank % n == k)) for k in range(n)]  # each gets some large, some small
 
@@ -124,7 +129,10 @@ def sharded_training(loss, update, arrays, shard_size, workers):
         N = len(tree.leaves(batch)[0])
         cut = shards(N, shard_size)
         count = len(cut)
-        if not room or len(tree.leaves(room["batch"])[0]) < N:
+        if not room or any(
+            old.shape[1:] != new.shape[1:] or old.dtype != new.dtype or len(old) < N
+            for old, new in zip(tree.leaves(room["batch"]), tree.leaves(batch), strict=True)
+        ):
             make_room(batch, count)
         tree.map(np.copyto, images_of(room["batch"], slice(N)), batch)
         jobs = [(number, images, N) for number, images in enumerate(cut)]

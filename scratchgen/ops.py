@@ -41,13 +41,14 @@ SMALL_KERNELS = has_small_kernels()
 @cache
 def tile(M, K, N, transposed):
     """How much of (M, K) @ (K, N) to take at a time: (rows, columns) that divide M and N. The largest such tile; of
-    several one of 32 columns or more, as rows of b are read in such pieces, and then the squarest."""
+    several one of 32 columns or more, as rows of b are read in such pieces, and then the squarest. No single rows, and
+    no few columns, which are slower than the whole: where that leaves none, as M is prime, say, it stays whole."""
     if not SMALL_KERNELS or (transposed and K < 32) or 0 in (M, K, N):
         return M, N
-    limit = max(1, min(10**6 // K, 1200) if transposed else 10**6 // K)
+    limit = min(10**6 // K, 1200) if transposed else 10**6 // K
     sizes = itertools.product(*([d for d in range(1, side + 1) if side % d == 0] for side in (M, N)))
-    sizes = (size for size in sizes if math.prod(size) <= limit)
-    return max(sizes, key=lambda size: (math.prod(size), min(size[1], 32), min(size)))
+    sizes = [(r, c) for r, c in sizes if 64 <= r * c <= limit and (r > 1 or M == 1) and (c >= 16 or c == N)]
+    return max(sizes, key=lambda size: (math.prod(size), min(size[1], 32), min(size)), default=(M, N))
 
 
 def product(a, b, out=None):
@@ -140,9 +141,9 @@ def windows(x, K):
         bottom = max(top, min(H, H + r - i))
         strips[:, top:bottom, r : r + W, i] = x[:, top + i - r : bottom + i - r]
     _, row, column, _, number = strips.strides
-    return np.ndarray(
-        (W, N * H, K * K * C), x.dtype, strips, strides=(column, row, number)
-    )  # a view of the same memory
+    # A view of the same memory. In it the next row (n, h) is always `row` bytes further on, from image to image, too,
+    # and the K K C numbers of a window lie one after the other, K columns of strips.
+    return np.ndarray((W, N * H, K * K * C), x.dtype, strips, strides=(column, row, number))
 
 
 def correlate(windows, k, shape):

@@ -4,7 +4,7 @@ import os
 from functools import partial
 from types import SimpleNamespace
 
-from scratchgen import denoisers, diffusion, improved, ops, tree, vae
+from scratchgen import denoisers, diffusion, improved, muon, ops, tree, vae
 from scratchgen.gradients import in_parallel, sharded_training, shards, value_and_grad
 from scratchgen.layers import init_mlp, mlp
 from scratchgen.machinery import workers as workers_module
@@ -197,8 +197,9 @@ def test_any_number_of_workers_gives_the_same_bits(problem, workers):
 
 @pytest.mark.parametrize("optimiser_step", [adam_step, muon_step])
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
-def test_steps_shared_by_workers_are_those_of_one_optimiser(problem, optimiser_step, workers):
+def test_steps_shared_by_workers_are_those_of_one_optimiser(problem, optimiser_step, workers, monkeypatch):
     """Of two minibatches, the second smaller; each compared with the plain loop over all the weights."""
+    monkeypatch.setattr(muon, "MUON_SIDES", range(2, 65))  # these matrices are so small
 
     def update(arrays, gradient, step, lr):
         optimiser_step(arrays["params"], gradient, arrays["moments"], step, lr)
@@ -216,6 +217,20 @@ def test_steps_shared_by_workers_are_those_of_one_optimiser(problem, optimiser_s
         assert_same_bits(arrays["moments"], moments)
 
 
+def test_every_tree_of_arrays_must_be_like_params(problem):
+    arrays = {"params": problem[0], "steps": np.zeros(1)}
+    with pytest.raises(ValueError, match="trees like params"):
+        sharded_training(mean_square, None, arrays, 4, Workers(2))
+
+
+def test_a_minibatch_of_another_dtype_is_not_rounded_to_the_first_ones(problem):
+    params, batch = problem
+    differentiate, _, _ = trainer(mean_square, params, 4, Workers(2))
+    differentiate(batch)
+    doubles = tree.map(lambda a: a.astype(np.float64) + 1e-9, batch)
+    assert differentiate(doubles) == sharded_value_and_grad(mean_square, params, doubles, 4, 1)[0]
+
+
 def test_a_larger_minibatch_finds_room(problem):
     params, batch = problem
     differentiate, step, arrays = trainer(mean_square, params, 4, Workers(2))
@@ -228,7 +243,7 @@ def test_a_larger_minibatch_finds_room(problem):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_every_leaf_is_one_workers_and_none_gets_all_the_work(count):
-    params = [np.zeros(size) for size in (100_000, 100_000, 10, 10, 20, 20)]
+    params = [np.zeros(size) for size in (100_000, 10, 100_000, 10, 20, 20)]  # weights and biases alternate
     taken = []
 
     def loss(params, batch):

@@ -94,6 +94,24 @@ def test_tiles_divide_a_product_and_are_small_enough_for_the_kernels_that_do_not
 
 
 @pytest.mark.parametrize(
+    ("M", "K", "N", "transposed", "tile"),
+    [
+        (448, 576, 32, False, (32, 32)),  # of several of one area one with 32 columns
+        (448, 288, 64, False, (32, 64)),
+        (32, 784, 256, True, (32, 32)),
+        (1568, 16, 64, True, (1568, 64)),  # too shallow for the kernels that take a transposed operand
+        (43, 3136, 256, False, (43, 256)),  # prime: cut into single rows it takes more than twice as long
+        (32, 196_000, 32, False, (32, 32)),
+    ],
+)
+def test_tiles_as_measured(monkeypatch, M, K, N, transposed, tile):
+    monkeypatch.setattr(ops, "SMALL_KERNELS", True)
+    ops.tile.cache_clear()
+    assert ops.tile(M, K, N, transposed) == tile
+    ops.tile.cache_clear()
+
+
+@pytest.mark.parametrize(
     ("features", "blas", "small"),
     [("X86_V4", "scipy-openblas", True), ("AVX512_SKX", "openblas", True), ("AVX2", "openblas", False)]
     + [("X86_V4", "accelerate", False)],
@@ -308,7 +326,9 @@ def test_values_and_gradients_keep_their_dtype(rng, name, dtype):
 
 def test_convolution_of_mixed_dtypes_does_not_lose_precision(rng):
     x, k = rng.standard_normal((N, H, W, C), dtype=np.float32), rng.standard_normal((3, 3, C, O))
-    np.testing.assert_allclose(ops.conv2d(x, k, np.zeros(O)), naive_conv2d(x, k, np.zeros(O)), atol=1e-12)
+    y = ops.conv2d(x, k, np.zeros(O))
+    assert y.dtype == np.float64
+    np.testing.assert_allclose(y, naive_conv2d(x, k, np.zeros(O)), rtol=1e-12, atol=1e-12)
 
 
 def test_inputs_are_left_as_they_were(rng):

@@ -133,10 +133,9 @@ INTERRUPTED = """
 calls, stop_if_asked = itertools.count(), training.Run.stop_if_asked
 processes, fork = [], workers.fork
 
-def remember(functions):
-    worker = fork(functions)
-    processes.append(worker[0].pid)
-    return worker
+def remember(functions, all_processes):
+    fork(functions, all_processes)
+    processes.append(all_processes[-1][0].pid)
 
 def interrupt(self):
     if next(calls) == {step}:

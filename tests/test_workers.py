@@ -264,6 +264,84 @@ def test_what_a_function_refers_to_may_change_and_all_workers_see_it(what):
     variable = array[500] = numbers[0] = named["factor"] = settings.factor = inner[0][0]["deep"][0] = 5
     with_default.__defaults__ = (5,)
     assert workers.map(f, [0, 1]) == [5, 5]
+    pids = [process.pid for process, _ in workers.processes]
+    variable = array[500] = numbers[0] = named["factor"] = settings.factor = inner[0][0]["deep"][0] = 1  # and back
+    with_default.__defaults__ = (1,)
+    assert workers.map(f, [0, 1]) == [1, 1] and pids != [process.pid for process, _ in workers.processes]
+    pids = [process.pid for process, _ in workers.processes]
+    assert workers.map(f, [0, 1]) == [1, 1] and pids == [process.pid for process, _ in workers.processes]
+
+
+@needs_fork
+def test_a_read_only_view_may_show_what_has_changed():
+    workers, array = Workers(2), np.ones(1000)
+    view = np.broadcast_to(array, (2, 1000))
+    f = lambda i: view[0, 5]  # noqa: E731
+    assert workers.map(f, [0, 1]) == [1, 1]
+    array[5] = 5
+    assert workers.map(f, [0, 1]) == [5, 5]
+
+
+@needs_fork
+def test_processes_do_not_use_the_workers_of_the_one_that_they_were_forked_from():
+    outer, inner = Workers(2), Workers(2)
+    inner.map(abs, [0, 1])
+    with pytest.raises(RuntimeError, match="belong to the process"):
+        outer.map(lambda i: inner.map(abs, [i, i]) if i else None, [0, 1])
+
+
+@needs_fork
+def test_a_ctrl_c_during_a_fork_leaves_no_process_and_no_signal_blocked(monkeypatch):
+    """One that arrives while the signals are blocked, and so raises when they are let through again."""
+    workers, start = Workers(2), workers_module.get_context("fork").Process.start
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    def interrupted(process):
+        start(process)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(workers_module.get_context("fork").Process, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workers.map(abs, [0, 1])
+    assert workers.processes == [] and signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+    monkeypatch.undo()
+    assert workers.map(abs, [0, -1]) == [0, 1]
+
+
+@needs_fork
+def test_functions_no_longer_used_are_let_go():
+    workers = Workers(2)
+    for number in range(20):
+        array = np.full(1000, number)
+        assert workers.map(lambda i, array=array: array[i], [0, 1]) == [number] * 2
+    assert len(workers.functions) == workers_module.KEPT
+
+
+def test_after_an_error_no_thread_goes_on_writing(monkeypatch):
+    monkeypatch.setattr(workers_module, "CAN_FORK", False)
+    workers, room = Workers(2), []
+
+    def f(i):
+        if i == 0:
+            raise ValueError("first")
+        time.sleep(0.1)
+        room.append(i)
+
+    with pytest.raises(ValueError, match="first"):
+        workers.map(f, range(6))
+    written = len(room)
+    time.sleep(0.3)
+    assert len(room) == written < 5
+
+
+@needs_fork
+def test_a_process_of_a_pool_works_alone():
+    with workers_module.get_context("fork").Pool(1) as pool:
+        assert pool.apply(count_of_new_workers) == 1
+
+
+def count_of_new_workers():
+    return Workers(3).count
 
 
 @needs_fork
@@ -273,12 +351,14 @@ from scratchgen.machinery.workers import Workers
 workers, factor = Workers(2), 1
 def f(i):
     return factor
-first = workers.map(f, [0, 1])
+def g(i):
+    return sum(factor for _ in range(1)) + (lambda: factor)()
+first = workers.map(f, [0, 1]), workers.map(g, [0, 1])
 factor = 5
-print(first, workers.map(f, [0, 1]))
+print(*first, workers.map(f, [0, 1]), workers.map(g, [0, 1]))
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout == "[1, 1] [5, 5]\n", result.stderr
+    assert result.stdout == "[1, 1] [2, 2] [5, 5] [10, 10]\n", result.stderr
 
 
 @needs_fork
@@ -286,7 +366,8 @@ def test_shared_arrays_and_those_that_nobody_can_write_change_nothing():
     workers, frozen = Workers(2), np.zeros(3)
     frozen.flags.writeable = False
     shared = workers.share(np.zeros(3))
-    f = lambda i: frozen[0] + shared[0]  # noqa: E731
+    part = shared[:2]
+    f = lambda i: frozen[0] + part[0]  # noqa: E731
     assert workers.map(f, [0, 1]) == [0, 0]
     pids = [process.pid for process, _ in workers.processes]
     shared[0] = 2

@@ -27,17 +27,18 @@ def use_one_blas_thread():
 
     It reads the variables once, when NumPy loads it; afterwards only a function of its own can change its threads.
     """
-    late = "numpy" in sys.modules and os.environ.get(BLAS_THREAD_VARIABLES[0]) != "1"
+    told = os.environ.get(BLAS_THREAD_VARIABLES[0]) == "1"
     os.environ.update(dict.fromkeys(BLAS_THREAD_VARIABLES, "1"))
-    if not late:
+    if "numpy" not in sys.modules:
         return True
     folder = Path(sys.modules["numpy"].__file__).parent
     # NumPy's extension leads to the functions of all that it is linked with; on Windows only their own DLL does.
     done = any(map(set_one_thread, [*folder.glob("*core/_multiarray*"), *folder.parent.glob("numpy.libs/*blas*")]))
     how = "set to one thread now" if done else "left its threads, and --workers is ignored: training may be slower"
-    message = f"NumPy was imported before scratchgen, so BLAS was {how}; better import scratchgen first"
-    warnings.warn(message, stacklevel=3)
-    return done
+    if not told:
+        message = f"NumPy was imported before scratchgen, so BLAS was {how}; better import scratchgen first"
+        warnings.warn(message, stacklevel=3)
+    return done or told
 
 
 def set_one_thread(library):

@@ -35,8 +35,9 @@ def rng_for(seed, *purpose):
 
 
 def shard_size(batch_size, cores):
-    """How many images a worker differentiates at a time: such that up to eight cores all have work, but no more
-    shards than cores, as each costs some Python besides. --workers has no say, so that it cannot change results."""
+    """How many images a worker differentiates at a time: such that up to eight cores all have work, as nearly as the
+    batch allows, but hardly more shards than cores, as each costs some Python besides. There are two at least, and none
+    has more than 64 images. --workers has no say, so that it cannot change results."""
     return min(64, math.ceil(batch_size / min(max(2, cores), 8)))  # larger ones only take more memory
 
 

@@ -6,13 +6,14 @@ A fork gives a process everything as it is at that moment, functions with all th
 
 import gc
 import mmap
+import os
 import pickle
 import signal
 import sys
 import traceback
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor, wait
+from multiprocessing import current_process, get_context
 from multiprocessing.util import Finalize
 from types import CodeType, FunctionType, ModuleType
 
@@ -21,6 +22,7 @@ from scratchgen.machinery import runtime
 
 import numpy as np
 
+KEPT = 8  # functions that processes are forked with; each keeps alive all that it refers to
 CAN_FORK = sys.platform == "linux"  # macOS has fork, but its BLAS does not survive one; Windows has none
 
 
@@ -29,11 +31,13 @@ class Workers:
 
     Threads would do the same sums, but each that comes back from one of a step's thousand short calls waits for the
     others to let go of the interpreter: a U-Net step takes 1.17 times as long, a VAE step 1.4 times. Where a process
-    cannot safely be forked, threads it is. Where BLAS keeps its own (`runtime.ONE_BLAS_THREAD`), there is one worker.
+    cannot safely be forked, threads it is. Where BLAS keeps its own (`runtime.ONE_BLAS_THREAD`) there is one worker, as
+    in a process of a pool, which may have no others.
     """
 
     def __init__(self, count):
-        self.count = count if runtime.ONE_BLAS_THREAD else 1
+        self.count = count if runtime.ONE_BLAS_THREAD and not current_process().daemon else 1
+        self.owner = os.getpid()
         self.functions, self.surroundings = [], []  # what the processes know; what each of it referred to at the fork
         self.processes = []  # pairs of a process and our end of the pipe to it
         self.at_work = False
@@ -53,7 +57,7 @@ class Workers:
         return arrays if self.count == 1 or self.threads else tree.map(in_shared_memory, arrays)
 
     def map(self, f, items):
-        """[f(item) for item in items]; of n workers the k-th takes items k, k + n, k + 2 n, ...
+        """[f(item) for item in items]; of n processes the k-th takes items k, k + n, k + 2 n, ...
 
         An error in f arrives here, whoever computed it. One map at a time, so f may not call another.
         """
@@ -61,12 +65,15 @@ class Workers:
         n = min(self.count, len(items))
         if n < 2:
             return [f(item) for item in items]
-        if self.threads:
-            return list(self.threads.map(f, items))
         if self.at_work:
             raise RuntimeError("these workers are at work on another map, which must end first")
-        self.at_work = True
+        if self.owner != os.getpid():  # their pipes were inherited, but answers would go to whoever reads first
+            raise RuntimeError("these workers belong to the process that this one was forked from")
+        self.at_work, futures = True, []
         try:
+            if self.threads:
+                futures += [self.threads.submit(f, item) for item in items]
+                return [future.result() for future in futures]
             number = self.number(f, n)
             pipes = [pipe for _, pipe in self.processes[: n - 1]]
             for k, pipe in enumerate(pipes, 1):
@@ -74,12 +81,13 @@ class Workers:
             results = [None] * len(items)
             results[::n] = [f(item) for item in items[::n]]
             for k, pipe in enumerate(pipes, 1):
-                results[k::n], trace = through(pipe.recv)
+                results[k::n], trace = pickle.loads(through(pipe.recv_bytes))
                 if trace:
                     raise results[k] from RuntimeError(f"in a worker process:\n{trace}")
             return results
         except BaseException:  # an error, or Ctrl-C: answers may be on their way to nobody
             stop(self.processes)
+            wait([future for future in futures if not future.cancel()])
             raise
         finally:
             self.at_work = False
@@ -87,31 +95,33 @@ class Workers:
     def number(self, f, n):
         """The number by which n - 1 processes know f. If something is new to them, they are all forked anew."""
         if f not in self.functions:
-            self.functions.append(f)
+            self.functions = [*self.functions[1 - KEPT :], f]
             stop(self.processes)
         number = self.functions.index(f)
         if len(self.processes) < n - 1 or self.surroundings[number].have_changed():
             stop(self.processes)
             self.surroundings = [Surroundings(f) for f in self.functions]
-            self.processes += [fork(self.functions) for _ in range(n - 1)]
+            for _ in range(n - 1):
+                fork(self.functions, self.processes)
         return number
 
 
 # --------------------------------------------------------------------------------------------------- a worker process
 
 
-def fork(functions):
-    """A new worker process, and our end of the pipe to it."""
+def fork(functions, processes):
+    """Add a new worker process, and our end of the pipe to it, to the list."""
     ours, theirs = (context := get_context("fork")).Pipe()
     process = context.Process(target=serve, args=(functions, ours, theirs), daemon=True)
     # Ctrl-C, and often SIGTERM, goes to the whole group of processes; the caller decides what happens, so here:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
         process.start()
+        processes.append((process, ours))  # before a Ctrl-C can come in between, and leave it to nobody
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
-    return process, ours
 
 
 def serve(functions, ours, theirs):
@@ -119,11 +129,13 @@ def serve(functions, ours, theirs):
     ours.close()
     try:
         while True:
-            number, items = theirs.recv()
+            question, count = theirs.recv_bytes(), 1
             try:
+                number, items = pickle.loads(question)
+                count = len(items)
                 message = pickle.dumps(([functions[number](item) for item in items], None), protocol=5)
-            except BaseException as error:  # in the function; or what it returned cannot travel
-                message = pickle.dumps(([portable(error)] * len(items), traceback.format_exc()))
+            except BaseException as error:  # in the function; or what it was given, or returned, cannot travel
+                message = pickle.dumps(([portable(error)] * count, traceback.format_exc()))
             theirs.send_bytes(message)
     except (EOFError, BrokenPipeError):  # the caller has ended, in whatever way
         pass
@@ -157,8 +169,9 @@ def stop(processes):
 
 
 class Surroundings:
-    """All that a function refers to, directly or not, as it is at a fork, and stays in the process that was forked: but
-    for the arrays of `Workers.share`, and variables of modules other than the main program, a notebook, say."""
+    """What a function refers to, directly or not, as it is at a fork, and stays in the process that was forked: its
+    closure, containers, objects, arrays, and variables of the main program (a script, or a notebook). Not looked at are
+    arrays of `Workers.share`, which may change, other modules, classes, and the inside of generators and bytearrays."""
 
     def __init__(self, f):
         self.things, self.variables, self.arrays = [], [], []
@@ -172,10 +185,14 @@ class Surroundings:
             if isinstance(thing, FunctionType):
                 todo += [thing.__defaults__, thing.__kwdefaults__, *(thing.__closure__ or ())]
                 if thing.__module__ == "__main__":
-                    self.variables += [(thing.__globals__, name) for name in thing.__code__.co_names]
-                    todo += [thing.__globals__.get(name) for name in thing.__code__.co_names]
+                    names = names_in(thing.__code__)
+                    self.variables += [(thing.__globals__, name) for name in names]
+                    todo += [thing.__globals__.get(name) for name in names]
             elif isinstance(thing, np.ndarray):
-                if thing.flags.writeable and not isinstance(thing.base, mmap.mmap):
+                whole = thing
+                while isinstance(whole.base, np.ndarray):  # a view may be read-only where the array is not
+                    whole = whole.base
+                if whole.flags.writeable and not isinstance(whole.base, mmap.mmap):
                     self.arrays.append(thing)
             else:
                 todo += gc.get_referents(thing)  # in it, as the garbage collector sees it
@@ -188,3 +205,8 @@ class Surroundings:
 
     def have_changed(self):
         return self.look() != self.before
+
+
+def names_in(code):
+    """The names that a function reads, also those of the comprehensions and functions inside it."""
+    return [*code.co_names, *(name for part in code.co_consts if isinstance(part, CodeType) for name in names_in(part))]
