@@ -39,7 +39,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    data, workers = load_fashion_mnist(args.data), Workers(args.workers)
+    data, workers = load_fashion_mnist(args.data, labels=False), Workers(args.workers)
     train_images = cli.first_images(data["train_images"], args.train_images)
     x_test = scale(data["test_images"], -1, 1)
     schedule = diffusion.make_schedule(args.schedule, args.T)
@@ -47,7 +47,7 @@ def main(argv=None):
     init, network = DENOISERS[args.arch]
     params = improved.init_denoiser(init, rng_for(args.seed, INIT), args.additions)
     arrays = {"params": params, "moments": init_moments(params), "ema": tree.map(np.copy, params)}
-    run = Run("ddpm", args, train_images, arrays, workers)
+    run = Run("ddpm", args, (train_images, data["test_images"]), arrays, workers, ("train_loss", "test_loss"))
     ema = run.arrays["ema"]  # in memory that all workers see
     optimiser_step = partial(muon_step, beta2=0.99) if "muon" in args.additions else adam_step
     eps_theta, x_0_theta = improved.denoiser(network, schedule, args.additions)
@@ -89,31 +89,31 @@ def main(argv=None):
 
             test_loss = float(evaluate(*(part[::5] for part in test_batch)).mean(dtype=np.float64))  # of a fifth
             summary = f"loss: train {run.epoch_means['loss']:.5f}, test {test_loss:.5f}"
-            run.end_epoch({"train": run.epoch_means, "test": {"loss": test_loss}}, summary)
             # The same noise each time, so that one sees the same pictures form.
             x_T = rng_for(args.seed, PREVIEW).standard_normal((32, 28, 28, 1), dtype=np.float32)
-            *_, (_, x) = sample(x_T, rng_for(args.seed, PREVIEW, 1))
+            *_, (_, x) = cli.progress_over(sample(x_T, rng_for(args.seed, PREVIEW, 1)), args.T, "preview")
             plots.save(plots.grid(x, 8, f"preview after epoch {epoch}", -1, 1), args.out / "preview.png")
+            run.end_epoch({"train": run.epoch_means, "test": {"loss": test_loss}}, summary)
 
-    test_errors = evaluate(*test_batch)
-    test_loss = float(test_errors.mean(dtype=np.float64))
-    run.write_metrics({"test_loss": test_loss, "alpha_bar_T": alpha_bar_T, "prior_kl": prior_kl}, ema)
-    print(f"test loss {test_loss:.5f}: mean squared error of the predicted noise, per pixel and over all t")
-    plots.save(plots.ddpm_loss(run.log, t_test, test_errors, args.T), args.out / "loss.png")
+        test_errors = evaluate(*test_batch)
+        test_loss = float(test_errors.mean(dtype=np.float64))
+        run.write_metrics({"test_loss": test_loss, "alpha_bar_T": alpha_bar_T, "prior_kl": prior_kl}, ema)
+        print(f"test loss {test_loss:.5f}: mean squared error of the predicted noise, per pixel and over all t")
+        plots.save(plots.ddpm_loss(run.log, t_test, test_errors, args.T), args.out / "loss.png")
 
-    times = [round(args.T * fraction) for fraction in (1, 0.5, 0.25, 0.1, 0.05, 0)]
-    rng = rng_for(args.seed, SAMPLES)
-    eps = rng.standard_normal(x_test[:1].shape, dtype=np.float32)
-    noisy = diffusion.q_sample(schedule, x_test[:1], np.array(times), eps)  # one image at six times
-    plots.save(plots.row_of_times(noisy, times, plots.FORWARD), args.out / "forward.png")
-    frames = sorted({round(t) for t in np.linspace(args.T, 0, 51)}, reverse=True)  # of the animation
-    x_T = rng.standard_normal((64, 28, 28, 1), dtype=np.float32)
-    path = cli.progress_over(sample(x_T, rng), args.T, "sampling")
-    seen = {args.T: x_T} | {t: x_t for t, x_t in path if t in times or t in frames}
-    plots.save(plots.row_of_times([seen[t][0] for t in times], times, plots.REVERSE), args.out / "trajectory.png")
-    plots.save(plots.grid(seen[0], 8, f"samples after {args.T} steps", -1, 1), args.out / "samples.png")
-    plots.save_gif([seen[t][:16] for t in frames], 4, args.out / "sampling.gif")
-    print(f"figures and numbers are in {args.out}")
+        times = [round(args.T * fraction) for fraction in (1, 0.5, 0.25, 0.1, 0.05, 0)]
+        rng = rng_for(args.seed, SAMPLES)
+        eps = rng.standard_normal(x_test[:1].shape, dtype=np.float32)
+        noisy = diffusion.q_sample(schedule, x_test[:1], np.array(times), eps)  # one image at six times
+        plots.save(plots.row_of_times(noisy, times, plots.FORWARD), args.out / "forward.png")
+        frames = sorted({round(t) for t in np.linspace(args.T, 0, 51)}, reverse=True)  # of the animation
+        x_T = rng.standard_normal((64, 28, 28, 1), dtype=np.float32)
+        path = cli.progress_over(sample(x_T, rng), args.T, "sampling")
+        seen = {args.T: x_T} | {t: x_t for t, x_t in path if t in times or t in frames}
+        plots.save(plots.row_of_times([seen[t][0] for t in times], times, plots.REVERSE), args.out / "trajectory.png")
+        plots.save(plots.grid(seen[0], 8, f"samples after {args.T} steps", -1, 1), args.out / "samples.png")
+        plots.save_gif([seen[t][:16] for t in frames], 4, args.out / "sampling.gif")
+        print(f"figures and numbers are in {args.out}")
 
 
 if __name__ == "__main__":

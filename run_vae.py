@@ -22,6 +22,7 @@ import numpy as np
 
 EPOCHS = {"mlp": 17, "gated": 12, "conv": 7}  # by default
 OPTIMISER_STEP = {"mlp": adam_step, "gated": muon_step, "conv": muon_step}  # Muon does not help the dense ReLU network
+COLUMNS = [f"{part}_{name}" for part in ("train", "test") for name in ("elbo", "reconstruction", "kl")]  # of the log
 SHARD = 64  # test images that one worker measures at a time
 
 
@@ -31,7 +32,7 @@ def parse_arguments(argv):
     help = "the two dimensions of z to plot in latents_I_J.png (default: those with most KL)"
     parser.flag("--latents", help, type=cli.number(int, 0), nargs=2, metavar=("I", "J"))
     help = "weight of the KL in the loss: 1 for the ELBO, 0 for no KL (z is still drawn)"
-    parser.flag("--beta", help, type=cli.number(float, 0), default=1.0, metavar="B")
+    parser.flag("--beta", help, type=cli.number(float, 0, high=1000), default=1.0, metavar="B")
     args = parser.parse_args(argv)
     args.epochs = args.epochs or EPOCHS[args.arch]
     if args.latents and (max(args.latents) >= args.latent_dim or args.latents[0] == args.latents[1]):
@@ -41,14 +42,15 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    data, workers = load_fashion_mnist(args.data), Workers(args.workers)
+    data, workers = load_fashion_mnist(args.data, labels=False), Workers(args.workers)
     train_images = cli.first_images(data["train_images"], args.train_images)
     x_test = scale(data["test_images"], 0, 1)
     eps_test = rng_for(args.seed, TEST).standard_normal((len(x_test), args.latent_dim), dtype=np.float32)
 
     init, encode, decode = vae.VAES[args.arch]
     params = init(rng_for(args.seed, INIT), args.latent_dim)
-    run = Run("vae", args, train_images, {"params": params, "moments": init_moments(params)}, workers)
+    arrays, images = {"params": params, "moments": init_moments(params)}, (train_images, data["test_images"])
+    run = Run("vae", args, images, arrays, workers, COLUMNS)
     params, optimiser_step = run.arrays["params"], OPTIMISER_STEP[args.arch]  # in memory that all workers see
 
     def loss(params, batch):  # batch is (x, eps): every random number is drawn before, so that the loss is pure
@@ -79,26 +81,26 @@ def main(argv=None):
             summary = f"ELBO: train {train['elbo']:.2f}, test {test['elbo']:.2f} = {reconstruction:.2f} - {kl:.2f} nats"
             run.end_epoch({"train": train, "test": test}, summary)
 
-    last, floor = run.log[-1], vae.entropy_floor(x_test)
-    numbers = {name: last[f"test_{name}"] for name in ("elbo", "reconstruction", "kl")} | {"entropy_floor": floor}
-    run.write_metrics(numbers, params)
-    print("test ELBO {elbo:.2f} = {reconstruction:.2f} - {kl:.2f} nats per image;".format(**numbers), end=" ")
-    print(f"no model gets above {-floor:.2f}, minus the entropy of the grey pixels")
+        last, floor = run.log[-1], vae.entropy_floor(x_test)
+        numbers = {name: last[f"test_{name}"] for name in ("elbo", "reconstruction", "kl")} | {"entropy_floor": floor}
+        run.write_metrics(numbers, params)
+        print("test ELBO {elbo:.2f} = {reconstruction:.2f} - {kl:.2f} nats per image;".format(**numbers), end=" ")
+        print(f"no model gets above {-floor:.2f}, minus the entropy of the grey pixels")
 
-    def images_from(z):
-        return vae.generate(partial(decode, params), z)
+        def images_from(z):
+            return vae.generate(partial(decode, params), z)
 
-    plots.save(plots.vae_loss(run.log, floor), args.out / "loss.png")
-    x = x_test[np.arange(40) % len(x_test)]
-    mu, _ = encode(params, x)
-    plots.save(plots.reconstructions(x, images_from(mu)), args.out / "reconstructions.png")
-    plots.save(plots.interpolation(images_from, mu[:8], mu[8:16]), args.out / "interpolation.png")
-    z = rng_for(args.seed, SAMPLES).standard_normal((100, args.latent_dim), dtype=np.float32)
-    plots.save(plots.grid(images_from(z), 10, "decoded from z ~ N(0, I)"), args.out / "samples.png")
-    kl = in_parallel(lambda x: vae.kl_per_dimension(*encode(params, x)), SHARD, workers)(x_test).mean(axis=0)
-    i, j = args.latents or sorted(np.argsort(kl)[-2:].tolist())
-    plots.save(plots.plot_latents(images_from, args.latent_dim, i, j), args.out / f"latents_{i}_{j}.png")
-    print(f"figures and numbers are in {args.out}")
+        plots.save(plots.vae_loss(run.log, floor), args.out / "loss.png")
+        x = x_test[np.arange(40) % len(x_test)]
+        mu, _ = encode(params, x)
+        plots.save(plots.reconstructions(x, images_from(mu)), args.out / "reconstructions.png")
+        plots.save(plots.interpolation(images_from, mu[:8], mu[8:16]), args.out / "interpolation.png")
+        z = rng_for(args.seed, SAMPLES).standard_normal((100, args.latent_dim), dtype=np.float32)
+        plots.save(plots.grid(images_from(z), 10, "decoded from z ~ N(0, I)"), args.out / "samples.png")
+        kl = in_parallel(lambda x: vae.kl_per_dimension(*encode(params, x)), SHARD, workers)(x_test).mean(axis=0)
+        i, j = args.latents or sorted(np.argsort(kl)[-2:].tolist())
+        plots.save(plots.plot_latents(images_from, args.latent_dim, i, j), args.out / f"latents_{i}_{j}.png")
+        print(f"figures and numbers are in {args.out}")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    data, workers = load_fashion_mnist(args.data), Workers(args.workers)
+    data, workers = load_fashion_mnist(args.data, labels=False), Workers(args.workers)
     train_images = cli.first_images(data["train_images"], args.train_images)
     if args.hold_out >= len(train_images):
         raise cli.UsageError(f"--hold-out {args.hold_out} leaves none of {len(train_images)} images to train on")
@@ -78,7 +78,9 @@ def main(argv=None):
     init, encode, decode = vae.VAES[args.arch]
     params = init(rng_for(args.seed, INIT), args.latent_dim)
     arrays = {"params": params, "moments": init_moments(params), "best": tree.map(np.copy, params)}
-    run = Run("vae on binarised pixels", args, train_images, arrays, workers)
+    columns = [f"{part}_{name}" for part in ("train", "test") for name in ("elbo", "reconstruction", "kl")]
+    images = train_images, data["test_images"]
+    run = Run("vae on binarised pixels", args, images, arrays, workers, [*columns, "held_out_elbo"])
     params, best = run.arrays["params"], run.arrays["best"]
     beta = workers.share(np.ones(1, np.float32))  # of the warm-up: it changes, and the workers must see it
 
@@ -118,18 +120,18 @@ def main(argv=None):
             summary = f"ELBO: train {train['elbo']:.2f}, held-out {held_out['elbo']:.2f}, test {test['elbo']:.2f} nats"
             run.end_epoch({"train": train, "test": test, "held_out": held_out}, summary)
 
-    row = max(run.log, key=lambda row: row["held_out_elbo"])
-    print(f"best held-out ELBO: {row['held_out_elbo']:.2f} nats, after epoch {row['epoch']}; there, test", end=" ")
-    print("ELBO {test_elbo:.2f} = {test_reconstruction:.2f} - {test_kl:.2f} nats".format(**row))
-    plots.save(plots.vae_loss(run.log, None), args.out / "loss.png")
-    active = int(active_units(encode(best, x_test)[0]).sum())
-    numbers = {name: row[f"test_{name}"] for name in ("elbo", "reconstruction", "kl")} | {"active_units": active}
-    run.write_metrics(numbers, best)  # before what takes ten minutes
-    networks = partial(encode, best), partial(decode, best)
-    bound = importance_weighted_bound(*networks, x_test, args.iwae, args.seed, workers)
-    run.write_metrics(numbers | {f"iwae_{args.iwae}": bound}, best)
-    print(f"{active} of {args.latent_dim} latent dimensions active")
-    print(f"log p(x) is at least {bound:.2f} nats, the importance-weighted bound with {args.iwae:,} samples an image")
+        row = max(run.log, key=lambda row: row["held_out_elbo"])
+        print(f"best held-out ELBO: {row['held_out_elbo']:.2f} nats, after epoch {row['epoch']}; there, test", end=" ")
+        print("ELBO {test_elbo:.2f} = {test_reconstruction:.2f} - {test_kl:.2f} nats".format(**row))
+        plots.save(plots.vae_loss(run.log, None), args.out / "loss.png")
+        active = int(active_units(encode(best, x_test)[0]).sum())
+        numbers = {name: row[f"test_{name}"] for name in ("elbo", "reconstruction", "kl")} | {"active_units": active}
+        run.write_metrics(numbers, best)  # before what takes ten minutes
+        networks = partial(encode, best), partial(decode, best)
+        bound = importance_weighted_bound(*networks, x_test, args.iwae, args.seed, workers)
+        run.write_metrics(numbers | {f"iwae_{args.iwae}": bound}, best)
+        print(f"{active} of {args.latent_dim} latent dimensions active")
+        print(f"log p(x) is at least {bound:.2f} nats: the importance-weighted bound, {args.iwae:,} samples an image")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ FASHION_MNIST = {
 }
 
 
+SOURCE = f"--data names the folder of {', '.join(FASHION_MNIST)} (.gz), from github.com/zalandoresearch/fashion-mnist"
+
+
 class DataError(ValueError):
     """A data file is missing, damaged or not what its place demands; the message names it and what was found."""
 
@@ -84,23 +87,30 @@ def read_idx(file, path):
 
 
 def find_file(folder, name):
-    for candidate in (folder / f"{name}.gz", folder / name):
-        if candidate.exists():
-            return candidate
-    raise DataError(f"{folder / name}.gz: expected this file (or the same without .gz), found neither")
+    for candidate in (f"{name}.gz", name, f"{dotted(name)}.gz", dotted(name)):
+        if (folder / candidate).exists():
+            return folder / candidate
+    raise DataError(f"{folder / name}.gz: expected this file (or the same without .gz), found neither; {SOURCE}")
 
 
-def load_fashion_mnist(folder):
-    """The four files in ``folder``, as a dict of uint8 arrays.
+def dotted(name):  # as some copies are named
+    return name.replace("-idx", ".idx")
 
-    "train_images" and "test_images" are (N, 28, 28, 1), "train_labels" and "test_labels" are (N,) in 0..9. Raises
-    DataError; warns when the files are sound but are not the published FashionMNIST.
+
+def load_fashion_mnist(folder, labels=True):
+    """The files in ``folder``, as a dict of uint8 arrays.
+
+    "train_images" and "test_images" are (N, 28, 28, 1), "train_labels" and "test_labels" are (N,) in 0..9; without
+    ``labels`` their files are not looked at. Raises DataError; warns when the files are sound but are not the
+    published FashionMNIST.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder}: expected a folder with the four FashionMNIST files, found no such folder")
+        raise DataError(f"{folder}: expected a folder with the FashionMNIST files, found no such folder; {SOURCE}")
     arrays, paths, strangers = {}, {}, []
     for name, checksum in FASHION_MNIST.items():
+        if "labels" in name and not labels:
+            continue
         path = find_file(folder, name)
         array = load_idx(path)
         kind = "images" if "images" in name else "labels"
@@ -117,10 +127,10 @@ def load_fashion_mnist(folder):
         arrays[key], paths[key] = array, path
 
     for part in ("train", "test"):
-        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        if len(images) != len(labels):
+        images = arrays[f"{part}_images"]
+        if labels and len(images) != (count := len(arrays[f"{part}_labels"])):
             path = paths[f"{part}_labels"]
-            raise DataError(f"{path}: expected a label for each of {len(images):,} images, found {len(labels):,}")
+            raise DataError(f"{path}: expected a label for each of {len(images):,} images, found {count:,}")
         arrays[f"{part}_images"] = images[..., None]
     if strangers:
         warnings.warn(f"{folder}: not the published FashionMNIST (plain MNIST?): {', '.join(strangers)}", stacklevel=2)

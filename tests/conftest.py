@@ -1,6 +1,7 @@
 """Shared by all tests. scratchgen is imported before NumPy, as in the run scripts."""
 
 import importlib.util
+import json
 import shutil
 import struct
 import warnings
@@ -27,6 +28,13 @@ def script(path):
     return module
 
 
+def load(path):
+    """The arrays of a checkpoint, by name, and its state, unchecked."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return arrays, json.loads(str(arrays.pop("state")))
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
@@ -39,8 +47,13 @@ def schedule(request):
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory):
+    return write_small_data(tmp_path_factory.mktemp("data"))
+
+
+def write_small_data(folder):
     """The first images of FashionMNIST as idx files: 200 to train on, 40 to test with."""
-    arrays, folder = load_fashion_mnist(ROOT / "data"), tmp_path_factory.mktemp("data")
+    arrays = load_fashion_mnist(ROOT / "data")
+    folder.mkdir(exist_ok=True)
     for part, name, count in (("train", "train", 200), ("test", "t10k", 40)):
         images, labels = arrays[f"{part}_images"][:count, ..., 0], arrays[f"{part}_labels"][:count]
         header = bytes([0, 0, 8, 3]) + struct.pack(">III", *images.shape)

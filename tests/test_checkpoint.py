@@ -1,11 +1,15 @@
 """Checkpoints: what comes back is what was saved, the wrong file is refused, and a failed write loses nothing."""
 
+import json
+import tracemalloc
+
 from scratchgen import tree
 from scratchgen.machinery import checkpoint
 from scratchgen.machinery.checkpoint import CheckpointError
 
 import numpy as np
 import pytest
+from conftest import load
 
 
 @pytest.fixture
@@ -14,7 +18,8 @@ def arrays(rng):
     return {"params": params, "moments": {"m": tree.map(np.copy, params)}}
 
 
-CONFIG = {"model": "ddpm", "T": 200, "additions": ["v", "black"]}
+IMAGES = {"train_images": "3 of CRC-32 00000000", "test_images": "3 of CRC-32 00000001"}
+CONFIG = {"model": "ddpm", "T": 200, "additions": ["v", "black"]} | IMAGES
 
 
 @pytest.fixture
@@ -84,7 +89,7 @@ def test_a_checkpoint_without_a_runs_state_is_refused(path, arrays, state):
 
 @pytest.mark.parametrize("key", ["config", "rng", "step", "seconds", "epoch_means", "log"])
 def test_no_part_of_a_runs_state_may_be_missing(path, arrays, key):
-    _, state = checkpoint.load(path)
+    _, state = load(path)
     del state[key]
     checkpoint.save(path, arrays, state)
     with pytest.raises(CheckpointError, match="lacks part of a run's state"):
@@ -118,7 +123,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(path, arrays, damage):
 
 def test_no_flipped_byte_gets_through(path, arrays):
     """Each either is noticed, or sits where zip stores nothing of ours, such as a date."""
-    content, good_state = path.read_bytes(), checkpoint.load(path)[1]
+    content, good_state = path.read_bytes(), checkpoint.load_state(path)
     for place in range(0, len(content), 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
         into = tree.map(np.zeros_like, arrays)
@@ -138,19 +143,65 @@ def test_a_failed_write_leaves_the_old_checkpoint(path, arrays, tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_earlier_checkpoints_are_put_aside_not_overwritten(path, tmp_path, capsys):
-    first = path.read_bytes()
-    checkpoint.put_aside(path)
-    path.write_bytes(b"second")
-    checkpoint.put_aside(path)
-    checkpoint.put_aside(path)  # nothing there any more
-    assert (tmp_path / "c-1.npz").read_bytes() == first and (tmp_path / "c-2.npz").read_bytes() == b"second"
-    assert not path.exists() and capsys.readouterr().out.count("kept") == 2
-
-
 def test_a_fingerprint_tells_images_apart():
     images = np.zeros((3, 28, 28, 1), np.uint8)
     other = images.copy()
     other[1, 5, 5] = 1
     assert checkpoint.fingerprint(images).startswith("3 of CRC-32 ")
     assert len({checkpoint.fingerprint(x) for x in (images, other, images[:2])}) == 3
+
+
+RNG = np.random.default_rng(5).bit_generator.state
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("config", [[], 7, None, {"model": "ddpm"}, CONFIG | {"train_images": 7}, CONFIG | {"test_images": "many"}]),
+        ("shard_size", [0, -1, 1.5, "8", True, None, 10**30]),
+        ("step", [-1, 1.5, "x", True, 10**30, None, []]),
+        ("rng", [{}, 7, None, np.random.Generator(np.random.MT19937(0)).bit_generator.state["bit_generator"]]),
+        ("rng", [RNG | {"bit_generator": "MT19937"}, RNG | {"state": {}}, RNG | {"has_uint32": "x"}]),
+        ("seconds", [-1, "x", None, True, float("nan"), float("inf"), [1]]),
+        ("epoch_means", [[], 7, {"loss": "x"}, {"loss": float("nan")}, {"loss": None}, {"loss": {}}]),
+        ("log", [{}, 7, [7], [{"epoch": "1"}], [{"epoch": 1}, {"loss": 1}], [[]], [{"epoch": float("inf")}]]),
+    ],
+)
+def test_no_part_of_a_state_is_believed(path, arrays, key, values):
+    _, state = load(path)
+    for value in values:
+        checkpoint.save(path, arrays, state | {key: value})
+        with pytest.raises(CheckpointError, match=f"found: {key} is ") as error:
+            checkpoint.resume(path, CONFIG, arrays)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 10_000, "{", "NaN", '"x"', ""])
+def test_a_state_that_is_no_sound_json_is_refused(path, arrays, text):
+    named, _ = load(path)
+    np.savez(path, state=np.array(text), **named)
+    with pytest.raises(CheckpointError, match="sound checkpoint"):
+        checkpoint.resume(path, CONFIG, arrays)
+
+
+def test_no_header_makes_us_read_more_than_the_model_needs(path, arrays):
+    named, state = load(path)
+    small = path.stat().st_size
+    for name, big in (("params/b", np.zeros(10**7, np.float32)), ("state", np.array(" " * 10**7))):
+        np.savez_compressed(path, **(named | {"state": np.array(json.dumps(state)), name: big}))
+        assert path.stat().st_size < 20 * small
+        tracemalloc.start()
+        with pytest.raises(CheckpointError):
+            checkpoint.resume(path, CONFIG, arrays)
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+        tracemalloc.stop()
+
+
+def test_numbers_that_are_not_finite_are_refused_and_nothing_changed(path, arrays):
+    named, state = load(path)
+    named["moments/m/b"][1] = np.nan
+    checkpoint.save(path, named, state)
+    into = tree.map(np.zeros_like, arrays)
+    with pytest.raises(CheckpointError, match="moments/m/b has numbers that are not finite"):
+        checkpoint.resume(path, CONFIG, into)
+    assert not any(leaf.any() for leaf in tree.leaves(into))

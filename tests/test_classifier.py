@@ -4,11 +4,10 @@ from scratchgen import tree
 from scratchgen.data import load_fashion_mnist, scale
 from scratchgen.evaluate import classifier
 from scratchgen.gradients import value_and_grad
-from scratchgen.machinery import checkpoint
 
 import numpy as np
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, load, script
 from finite_differences import assert_directional
 
 training = script("docs/train_classifier.py")
@@ -51,7 +50,7 @@ def test_training_writes_weights_that_load(small_data, monkeypatch, tmp_path, ca
         training.main(["--data", str(small_data), "--out", str(out), "--workers", "1"])
     assert "test accuracy" in capsys.readouterr().out
     params = classifier.init_classifier(np.random.default_rng([0, 0]))
-    arrays, state = checkpoint.load(out, keys=["test_accuracy"])
+    arrays, state = load(out)
     assert np.any(arrays["classes/w"] != params["classes"]["w"]) and 0 <= state["test_accuracy"] <= 1
     monkeypatch.setattr(classifier, "WEIGHTS", out)
     np.testing.assert_array_equal(classifier.load_classifier()["classes"]["w"], arrays["classes/w"])

@@ -1,5 +1,8 @@
 """Files that are written whole or not at all, what metrics.json keeps and what it drops, and the lock on a folder."""
 
+import contextlib
+import errno
+import itertools
 import json
 import os
 import subprocess
@@ -86,12 +89,34 @@ def test_numbers_of_one_seed_come_together_and_those_of_another_replace_them(tmp
     assert json.loads(path.read_text())["evaluation"] == expected
 
 
-@pytest.mark.parametrize("content", [None, "", "[1]", "{}", '{"weights": "CRC-32 00000000"}', "7"])
+WEIGHTS = '{"weights": "%s", "evaluation": '
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "[1]", "{}", '{"weights": "CRC-32 00000000"}', "7", "[" * 100_000, '{"weights": [], "a": NaN}']
+    + [WEIGHTS + value for value in ("[]}", "7}", "null}", '{"iwae_50": []}}', '{"iwae_50": 7}}')],
+)
 def test_a_metrics_file_that_is_not_ours_counts_as_none(tmp_path, params, content):
     path = tmp_path / "metrics.json"
     if content is not None:
-        path.write_text(content)
+        path.write_text(content.replace("%s", files.read_metrics(path, params)["weights"]))
     assert files.read_metrics(path, params).keys() == {"weights"}
+    files.add_evaluation(path, params, "iwae_50", {"log_likelihood": -235.0}, seed=0)
+    assert json.loads(path.read_text())["evaluation"]["iwae_50"] == {"log_likelihood": -235.0, "seed": 0}
+
+
+def test_what_is_no_number_is_null_in_json(tmp_path, params):
+    path = tmp_path / "metrics.json"
+    numbers = {"elbo": float("nan"), "parts": [1.5, float("inf")]}
+    files.write_metrics(path, numbers, params)
+    files.add_evaluation(path, params, "bound", {"bits": -float("inf")}, 0)
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    found = json.loads(path.read_text(), parse_constant=refuse)
+    assert found["elbo"] is None and found["parts"] == [1.5, None] and found["evaluation"]["bound"]["bits"] is None
 
 
 # ------------------------------------------------------------------------------------------------------------ the lock
@@ -101,7 +126,8 @@ OTHER = """
 import sys
 from scratchgen.machinery import files
 try:
-    files.hold(sys.argv[1])
+    with files.holding(sys.argv[1]):
+        pass
 except files.FolderInUse as error:
     sys.exit(f"refused: {error}")
 """
@@ -113,55 +139,116 @@ def another_process_holds(folder):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr.strip()
 
 
-@pytest.fixture
-def let_go():
-    yield
-    files.let_go()
+@needs_locks
+def test_a_folder_is_held_until_the_block_ends_and_nothing_stays(tmp_path):
+    words = "another program of scratchgen is at work there; wait for its end, or take another folder"
+    with files.holding(tmp_path):
+        assert another_process_holds(tmp_path) == f"refused: {tmp_path}: {words}"
+        with pytest.raises(FolderInUse), files.holding(tmp_path):  # another thread, a second cell of a notebook
+            pass
+        assert "refused" in another_process_holds(tmp_path)  # which the refused one has not let go
+    assert another_process_holds(tmp_path) == "" and list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), files.holding(tmp_path):
+        raise ZeroDivisionError
+    assert another_process_holds(tmp_path) == ""
+
+
+def test_what_killed_programs_left_half_written_goes(tmp_path):
+    for name in (".preview.part-123.png", ".checkpoint.part-99.npz", "preview.png", ".lock", ".other"):
+        (tmp_path / name).write_bytes(b"x")
+    with files.holding(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"preview.png", ".lock", ".other"}
+    assert {path.name for path in tmp_path.iterdir()} == {"preview.png", ".other"}
+
+
+def test_where_nothing_can_be_locked_or_written_work_goes_on(tmp_path, monkeypatch):
+    with files.holding(tmp_path / "no such folder"):
+        pass
+    if files.fcntl:
+
+        def no_locks(file, how):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    with files.holding(tmp_path):
+        pass
+    monkeypatch.setattr(files, "fcntl", None)  # as on a system with neither
+    with files.holding(tmp_path):
+        assert another_process_holds(tmp_path) == ""
 
 
 @needs_locks
-def test_a_folder_is_held_until_another_one_is_or_it_is_let_go(tmp_path, let_go):
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-    files.hold(first)
-    words = "another run is at work there; give this one another --out"
-    assert another_process_holds(first) == f"refused: {first}: {words}"
-    assert another_process_holds(second) == ""
-    files.hold(first)  # again by this process: no quarrel with itself
-    files.hold(second)
-    assert another_process_holds(first) == "" and "another run is at work" in another_process_holds(second)
-    files.let_go()
-    assert another_process_holds(second) == ""
-
-
-@needs_locks
-def test_a_folder_that_another_process_holds_is_refused(tmp_path, let_go):
-    code = f"import sys; from scratchgen.machinery import files; files.hold({str(tmp_path)!r}); "
+def test_a_folder_that_another_process_holds_is_refused(tmp_path):
+    code = f"import sys; from scratchgen.machinery import files\nwith files.holding({str(tmp_path)!r}): "
     code += "print('held', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(FolderInUse, match="another run is at work there"):
-            files.hold(tmp_path)
-        other.stdin.close()
-    files.hold(tmp_path)
+        with pytest.raises(FolderInUse, match="at work there"), files.holding(tmp_path):
+            pass
+        other.kill()
+        other.wait()
+        with files.holding(tmp_path):  # a killed one holds nothing
+            pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_locks
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_worker_does_not_hold_the_folder_on(tmp_path, let_go):
-    files.hold(tmp_path)
+def test_a_forked_worker_does_not_hold_the_folder_on(tmp_path):
     reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:  # the worker, which outlives the run
-        os.close(writer)
-        os.read(reader, 1)
-        os._exit(0)
+    with files.holding(tmp_path):
+        pid = os.fork()
+        if pid == 0:  # the worker, which outlives the run
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
     try:
-        files.let_go()
         assert another_process_holds(tmp_path) == ""
     finally:
         os.close(writer)
         os.close(reader)
         os.waitpid(pid, 0)
+
+
+# --------------------------------------------------------------------------------------------------- an earlier run
+
+
+def test_an_earlier_run_is_moved_whole_and_never_overwritten(tmp_path, capsys):
+    for content in (b"first", b"second"):
+        for name in ("checkpoint.npz", "log.csv", "metrics.json", "samples.png"):
+            (tmp_path / name).write_bytes(content)
+        (tmp_path / "notes.txt").write_bytes(b"the user's")
+        files.put_aside(tmp_path)
+    files.put_aside(tmp_path)  # nothing there any more
+    assert {path.name for path in tmp_path.iterdir()} == {"earlier-1", "earlier-2", "notes.txt"}
+    for number, content in ((1, b"first"), (2, b"second")):
+        found = {path.name: path.read_bytes() for path in (tmp_path / f"earlier-{number}").iterdir()}
+        assert found == dict.fromkeys(("checkpoint.npz", "log.csv", "metrics.json", "samples.png"), content)
+    assert capsys.readouterr().out.count("kept the earlier run") == 2
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_a_move_that_was_killed_goes_on_with_the_same_folder(after, tmp_path, monkeypatch):
+    names = ["checkpoint.npz", "log.csv", "metrics.json", "samples.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    replace, calls = os.replace, itertools.count()
+
+    def killed(*paths):
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        files.put_aside(tmp_path)
+    files.put_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["earlier-1"]
+    assert {path.name: path.read_text() for path in (tmp_path / "earlier-1").iterdir()} == {n: n for n in names}
+
+
+def test_a_folder_without_a_run_is_left_alone(tmp_path):
+    (tmp_path / "holiday.png").write_bytes(b"the user's")
+    files.put_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.png"]

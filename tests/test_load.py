@@ -5,7 +5,7 @@ from functools import partial
 
 import run_ddpm
 from scratchgen import denoisers, diffusion, improved, tree, vae
-from scratchgen.evaluate import load
+from scratchgen.evaluate import load as load_module
 from scratchgen.evaluate.classifier import load_classifier
 from scratchgen.evaluate.load import DDPMRun, VAERun, load_run
 from scratchgen.machinery import checkpoint
@@ -13,13 +13,13 @@ from scratchgen.machinery.checkpoint import CheckpointError
 
 import numpy as np
 import pytest
-from conftest import T, main_of
+from conftest import T, load, main_of
 
 
 def test_the_session_of_the_docstring_works_as_it_stands(small_data, tmp_path):
     flags = ["--T", 20, "--arch", "mlp", "--epochs", 1, "--train-images", 32, "--workers", 1]
     main_of(run_ddpm, "--data", small_data, *flags, "--out", tmp_path / "ddpm")
-    session = "\n".join(line[4:] for line in load.__doc__.splitlines() if line.startswith("    "))
+    session = "\n".join(line[4:] for line in load_module.__doc__.splitlines() if line.startswith("    "))
     assert '"runs/ddpm"' in session and "# (4, 28, 28, 1) in [0, 1]" in session
     names = {}
     exec(session.replace('"runs/ddpm"', repr(str(tmp_path / "ddpm"))), names)
@@ -131,7 +131,7 @@ MISSING = object()
 )
 def test_a_checkpoint_of_something_else(name, key, value, folder):
     path = folder / name / "checkpoint.npz"
-    arrays, state = checkpoint.load(path)
+    arrays, state = load(path)
     state["config"][key] = value
     if value is MISSING:
         del state["config"][key]
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_something_else(name, key, value, folder):
 @pytest.mark.parametrize("name", ["vae", "ddpm"])
 def test_a_run_that_never_finished_an_epoch(name, folder):
     path = folder / name / "checkpoint.npz"
-    arrays, state = checkpoint.load(path)
+    arrays, state = load(path)
     checkpoint.save(path, arrays, state | {"log": []})
     with pytest.raises(CheckpointError, match="first epoch"):
         load_run(folder / name)

@@ -16,7 +16,7 @@ from scratchgen.optim import cosine_decay
 
 import numpy as np
 import pytest
-from conftest import main_of, script
+from conftest import load, main_of, script
 
 protocol = script("docs/published_protocol.py")
 protocol.SHARD = 8  # so small that a minibatch of 16 has work for two workers
@@ -58,10 +58,10 @@ def whole(small_data, tmp_path_factory):
 
 
 def best_row_and_weights(folder):
-    arrays, state = checkpoint.load(folder / "checkpoint.npz")
+    arrays, state = load(folder / "checkpoint.npz")
     held_out = [row["held_out_elbo"] for row in state["log"]]
     params = vae.init_mlp_vae(np.random.default_rng(0), 4)
-    checkpoint.fill({"best": params}, arrays, folder)
+    checkpoint.fill({"best": params}, folder / "checkpoint.npz")
     return state["log"][int(np.argmax(held_out))], params, arrays, state
 
 
@@ -146,7 +146,7 @@ def test_stopped_and_resumed_with_other_workers_it_gives_the_same_bits(whole, st
     monkeypatch.setattr(protocol, "muon_step", step_and_stop)
     with pytest.raises(cli.Stopped):
         main_of(protocol, *flags, "--workers", 2, "--out", tmp_path)
-    assert checkpoint.load(tmp_path / "checkpoint.npz")[1]["step"] == stop_at
+    assert checkpoint.load_state(tmp_path / "checkpoint.npz")["step"] == stop_at
     monkeypatch.setattr(protocol, "muon_step", step_of)
     main_of(protocol, *flags, "--workers", 3, "--out", tmp_path, "--resume")
     (_, _, whole_arrays, whole_state), (_, _, arrays, state) = map(best_row_and_weights, (folder, tmp_path))

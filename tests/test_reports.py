@@ -16,7 +16,7 @@ from scratchgen.machinery.workers import Workers
 
 import numpy as np
 import pytest
-from conftest import T, main_of
+from conftest import T, load, main_of
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_run_on_other_images_is_not_measured_on_these(model, folder, measure, 
 
 def test_a_vae_on_other_images_is_no_peer(folder, measure):
     path = folder / "vae" / "checkpoint.npz"
-    arrays, state = checkpoint.load(path)
+    arrays, state = load(path)
     state["config"]["train_images"] = "32 of CRC-32 00000000"
     checkpoint.save(path, arrays, state)
     with pytest.raises(cli.UsageError, match="vae was trained on other images"):

@@ -20,7 +20,7 @@ from scratchgen.optim import adam_step, cosine_decay
 
 import numpy as np
 import pytest
-from conftest import main_of
+from conftest import load, main_of
 
 
 @pytest.fixture
@@ -197,10 +197,11 @@ def test_a_test_set_smaller_than_the_figures(small_data, tmp_path):
             head = 16 if "images" in path.name else 8
             content = content[:4] + (7).to_bytes(4, "big") + content[8:head] + content[head : head + 7 * size]
         (tmp_path / path.name).write_bytes(content)
-    flags = ["--data", tmp_path, "--epochs", 1, "--train-images", 16, "--out", tmp_path / "out"]
+    flags = ["--data", tmp_path, "--epochs", 1, "--train-images", 16]
     for module, more in ((run_vae, []), (run_ddpm, ["--T", 30, "--arch", "mlp"])):
-        main_of(module, *flags, *more)
-    assert (tmp_path / "out" / "reconstructions.png").exists() and (tmp_path / "out" / "trajectory.png").exists()
+        main_of(module, *flags, *more, "--out", tmp_path / module.__name__)
+    for figure in ("run_vae/reconstructions.png", "run_ddpm/trajectory.png"):
+        assert (tmp_path / figure).exists()
 
 
 # ------------------------------------------------------------------------------- each rung of the ladder of additions
@@ -215,7 +216,7 @@ def test_every_rung_stops_resumes_and_is_measured_alike(additions, call, finish,
     chosen = ["--additions", *(additions or ["none"])]
     call(run_ddpm, *flags, *chosen, "--out", whole)
 
-    asked, calls = training.Run.stop_if_asked, itertools.count()
+    asked, calls = training.Run.stop_if_asked, itertools.count(1)
 
     def interrupt(run):
         if next(calls) == 4:  # between steps 4 and 5; an epoch has 3
@@ -225,7 +226,7 @@ def test_every_rung_stops_resumes_and_is_measured_alike(additions, call, finish,
     with monkeypatch.context() as patch, pytest.raises(cli.Stopped):
         patch.setattr(training.Run, "stop_if_asked", interrupt)
         call(run_ddpm, *flags, *chosen, "--out", stopped)
-    half = checkpoint.load(stopped / "checkpoint.npz")[1]
+    half = checkpoint.load_state(stopped / "checkpoint.npz")
     assert half["step"] == 4 and len(half["log"]) == 1 and half["config"]["additions"] == additions
 
     others = RUNGS[(RUNGS.index(additions) + 1) % len(RUNGS)]
@@ -237,7 +238,7 @@ def test_every_rung_stops_resumes_and_is_measured_alike(additions, call, finish,
     assert "made with additions {}, this run has additions {};".format(*names) in stderr
 
     call(run_ddpm, *flags, *chosen, "--out", stopped, "--resume")
-    (a, state_a), (b, state_b) = (checkpoint.load(folder / "checkpoint.npz") for folder in (whole, stopped))
+    (a, state_a), (b, state_b) = (load(folder / "checkpoint.npz") for folder in (whole, stopped))
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)

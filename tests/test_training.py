@@ -5,14 +5,16 @@ import csv
 import json
 import os
 import signal
+import threading
 
-from scratchgen.machinery import cli, files, training
+from scratchgen.machinery import checkpoint, cli, files, training
 from scratchgen.machinery.checkpoint import CheckpointError
 from scratchgen.machinery.training import Run, StopBetweenSteps, rng_for
 from scratchgen.machinery.workers import Workers
 
 import numpy as np
 import pytest
+from conftest import load
 
 IMAGES = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -22,14 +24,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def make(tmp_path):
     """A function that begins a run of 40 images with arrays of zeros; flags by name."""
 
-    def begin(model="toy", images=IMAGES, workers=1, **flags):
+    def begin(model="toy", images=IMAGES, workers=1, test_images=IMAGES[:7], **flags):
+        for run in begun:  # the folder is held until the end of `with run`, which not every test has
+            run.held.close()
         settings = {"epochs": 2, "batch_size": 16, "seed": 0, "lr": 0.1, "out": tmp_path / "run", "resume": False}
         settings |= {"workers": workers, "data": "data", "command": "python run_toy.py"} | flags
         arrays = {"params": {"w": np.zeros(3, np.float32)}, "moments": {"m": {"w": np.zeros(3, np.float32)}}}
-        return Run(model, argparse.Namespace(**settings), images, arrays, Workers(workers))
+        columns = ("train_loss", "test_loss")
+        run = Run(model, argparse.Namespace(**settings), (images, test_images), arrays, Workers(workers), columns)
+        begun.append(run)
+        return run
 
+    begun = []
     yield begin
-    files.let_go()
+    for run in begun:
+        run.held.close()
 
 
 def take_step(run, images):
@@ -109,7 +118,7 @@ def test_epoch_means_are_weighted_by_images(make):
                 run.record(0.0, {"kl": {1: 2.0, 2: 6.0}[step]})
             assert run.epoch_means == {"kl": 3.0}
             run.end_epoch({"train": run.epoch_means}, "")
-            assert run.epoch_means == {} and run.log[-1]["train_kl"] == 3.0
+            assert run.log[-1]["train_kl"] == 3.0
 
 
 def test_a_row_an_epoch_in_log_csv_and_one_line_on_the_screen(make, capsys):
@@ -135,7 +144,7 @@ def test_what_it_took_goes_beside_the_models_own_numbers(make):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("-inf")])
 def test_a_loss_that_is_not_finite_ends_the_run(make, value):
     run = make()
-    with pytest.raises(cli.Diverged, match="at step 2: try a smaller --lr"), run:
+    with pytest.raises(cli.Diverged, match="at step 2: start again, without --resume, with a smaller --lr"), run:
         for _epoch in run.epochs():
             for step, _images in run.minibatches():
                 run.record(value if step == 2 else 1.0, {"loss": 1.0})
@@ -165,9 +174,126 @@ def test_a_stop_waits_for_the_next_place_where_it_is_allowed(make, number):
     assert [signal.getsignal(s) for s in SIGNALS] == handlers
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_outside_a_step_a_stop_does_not_wait_and_what_was_done_is_saved(make, tmp_path, number):
+    """In what is measured or drawn after an epoch: resumed, the run takes no step twice, and draws what is missing."""
+    whole, drawn = train(make(out=tmp_path / "whole")), []
+
+    def train_and_draw(run, stop_at=None):
+        with run:
+            for epoch in run.epochs():
+                for _step, images in run.minibatches():
+                    take_step(run, images)
+                if epoch == stop_at:
+                    os.kill(os.getpid(), number)
+                drawn.append(epoch)
+                test = {"loss": float(run.arrays["params"]["w"][1])}
+                run.end_epoch({"train": run.epoch_means, "test": test}, "summary")
+        return run
+
+    with pytest.raises(cli.Stopped):
+        train_and_draw(make(), stop_at=2)
+    run = make(resume=True)
+    assert drawn == [1] and run.step == 6 and len(run.log) == 1
+    train_and_draw(run)
+    assert drawn == [1, 2]
+    np.testing.assert_array_equal(run.arrays["params"]["w"], whole.arrays["params"]["w"])
+    assert [row["train_loss"] for row in run.log] == [row["train_loss"] for row in whole.log]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_a_signal_that_was_to_be_ignored_is():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    stop = StopBetweenSteps()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received is None and signal.SIGHUP not in stop.handlers
+    finally:
+        stop.restore()
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_in_a_thread_no_signal_is_asked_for(make):
+    runs = []
+    thread = threading.Thread(target=lambda: runs.append(train(make())))
+    thread.start()
+    thread.join()
+    assert len(runs) == 1 and runs[0].step == 6
+
+
+def test_a_checkpoint_is_saved_within_an_epoch_too(make, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    run, steps = make(), []
+    with run:
+        for _epoch in run.epochs():
+            for step, images in run.minibatches():
+                if step > 1:
+                    steps.append(checkpoint.load_state(run.path)["step"])
+                take_step(run, images)
+            run.end_epoch({"train": run.epoch_means, "test": {"loss": 0.0}}, "")
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_weights_that_are_not_finite_are_not_saved(make):
+    run = make()
+    before = run.path.read_bytes()
+    run.arrays["params"]["w"][1] = np.nan
+    with pytest.raises(cli.Diverged), run:
+        run.save()
+    assert run.path.read_bytes() == before
+
+
+def test_the_folder_is_free_when_the_run_has_ended_or_could_not_begin(make):
+    run = train(make())
+    with files.holding(run.args.out):
+        pass
+    with pytest.raises(CheckpointError) as error:
+        make(resume=True, seed=5)
+    with files.holding(run.args.out):  # although the error, which a notebook keeps, still knows the run
+        assert error.tb is not None
+
+
+def test_a_log_that_cannot_be_replaced_ends_no_run(make, monkeypatch, capsys):
+    replace = os.replace
+
+    def spreadsheet(source, target):
+        if target.name == "log.csv":
+            raise PermissionError(13, "used by another process")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", spreadsheet)
+        run = train(make())
+    assert capsys.readouterr().out.count("warning: log.csv stays as it was") == 2
+    run.write_metrics({}, run.arrays["params"])
+    assert len((run.args.out / "log.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 7},
+        {"step": 2},
+        {"step": 10**15},
+        {"shard_size": 1},
+        {"log": []},
+        {"log": [{"epoch": 1, "step": 3, "seconds": 1.0}] * 2},
+        {"log": [{"epoch": 1, "step": 3, "train_loss": 0.0, "test_loss": 0.0, "seconds": 1.0}] * 2},
+    ],
+)
+def test_a_state_that_is_of_no_such_run_is_refused(make, change):
+    run = train(make())
+    arrays, state = load(run.path)
+    checkpoint.save(run.path, arrays, state | change)
+    with pytest.raises(CheckpointError, match="expected a state of this run") as error:
+        make(resume=True)
+    assert "\n" not in str(error.value)
+
+
 def test_a_second_ctrl_c_stops_at_once():
     handlers = [signal.getsignal(s) for s in SIGNALS]
     stop = StopBetweenSteps()
+    stop.in_step = True
     try:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -200,6 +326,7 @@ def test_a_run_is_resumed_only_with_the_settings_it_was_made_with(make, tmp_path
         ({"lr": 0.2}, "lr 0.1, this run has lr 0.2"),
         ({"model": "other"}, "model toy, this run has model other"),
         ({"images": IMAGES[:39]}, "40 of CRC-32"),
+        ({"test_images": IMAGES[:6]}, "test_images 7 of CRC-32"),
     ):
         with pytest.raises(CheckpointError, match=words):
             make(resume=True, **change)
@@ -212,6 +339,7 @@ def test_a_run_is_resumed_only_with_the_settings_it_was_made_with(make, tmp_path
 def test_a_new_run_saves_at_once_and_puts_an_earlier_checkpoint_aside(make, capsys):
     first = train(make()).path.read_bytes()
     run = make(seed=1)
-    assert (run.args.out / "checkpoint-1.npz").read_bytes() == first != run.path.read_bytes()
-    assert "kept the checkpoint of an earlier run" in capsys.readouterr().out
+    assert (run.args.out / "earlier-1" / "checkpoint.npz").read_bytes() == first != run.path.read_bytes()
+    assert "kept the earlier run" in capsys.readouterr().out
+    assert not (run.args.out / "log.csv").exists()  # which was of the other run
     assert make(seed=1, resume=True).step == 0

@@ -14,6 +14,7 @@ go too.
 """
 
 import argparse
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from scratchgen.data import load_fashion_mnist
 from scratchgen.evaluate.load import VAERun, load_run
 from scratchgen.evaluate.reports import measure_bound, measure_samples, measure_vae
 from scratchgen.improved import SAMPLERS
-from scratchgen.machinery import cli
+from scratchgen.machinery import cli, files
 from scratchgen.machinery.checkpoint import fingerprint
 from scratchgen.machinery.workers import Workers
 
@@ -54,7 +55,12 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    model = load_run(args.run)
+    with files.holding(args.run) if args.run.is_dir() else nullcontext():
+        measure(args)
+
+
+def measure(args):
+    model, args.unwritten = load_run(args.run), []
     is_vae, T = isinstance(model, VAERun), model.config.get("T")
     flags_of_the_other = ("bound", "sampler", "sample_steps", "vae") if is_vae else ("iwae",)
     if wrong := [name for name in flags_of_the_other if getattr(args, name)]:
@@ -70,7 +76,7 @@ def main(argv=None):
         raise cli.UsageError("--samples needs one --sampler and one number of --sample-steps")
     args.vae = args.vae or args.run.resolve().parent / "vae"
     peer = load_vae(args.vae) if args.frechet and not is_vae else None
-    data, workers = load_fashion_mnist(args.data), Workers(args.workers)
+    data, workers = load_fashion_mnist(args.data, labels=False), Workers(args.workers)
     check_data(args.run, model, data, args.data)
     if peer:
         check_data(args.vae, peer, data, args.data)
@@ -82,6 +88,8 @@ def main(argv=None):
         (measure_vae if is_vae else measure_bound)(args, model, data, workers)
     if args.frechet or args.samples:
         measure_samples(args, model, data, workers, peer)
+    if args.unwritten:
+        raise args.unwritten[0]
 
 
 def flag_name(name):
@@ -90,11 +98,11 @@ def flag_name(name):
 
 def check_data(folder, model, data, data_folder):
     """Refuse to measure a model on a test set whose training set it has not seen. Raises UsageError."""
-    trained_on = model.config["train_images"]
-    first = data["train_images"][: int(trained_on.split()[0])]
-    if fingerprint(first) != trained_on:
+    config = model.config
+    first = data["train_images"][: int(config["train_images"].split()[0])]
+    if (fingerprint(first), fingerprint(data["test_images"])) != (config["train_images"], config["test_images"]):
         raise cli.UsageError(
-            f"{folder} was trained on other images than those in {data_folder}; --data names their folder"
+            f"{folder} was trained on other images than those in {data_folder}, or tested; --data names their folder"
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from scratchgen import improved, vae
 from scratchgen.denoisers import DENOISERS
-from scratchgen.diffusion import make_schedule
+from scratchgen.diffusion import SCHEDULES, make_schedule
 from scratchgen.machinery import checkpoint
 
 import numpy as np
@@ -57,12 +57,24 @@ class DDPMRun:
         return (x_0 + 1) / 2
 
 
+SETTINGS = {  # that a network is built from, as the flags allow them
+    "vae": {"arch": vae.VAES.__contains__, "latent_dim": checkpoint.whole(2, 10_000)},
+    "ddpm": {
+        "arch": DENOISERS.__contains__,
+        "T": checkpoint.whole(1, 100_000),
+        "schedule": SCHEDULES.__contains__,
+        "additions": lambda names: isinstance(names, list) and set(names) <= improved.ADDITIONS.keys(),
+    },
+}
+
+
 def load_run(folder):
     """The run in this folder: a VAERun, or a DDPMRun with the moving average of its weights. Raises CheckpointError."""
     path = Path(folder) / "checkpoint.npz"
-    arrays, state = checkpoint.load(path)
+    state = checkpoint.load_state(path)
     config, rng = state["config"], np.random.default_rng(0)
     try:
+        checkpoint.check(config, SETTINGS.get(config["model"], {}))
         if config["model"] == "vae":
             init, encode, decode = vae.VAES[config["arch"]]
             name, params = "params", init(rng, config["latent_dim"])
@@ -75,11 +87,11 @@ def load_run(folder):
             run = DDPMRun(config, schedule, params, *(partial(f, params) for f in predictions))
         else:
             raise KeyError(f"model, {config['model']}")
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(
             f"{path}: expected a run of this version, found this missing or invalid: {error}"
         ) from None
-    checkpoint.fill({name: params}, arrays, path, constant=True)  # so that workers need not look for changes
+    checkpoint.fill({name: params}, path, constant=True)  # so that workers need not look for changes
     if not state["log"]:
         raise checkpoint.CheckpointError(f"{path}: expected a trained model, found one in its first epoch")
     return run

@@ -26,7 +26,15 @@ def report(args, model, entry, numbers, *lines):
     """Print lines of (name, value, remark), and add an entry to "evaluation" in metrics.json."""
     for name, value, remark in lines:
         print(f"{name:<48} {value:>9}  {remark}")
-    files.add_evaluation(args.run / "metrics.json", model.params, entry, numbers, args.seed)
+    write(args, files.add_evaluation, args.run / "metrics.json", model.params, entry, numbers, args.seed)
+
+
+def write(args, f, *arguments):
+    """Call f, which writes a file. Where it cannot, measuring goes on, and ``args.unwritten`` keeps the reason."""
+    try:
+        f(*arguments)
+    except OSError as error:
+        args.unwritten.append(error)
 
 
 def over_images(f, arrays, shard, workers, description):
@@ -56,7 +64,7 @@ def measure_vae(args, model, data, workers):
     }
     line = ("active latent dimensions", f"{active.sum()}", f"of {len(kl)}; their KL: {kl[active].sum():.2f} nats")
     report(args, model, "latent", numbers, line)
-    plots.save(plots.latent_use(kl, variance, spread, active), args.run / "latent_use.png")
+    write(args, plots.save, plots.latent_use(kl, variance, spread, active), args.run / "latent_use.png")
     if args.iwae:
         bound = importance_weighted_bound(model.encode, model.decode, x, args.iwae, args.seed, workers)
         line = (f"importance-weighted bound, K = {args.iwae}", f"{bound:.2f}", "nats per image")
@@ -108,7 +116,7 @@ def measure_bound(args, model, data, workers):
         ]
         numbers = {"bits_per_dimension": mean, "standard_error": error} | parts
         report(args, model, f"bound_exact_{N}", numbers, *lines)
-    plots.save(plots.bound_over_t(times, over_t, mean), args.run / "bound.png")
+    write(args, plots.save, plots.bound_over_t(times, over_t, mean), args.run / "bound.png")
 
 
 def mean_and_standard_error(values):
@@ -128,6 +136,12 @@ def draw(model, N, seed, workers, *sampler_and_steps):
     return over_images(from_shard, [np.arange(N)], SHARD, workers, "samples")
 
 
+def save_images(path, images):
+    with files.replacing(path) as temporary:
+        np.savez(temporary, images=images)
+    print(f"wrote {len(images):,} images to {path}")
+
+
 def grey_levels(x):
     return np.round(x * 255).astype(np.uint8)
 
@@ -139,9 +153,7 @@ def measure_samples(args, model, data, workers, peer=None):
     def draw_and_save(*sampler_and_steps):
         images = draw(model, max(N or 0, args.samples or 0), args.seed, workers, *sampler_and_steps)
         if args.samples:
-            with files.replacing(args.run / "samples.npz") as temporary:
-                np.savez(temporary, images=images[: args.samples, ..., 0])
-            print(f"wrote {args.samples:,} images to {args.run / 'samples.npz'}")
+            write(args, save_images, args.run / "samples.npz", images[: args.samples, ..., 0])
         return images
 
     samplers = [()] if is_vae else [(sampler, steps) for sampler in args.sampler for steps in args.sample_steps]
@@ -170,4 +182,4 @@ def measure_samples(args, model, data, workers, peer=None):
         if not is_vae:
             curves.setdefault(sampler[0], []).append((sampler[1], value))
     if len(args.sample_steps) > 1:
-        plots.save(plots.distance_over_steps(curves, levels, N), args.run / "steps.png")
+        write(args, plots.save, plots.distance_over_steps(curves, levels, N), args.run / "steps.png")

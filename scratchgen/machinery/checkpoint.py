@@ -4,22 +4,79 @@ It has every array under its path in the tree ("params/down_blocks/0/conv1/w"), 
 that is not an array: configuration, step, the generator's state, the log so far.
 """
 
-import itertools
 import json
-import os
+import math
+import re
+import zipfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr as short
 
 from scratchgen import tree
 from scratchgen.machinery.files import replacing
 
 import numpy as np
 
-STATE = ("config", "shard_size", "rng", "step", "seconds", "epoch_means", "log")  # what the state of a run must have
-
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or of another run than this one; the message names it in one line."""
+
+
+# ------------------------------------------------------------------------- what the state of a run must have, and how
+
+
+def whole(low, high=2**53):
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def is_number(value):
+    return type(value) in (int, float) and abs(value) < 1e300  # which NaN is not, either
+
+
+def are_numbers(value):  # by name
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
+def are_rows(value):
+    return isinstance(value, list) and all(are_numbers(row) and row.keys() == value[0].keys() for row in value)
+
+
+def is_generator(value):
+    try:
+        np.random.PCG64(0).state = value
+    except Exception:  # NumPy has several
+        return False
+    return True
+
+
+def are_settings(value):
+    images = [value.get(f"{part}_images") for part in ("train", "test")] if isinstance(value, dict) else [None]
+    return all(isinstance(text, str) and re.fullmatch(FINGERPRINT, text) for text in images) and "model" in value
+
+
+FINGERPRINT = r"[0-9]{1,12} of CRC-32 [0-9a-f]{8}"
+STATE = {
+    "config": are_settings,
+    "shard_size": whole(1),
+    "rng": is_generator,
+    "step": whole(0),
+    "seconds": lambda value: is_number(value) and value >= 0,
+    "epoch_means": are_numbers,
+    "log": are_rows,
+}
+
+
+def check(state, schema):
+    """Raise ValueError unless the state has all that the schema names, and each as it must be."""
+    if not isinstance(state, dict) or not schema.keys() <= state.keys():
+        raise ValueError("it lacks part of a run's state, or is of another version")
+    for name, is_sound in schema.items():
+        if not is_sound(state[name]):
+            raise ValueError(f"{name} is {short(state[name])}")
+
+
+# ------------------------------------------------------------------------------------------------------- write and read
 
 
 def save(path, arrays, state):
@@ -29,21 +86,44 @@ def save(path, arrays, state):
         np.savez(file, state=np.array(json.dumps(state)), **named)
 
 
-def load(path, keys=STATE):
-    """The arrays, by name, and the state that ``save`` wrote, which must have these keys. Raises CheckpointError."""
-    path = Path(path)
-    if not path.exists():
+@contextmanager
+def opened(path):
+    """The checkpoint, as the zip archive that it is; whatever is wrong with it becomes a CheckpointError."""
+    if not Path(path).exists():
         raise CheckpointError(f"{path}: expected a checkpoint of scratchgen, found no such file")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        state = json.loads(str(arrays.pop("state")))
-        if not isinstance(state, dict) or not set(keys) <= state.keys():
-            raise ValueError("it lacks part of a run's state, or is of another version")
+        with zipfile.ZipFile(path) as file:
+            yield file
+    except CheckpointError:
+        raise
     except Exception as error:  # zipfile, NumPy and json each have several for a damaged file
         reason = str(error).split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: expected a sound checkpoint of scratchgen, found: {reason}") from None
-    return arrays, state
+
+
+def read(file, name, like=None):
+    """An array of the archive, None if it is not ``like`` that one; no header makes us read more than is there."""
+    member = file.getinfo(f"{name}.npy")
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed, as no checkpoint is")
+    with file.open(member) as stream:
+        if np.lib.format.read_magic(stream) != (1, 0):
+            raise ValueError(f"{name} has another version of NumPy's format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
+            raise ValueError(f"{name} has another length than its header says")
+        if like is not None and (shape, dtype) != (like.shape, like.dtype):
+            return None
+        stream.seek(0)
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def load_state(path, schema=STATE):
+    """The state that ``save`` wrote, checked. Raises CheckpointError."""
+    with opened(path) as file:
+        state = json.loads(str(read(file, "state")))
+        check(state, schema)
+    return state
 
 
 def resume(path, config, arrays):
@@ -53,7 +133,7 @@ def resume(path, config, arrays):
     """
     if not path.exists():
         raise CheckpointError(f"{path}: nothing to resume, there is no such file; leave --resume out to start")
-    saved, state = load(path)
+    state = load_state(path)
     for key, wanted in config.items():
         found = state["config"].get(key)
         if found != wanted:
@@ -61,7 +141,7 @@ def resume(path, config, arrays):
                 f"{path}: made with {key} {shown(found)}, this run has {key} {shown(wanted)}; "
                 "resume with the same settings, or start afresh in another --out"
             )
-    fill(arrays, saved, path)
+    fill(arrays, path)
     return state
 
 
@@ -69,26 +149,23 @@ def shown(setting):
     return (" ".join(map(str, setting)) or "none") if isinstance(setting, list) else setting
 
 
-def fill(arrays, saved, path, constant=False):
+def fill(arrays, path, constant=False):
     """Copy arrays by name into a tree, for good if ``constant``. Raises CheckpointError, and nothing was changed."""
-    names, leaves = tree.names(arrays), tree.leaves(arrays)
-    for name, leaf in zip(names, leaves, strict=True):
-        if name not in saved or saved[name].shape != leaf.shape or saved[name].dtype != leaf.dtype:
-            raise CheckpointError(f"{path}: expected an array {name} {leaf.shape} {leaf.dtype}, found none like it")
-    for name, leaf in zip(names, leaves, strict=True):
-        leaf[...] = saved[name]
+    leaves, found = tree.leaves(arrays), []
+    with opened(path) as file:
+        for name, leaf in zip(tree.names(arrays), leaves, strict=True):
+            array = read(file, name, leaf) if f"{name}.npy" in file.namelist() else None
+            if array is None:
+                words = f"expected an array {name} {leaf.shape} {leaf.dtype}, found none like it"
+                raise CheckpointError(f"{path}: {words}")
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} has numbers that are not finite")
+            found.append(array)
+    for leaf, array in zip(leaves, found, strict=True):
+        leaf[...] = array
         leaf.flags.writeable = not constant
 
 
 def fingerprint(images):
-    """What tells one set of training images from another: their number and checksum, for the checkpoint."""
+    """What tells one set of images from another: their number and checksum, for the checkpoint."""
     return f"{len(images)} of CRC-32 {zlib.crc32(images):08x}"
-
-
-def put_aside(path):
-    """Rename the checkpoint of an earlier run, if there is one, so that a new run in its folder cannot overwrite it."""
-    if path.exists():
-        numbers = itertools.count(1)
-        aside = next(p for n in numbers if not (p := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
-        os.replace(path, aside)
-        print(f"kept the checkpoint of an earlier run as {aside}")

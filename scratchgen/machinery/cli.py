@@ -7,18 +7,21 @@ import argparse
 import math
 import os
 import shlex
+import signal
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from scratchgen.data import DataError
-from scratchgen.machinery import runtime
+from scratchgen.machinery import plots, runtime
 from scratchgen.machinery.checkpoint import CheckpointError
 from scratchgen.machinery.files import FolderInUse
 
 from tqdm import tqdm
 
 tqdm.monitor_interval = 0  # no thread to watch the bars: workers are forked, and a fork should find no thread at work
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 ROOT = Path(__file__).parents[2]  # of the project, where the run scripts and the data are
 
 
@@ -72,7 +75,7 @@ def add_data_flags(parser):
         "parallel processes (threads on macOS and Windows); results do not depend on N, and 1 keeps everything in this "
         "process, for a debugger (default: all cores, here %(default)s)"
     )
-    parser.flag("--workers", help, type=number(int, 1), default=runtime.available_cores(), metavar="N")
+    parser.flag("--workers", help, type=number(int, 1, high=256), default=runtime.available_cores(), metavar="N")
     help = "folder with the four FashionMNIST idx files, compressed or not (default: data/ beside the run scripts)"
     parser.flag("--data", help, type=Path, default=ROOT / "data", metavar="DIR")
 
@@ -84,7 +87,7 @@ def run_parser(prog, description, epochs, batch_size, lr, out):
     """
     p = OneLineParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     by_arch = ", ".join(f"{count} for {arch}" for arch, count in epochs.items())
-    whole, positive = number(int, 1), number(float, 0, above=True)
+    whole, positive = number(int, 1, high=10**9), number(float, 0, high=1e30, above=True)
     p.flag("--arch", "the network", choices=epochs, default=next(iter(epochs)))
     p.flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
     p.flag("--batch-size", "images per gradient step", type=whole, default=batch_size, metavar="N")
@@ -120,13 +123,22 @@ RESUMABLE = "stopped: the same command with --resume continues from the last che
 
 
 def run(main, when_stopped=RESUMABLE):
-    """Call ``main()`` and exit; what a user can put right becomes one line on stderr and a non-zero status."""
+    """Call ``main()`` and exit; what a user can put right becomes one line on stderr and a non-zero status.
+
+    It owns the process: figures look alike whatever a matplotlibrc says, and SIGTERM or a closed terminal end it as
+    Ctrl-C does, so that nothing half-written stays.
+    """
+    plots.matplotlib.rcdefaults()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in [number for number, handler in before.items() if handler == signal.SIG_DFL]:
+        signal.signal(number, interrupt)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the whole run
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        sys.stdout.reconfigure(line_buffering=True)  # an epoch's line appears when the epoch ends, in a pipe too
+        # An epoch's line appears when the epoch ends, in a pipe too; a path that cannot be shown stops nothing.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     status, message = 0, None
     try:
         main()
@@ -136,14 +148,22 @@ def run(main, when_stopped=RESUMABLE):
         status, message = 1, str(error)
     except Stopped as stop:
         status, message = 128 + stop.args[0], "stopped and saved: the same command with --resume continues"
-    except KeyboardInterrupt:
-        status, message = 130, when_stopped
+    except KeyboardInterrupt as stop:
+        status, message = 128 + next(iter(stop.args), signal.SIGINT), when_stopped
     except OSError as error:  # a full disk, a folder that may not be written
         where = f"{error.filename}: " if error.filename else ""
         status, message = 1, f"{where}{error.strerror or error}"
     except MemoryError:
         status, message = 1, "out of memory: try fewer --workers"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if message:
-        program = Path(sys.argv[0])
-        print(f"{program.parent.name if program.stem == '__main__' else program.name}: {message}", file=sys.stderr)
+        program, message = Path(sys.argv[0]), " ".join(message.split())[:2000]  # a path may have line ends in it
+        with suppress(OSError):  # a terminal that was closed
+            print(f"{program.parent.name if program.stem == '__main__' else program.name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def interrupt(signal_number, frame):
+    raise KeyboardInterrupt(signal_number)

@@ -4,19 +4,22 @@ Also what a run writes as text, ``log.csv`` and ``metrics.json``, and the lock o
 """
 
 import csv
+import errno
 import io
+import itertools
 import json
 import os
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scratchgen import tree
 
-try:
+fcntl = msvcrt = None
+with suppress(ImportError):  # Windows has none
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
+with suppress(ImportError):  # and nobody else has
+    import msvcrt
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def replacing(path):
     When it does not, whatever was at ``path`` is still there, and the temporary file is not.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")  # same suffix: savez and savefig go by it
+    temporary = path.with_name(f".{path.stem}.part-{os.getpid()}{path.suffix}")  # savez and savefig go by the suffix
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -56,7 +59,7 @@ def write_log(path, rows):
 def write_metrics(path, numbers, params):
     """``metrics.json``: a run's own numbers. What `scratchgen.evaluate` added for the same ``params`` stays."""
     earlier = {k: v for k, v in read_metrics(path, params).items() if k in ("weights", "evaluation")}
-    write_text(path, json.dumps(numbers | earlier, indent=2) + "\n")
+    write_json(path, numbers | earlier)
 
 
 def add_evaluation(path, params, entry, numbers, seed):
@@ -65,7 +68,7 @@ def add_evaluation(path, params, entry, numbers, seed):
     evaluation = metrics.setdefault("evaluation", {})
     earlier = evaluation.get(entry, {})
     evaluation[entry] = (earlier if earlier.get("seed") == seed else {}) | numbers | {"seed": seed}
-    write_text(path, json.dumps(metrics, indent=2) + "\n")
+    write_json(path, metrics)
 
 
 def read_metrics(path, params):
@@ -77,33 +80,74 @@ def read_metrics(path, params):
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
         if metrics["weights"] == weights:
-            return metrics
-    except (FileNotFoundError, ValueError, LookupError, TypeError):  # there is none, or it is not what we wrote
-        pass
+            entries = metrics.get("evaluation", {}).values()
+            if all(isinstance(entry, dict) for entry in entries):
+                return metrics
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass  # there is none, or it is not what we wrote
     return {"weights": weights}
 
 
+def write_json(path, numbers):
+    """NaN and infinity are no JSON: they are written as null."""
+    sound = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
+    write_text(path, json.dumps(sound, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------- a folder, and who works there
+
+LOCK = ".lock"
+held = set()  # the open lock files of this process
+
+
 class FolderInUse(ValueError):
-    """Another run is at work in this folder."""
+    """Another program of ours is at work in this folder."""
 
 
-held = []  # the open folder that this process has locked, if any
+@contextmanager
+def holding(folder):
+    """Until the block ends no other program of ours may work in this folder; what killed ones left half-written goes.
 
-
-def hold(folder):
-    """Lock a folder until this process ends, so that two runs cannot overwrite each other's files.
-
-    Raises FolderInUse if another process holds it.
+    A file is locked, not the folder, since network file systems want one that is open for writing. Where nothing can be
+    written, or nothing locked, the block goes ahead without. Raises FolderInUse.
     """
-    let_go()
-    if fcntl:
-        held.append(os.open(folder, os.O_RDONLY))
+    lock, owner = locked(Path(folder) / LOCK), os.getpid()
+    try:
+        if lock is not None:
+            held.add(lock)
+            for leftover in Path(folder).glob(".*.part-*"):
+                leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        if lock in held and os.getpid() == owner:
+            held.discard(lock)
+            with suppress(OSError):  # Windows removes no file that is open
+                os.unlink(Path(folder) / LOCK)
+            os.close(lock)
+
+
+def locked(path):
+    """The file, open and locked; None where that cannot be done. Raises FolderInUse."""
+    while True:
         try:
-            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FolderInUse(f"{folder}: another run is at work there; give this one another --out") from None
-        except OSError:  # a file system without locks
-            pass
+            lock = os.open(path, os.O_RDWR | os.O_CREAT)
+        except OSError:
+            return None
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            elif msvcrt:
+                msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(lock)):
+                return lock
+        except OSError as error:
+            os.close(lock)
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                words = "another program of scratchgen is at work there; wait for its end, or take another folder"
+                raise FolderInUse(f"{path.parent}: {words}") from None
+            return None  # a file system without locks
+        else:
+            os.close(lock)  # who held it has removed it in between: once more
 
 
 def let_go():
@@ -111,5 +155,22 @@ def let_go():
         os.close(held.pop())
 
 
-if fcntl:
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=let_go)  # or a worker that outlives its run would hold the folder on
+
+MADE = ("*.png", "*.gif", "samples.npz", "metrics.json", "log.csv", "checkpoint.npz")
+
+
+def put_aside(folder):
+    """Move what an earlier run left in a folder into a folder in it: nothing is lost, or taken for the new run's."""
+    if not (folder / "checkpoint.npz").exists():
+        return
+    made = [path for pattern in MADE for path in sorted(folder.glob(pattern))]  # the checkpoint last: if this is
+    for number in itertools.count(1):  # interrupted, the next time goes on with the same folder
+        aside = folder / f"earlier-{number}"
+        if not any((aside / path.name).exists() for path in made):
+            break
+    aside.mkdir(exist_ok=True)
+    for path in made:
+        os.replace(path, aside / path.name)
+    print(f"kept the earlier run as {aside}")

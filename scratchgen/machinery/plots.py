@@ -3,12 +3,23 @@
 Images come as (N, H, W, 1) in the range given by ``low`` and ``high``, by default [0, 1].
 """
 
+import os
+from contextlib import suppress
+
 from scratchgen.machinery.files import replacing
 
 import numpy as np
-from matplotlib.animation import PillowWriter
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+backend = os.environ.pop("MPLBACKEND", None)  # of a notebook, whose programs may run where its backend is unknown
+import matplotlib  # noqa: E402
+from matplotlib.animation import PillowWriter  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # noqa: E402
+
+if backend is not None:
+    os.environ["MPLBACKEND"] = backend
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend
 
 FORWARD, REVERSE = "forward: $x_t \\sim q(x_t|x_0)$", "reverse: $x_{t-1} \\sim p_\\theta(x_{t-1}|x_t)$"  # titles
 TRAIN, TEST = {"color": "C0", "label": "train"}, {"color": "C1", "label": "test", "linestyle": "--"}

@@ -1,16 +1,18 @@
 """Process set-up: BLAS threads and memory.
 
-Importing this module (``scratchgen/__init__.py`` does so first) changes two things in the process, both measured:
+Importing this module (``scratchgen/__init__.py`` does so first) changes three things in the process:
 
 * BLAS runs single-threaded, and parallelism comes from workers that each take a whole shard of a minibatch. Copies,
   element-wise work and normalisation then run in parallel too, not only the matrix products.
 * The C library keeps freed memory instead of handing it back to the kernel. Otherwise each large temporary array is
   mapped, zeroed and page-faulted anew at every step. A VAE step becomes 1.7 times faster, a U-Net step 1.1 times.
+* Ctrl-C while modules are being imported, which takes a second, is one line and no traceback.
 """
 
 import ctypes
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
@@ -72,5 +74,15 @@ def available_cores():
         return os.cpu_count() or 1
 
 
+def quiet_imports(kind, error, trace, hook=sys.excepthook):
+    """A sys.excepthook: `hook`, but for a KeyboardInterrupt in the body of a module other than the main program's."""
+    names = [(frame.f_code.co_name, frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(trace)]
+    if issubclass(kind, KeyboardInterrupt) and any(f == "<module>" and name != "__main__" for f, name in names):
+        print("stopped before it began", file=sys.stderr)
+    else:
+        hook(kind, error, trace)
+
+
+sys.excepthook = quiet_imports
 ONE_BLAS_THREAD = use_one_blas_thread()
 keep_freed_memory()

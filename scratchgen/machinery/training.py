@@ -1,22 +1,26 @@
 """The book-keeping of a training run, so that a script's loop shows nothing but the algorithm.
 
-    with Run("vae", args, train_images, {"params": params, ...}, workers) as run:
+    run = Run("vae", args, (train_images, test_images), {"params": params, ...}, workers, ("train_elbo", "test_elbo"))
+    with run:
         for epoch in run.epochs():
             for step, images in run.minibatches():
                 ...                                  draw, differentiate, step
                 run.record(value, means)
             run.end_epoch({"train": run.epoch_means, "test": numbers}, "what to print")
-    run.write_metrics(numbers, params)
+        run.write_metrics(numbers, params)
+        ...                                          figures
 
-A Run owns the state (step, generator, means of the epoch so far, log), a clean stop, the progress bar, ``log.csv`` and
-the checkpoint. It knows no model and calls nothing back.
+A Run owns the state (step, generator, means of the epoch so far, log), a clean stop, the progress bar, ``log.csv``, the
+checkpoint, and the folder, where no other may work until the ``with`` ends. It knows no model and calls nothing back.
 """
 
 import math
 import os
 import signal
 import sys
+import threading
 import time
+from contextlib import ExitStack, suppress
 
 from scratchgen import tree
 from scratchgen.data import minibatches
@@ -26,6 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 INIT, NOISE, ORDER, TEST, SAMPLES, PREVIEW = range(6)  # what random numbers are for
+SAVE_SECONDS = 60  # between two checkpoints: what a kill or a power cut can cost
 NOT_SETTINGS = {"workers", "data", "out", "resume", "latents", "iwae", "command"}  # what training does not depend on
 
 
@@ -46,38 +51,62 @@ class Run:
 
     ``arrays`` is a tree, {"params": .., "moments": ..} for example, that the steps change in place: they must change
     ``run.arrays``, the copy in memory that all workers share. ``run.rng`` is the generator that the steps draw from.
-    Raises CheckpointError or FolderInUse.
+    ``images`` are those to train on and those to test with, ``columns`` what `end_epoch` logs, beside epoch, step and
+    seconds. Raises CheckpointError or FolderInUse.
     """
 
-    def __init__(self, model, args, images, arrays, workers):
-        self.args, self.images = args, images
+    def __init__(self, model, args, images, arrays, workers, columns):
+        self.args, (self.images, test_images) = args, images
+        images = self.images
         self.steps_per_epoch = math.ceil(len(images) / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.arrays, self.rng = workers.share(arrays), rng_for(args.seed, NOISE)
         settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
         self.config = {"model": model} | settings | {"train_images": checkpoint.fingerprint(images)}
+        self.config |= {"test_images": checkpoint.fingerprint(test_images)}
         self.step, self.epoch_means, self.log, seconds = 0, {}, [], 0.0
         self.shard_size = shard_size(args.batch_size, runtime.available_cores())
 
         self.path = args.out / "checkpoint.npz"
         args.out.mkdir(parents=True, exist_ok=True)
-        files.hold(args.out)
-        if args.resume:
-            state = checkpoint.resume(self.path, self.config, self.arrays)
-            self.step, self.epoch_means, self.log = state["step"], state["epoch_means"], state["log"]
-            self.shard_size, seconds = state["shard_size"], state["seconds"]  # shards as where the run began
-            self.rng.bit_generator.state = state["rng"]
-        else:
-            checkpoint.put_aside(self.path)
-        self.began = time.monotonic() - seconds
-        if not args.resume:
-            self.save()  # a disk that cannot be written is found out now, and from here on there is something to resume
+        with ExitStack() as held:
+            held.enter_context(files.holding(args.out))
+            if args.resume:
+                state = checkpoint.resume(self.path, self.config, self.arrays)
+                self.step, self.epoch_means, self.log = state["step"], state["epoch_means"], state["log"]
+                self.shard_size, seconds = state["shard_size"], state["seconds"]  # shards as where the run began
+                self.rng.bit_generator.state = state["rng"]
+                self.check_place(columns)
+            else:
+                files.put_aside(args.out)
+            self.began, self.saved = time.monotonic() - seconds, (time.monotonic(), self.step, len(self.log))
+            if not args.resume:
+                self.save()  # a disk that cannot be written is found out now, and now there is something to resume
+            self.held = held.pop_all()
+
+    def check_place(self, columns):
+        """Raise CheckpointError if the state is of no run with these epochs and these columns of the log."""
+        begun = self.step - len(self.log) * self.steps_per_epoch  # steps of the next epoch
+        ends = [(epoch, epoch * self.steps_per_epoch) for epoch in range(1, len(self.log) + 1)]
+        if not (
+            0 <= begun <= self.steps_per_epoch
+            and self.step <= self.total_steps
+            and self.shard_size in {shard_size(self.args.batch_size, cores) for cores in range(1, 9)}
+            and all(row.keys() == {"epoch", "step", *columns, "seconds"} for row in self.log)
+            and [(row["epoch"], row["step"]) for row in self.log] == ends
+        ):
+            where = f"step {self.step} after {len(self.log)} epochs, shards of {self.shard_size}"
+            raise checkpoint.CheckpointError(f"{self.path}: expected a state of this run, found {where} or another log")
 
     def save(self):
+        """Raises OSError, or Diverged if the last step has spoilt the weights; then the checkpoint before stays."""
+        if not all(np.isfinite(leaf).all() for leaf in tree.leaves(self.arrays)):
+            check_finite(math.nan, self.step)
         self.seconds = time.monotonic() - self.began
         names = ("config", "shard_size", "step", "seconds", "epoch_means", "log")
         state = {name: getattr(self, name) for name in names} | {"rng": self.rng.bit_generator.state}
         checkpoint.save(self.path, self.arrays, state)
+        self.saved = time.monotonic(), self.step, len(self.log)
 
     def __enter__(self):
         self.stop = StopBetweenSteps()
@@ -86,26 +115,39 @@ class Run:
         self.bar = cli.progress(self.args.epochs * len(self.images), done)
         return self
 
-    def __exit__(self, *exception):
-        self.bar.close()
-        self.stop.restore()
+    def __exit__(self, kind, error, trace):
+        try:
+            if kind is cli.Stopped and self.saved[1:] != (self.step, len(self.log)):
+                self.save()
+        finally:
+            self.stop.restore()
+            self.held.close()
+            with suppress(OSError):  # a terminal that was closed
+                self.bar.close()
 
     def epochs(self):
-        """The epochs that are left, counted from 1; the first of them may be half done."""
-        for epoch in range(self.step // self.steps_per_epoch, self.args.epochs):
-            yield epoch + 1
-        self.stop_if_asked()
+        """The epochs that `end_epoch` has not ended yet, counted from 1; the first of them may be half done."""
+        while len(self.log) < self.args.epochs:
+            yield len(self.log) + 1
+        self.bar.close()
 
     def minibatches(self):
         """The minibatches of the epoch that are left, each with the number of its step, counted from 1 over the run."""
-        epoch, done = divmod(self.step, self.steps_per_epoch)
+        epoch = len(self.log)
+        done = self.step - epoch * self.steps_per_epoch
+        if done == 0:
+            self.epoch_means = {}
         # The order depends on seed and epoch alone: a run that resumes inside the epoch skips what it has seen.
         order = rng_for(self.args.seed, ORDER, epoch)
         for images in minibatches(self.images, self.args.batch_size, order, skip=done):
-            self.stop_if_asked()
             self.weight = len(images) / len(self.images)  # of this minibatch in the means of the epoch
+            self.stop.in_step = True  # until the script's step is done, the state is not whole
             yield self.step + 1, images
-            self.step += 1  # the script's step is done, and the state whole again
+            self.step += 1
+            self.stop.in_step = False
+            self.stop_if_asked()
+            if time.monotonic() - self.saved[0] > SAVE_SECONDS:
+                self.save()
             self.bar.update(len(images))
 
     def record(self, loss, means):
@@ -113,7 +155,8 @@ class Run:
 
         Raises Diverged if the loss is not finite.
         """
-        check_finite(loss, self.step + 1)
+        for number in (loss, *means.values()):
+            check_finite(number, self.step + 1)
         for name, mean in means.items():
             self.epoch_means[name] = self.epoch_means.get(name, 0.0) + self.weight * float(mean)
         self.bar.set_postfix(loss=f"{means.get('loss', loss):.4g}", refresh=False)
@@ -121,26 +164,31 @@ class Run:
     def end_epoch(self, numbers, summary):
         """Add a row to the log, {"test": {"elbo": -240.0}} as "test_elbo", and save.
 
-        Raises Diverged if one of the numbers is not finite.
+        What else an epoch makes, a preview say, must be made before: no resumed run comes back to an epoch that has
+        ended. Raises Diverged if one of the numbers is not finite.
         """
         row = {f"{part}_{name}": number for part, named in numbers.items() for name, number in named.items()}
         for number in row.values():
             check_finite(number, self.step)
         self.seconds = time.monotonic() - self.began
         self.log.append({"epoch": len(self.log) + 1, "step": self.step} | row | {"seconds": self.seconds})
-        self.epoch_means = {}
-        files.write_log(self.args.out / "log.csv", self.log)
+        self.write_log()
         self.save()
         tqdm.write(f"epoch {len(self.log)}/{self.args.epochs}  {summary}  {self.seconds:.0f} s")
 
     def stop_if_asked(self):
-        """After Ctrl-C or SIGTERM: save, and raise Stopped."""
         if self.stop.received is not None:
-            self.save()
             raise cli.Stopped(self.stop.received)
+
+    def write_log(self):
+        try:
+            files.write_log(self.args.out / "log.csv", self.log)
+        except PermissionError as error:  # on Windows, a spreadsheet that shows it; the checkpoint has it all
+            tqdm.write(f"warning: log.csv stays as it was ({error.strerror}); it is written again later")
 
     def write_metrics(self, numbers, params):
         """``metrics.json``: the model's own numbers, and what it took to get them."""
+        self.write_log()  # whose last version may have been lost
         numbers = numbers | {
             "seconds": round(self.log[-1]["seconds"], 1),  # of training, over all the sittings of a resumed run
             "epochs": len(self.log),
@@ -153,25 +201,31 @@ class Run:
 
 def check_finite(loss, step):
     if not math.isfinite(loss):
-        raise cli.Diverged(f"the loss became {loss} at step {step}: try a smaller --lr; the last checkpoint is sound")
+        raise cli.Diverged(f"the loss became {loss} at step {step}: start again, without --resume, with a smaller --lr")
 
 
 class StopBetweenSteps:
-    """From here to `restore`, Ctrl-C and SIGTERM are only noted in ``received``, to be acted on between two steps.
-
-    A second Ctrl-C stops at once; then the last checkpoint on disk is what remains.
+    """From here to `restore`, Ctrl-C, SIGTERM and a closed terminal raise Stopped: at once or, in the middle of a step
+    (``in_step``), when `Run` looks at ``received`` after it. A second one raises KeyboardInterrupt wherever it comes,
+    and then the last checkpoint on disk is what remains.
     """
 
     def __init__(self):
-        self.received = None
-        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.received, self.in_step, self.handlers = None, False, {}
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for number in cli.STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup, or a shell's &, has asked for
+                    self.handlers[number] = signal.signal(number, self.note)
 
     def note(self, signal_number, frame):
         if self.received is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(signal_number)
         self.received = signal_number
+        if not self.in_step:
+            raise cli.Stopped(signal_number)
         if sys.stderr.isatty():
-            os.write(2, b"\nstopping after this step\n")  # print is not safe in a signal handler
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this step\n")  # print is not safe in a signal handler
 
     def restore(self):
         for number, handler in self.handlers.items():
