@@ -112,6 +112,8 @@ def test_closed_output_streams_are_borne(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: print("into the void"))
     assert stop.value.code == 0
+    sys.stdout.close()
+    sys.stderr.close()
 
 
 def test_numbers_are_checked_at_their_bounds():

@@ -223,3 +223,15 @@ def test_skipping_batches_leaves_the_rest_as_they_were():
     whole = list(data.minibatches(images, 3, np.random.default_rng(0)))
     rest = list(data.minibatches(images, 3, np.random.default_rng(0), skip=2))
     assert [b.tolist() for b in rest] == [b.tolist() for b in whole[2:]]
+
+
+def test_copies_that_are_named_with_a_dot_and_labels_that_nobody_needs(small_data, tmp_path):
+    for path in small_data.iterdir():
+        if "images" in path.name:
+            (tmp_path / path.name.replace("-idx3", ".idx3")).write_bytes(path.read_bytes())
+    with pytest.warns(UserWarning, match="not the published"):
+        data = load_fashion_mnist(tmp_path, labels=False)
+    assert data.keys() == {"train_images", "test_images"} and len(data["test_images"]) == 40
+    with pytest.raises(DataError, match="train-labels-idx1-ubyte.gz: expected this file") as error:
+        load_fashion_mnist(tmp_path)
+    assert "zalandoresearch/fashion-mnist" in str(error.value) and "\n" not in str(error.value)

@@ -96,6 +96,7 @@ def test_killed_at_some_moment_and_resumed_it_is_the_same_run(part, whole, small
 
 
 def all_moments():
+    sys.path.insert(0, str(ROOT))  # with the run scripts, which conftest imports
     from conftest import write_small_data
 
     with tempfile.TemporaryDirectory() as folder:

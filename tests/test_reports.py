@@ -1,6 +1,8 @@
 """python -m scratchgen.evaluate: what its numbers are made of, what is refused, and that nothing is lost."""
 
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -11,7 +13,7 @@ from scratchgen.data import scale
 from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.evaluate import classifier, metrics, reports
 from scratchgen.evaluate.load import load_run
-from scratchgen.machinery import checkpoint, cli, plots
+from scratchgen.machinery import checkpoint, cli, files, plots
 from scratchgen.machinery.workers import Workers
 
 import numpy as np
@@ -216,3 +218,29 @@ def test_over_images_keeps_the_order():
     workers = Workers(2)
     x = np.arange(23)
     np.testing.assert_array_equal(reports.over_images(lambda a: a * a, [x], 3, workers, "squares"), x * x)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"), [("vae", ("--iwae", 3)), ("ddpm", ("--bound", 2, "--frechet", 10, "--samples", 3))]
+)
+def test_a_full_disk_loses_no_number(model, flags, folder, measure, monkeypatch, capsys):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    measure(model, *flags)
+    wanted = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("wrote")]
+    before = {path.name: path.read_bytes() for path in (folder / model).iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "replace", full)
+        measure(model, *flags)
+    assert capsys.readouterr().out.splitlines() == wanted  # all of them, also those after what could not be written
+    assert {path.name: path.read_bytes() for path in (folder / model).iterdir()} == before
+
+
+def test_a_run_that_is_measured_is_measured_by_nobody_else_and_free_afterwards(folder, measure):
+    with files.holding(folder / "vae"), pytest.raises(files.FolderInUse):
+        if files.fcntl is None:
+            raise files.FolderInUse("no locks here")
+        evaluate.main([str(folder / "vae")])
+    measure("vae")
+    assert not (folder / "vae" / ".lock").exists()

@@ -330,3 +330,46 @@ def test_samples_on_a_full_disk_leave_what_was_there(whole_run, small_data):
     assert status == 1 and "samples.npz" in stderr.splitlines()[-1] and "Traceback" not in stderr
     assert (out / "samples.npz").read_bytes() == before
     (out / "samples.npz").unlink()
+
+
+# --------------------------------------------------------------------------------------------- the user's environment
+
+
+def test_neither_a_notebooks_backend_nor_a_matplotlibrc_changes_a_figure(whole_run, tmp_path):
+    model, flags, out, _, _ = whole_run
+    settings = "text.usetex: True\nfont.family: No Such Font\nsavefig.bbox: tight\nsavefig.dpi: 30\naxes.grid: True\n"
+    (tmp_path / "matplotlibrc").write_text(settings)
+    environment = os.environ | {
+        "MPLBACKEND": "module://no_such_backend",
+        "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"),
+    }
+    status, _, err = run(model, *flags, "--out", tmp_path / "out", env=environment)
+    assert status == 0 and "Traceback" not in err
+    for name in ("loss.png", "samples.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_path_that_cannot_be_shown_is_no_reason_to_stop(encoding, small_data, tmp_path):
+    flags = ["--data", small_data, "--epochs", 1, "--train-images", 16, "--out", tmp_path / "π 日本"]
+    status, out, err = run("vae", *flags, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert (
+        status == 0 and "\\u65e5" in out and "Traceback" not in err and (tmp_path / "π 日本" / "samples.png").exists()
+    )
+
+
+def test_a_ctrl_c_during_the_imports_is_one_line():
+    code = "import os, signal, sys, builtins\nload = builtins.__import__\ndef interrupted(name, *rest, **more):\n"
+    code += (
+        "    if name == 'autograd.numpy': os.kill(os.getpid(), signal.SIGINT)\n    return load(name, *rest, **more)\n"
+    )
+    code += "builtins.__import__ = interrupted\nimport scratchgen.vae"
+    status, out, err = finish([sys.executable, "-c", code], cwd=ROOT)
+    assert status in (-signal.SIGINT, 130) and out == "" and err == "stopped before it began\n"
+
+
+def test_advice_after_a_divergence_leads_somewhere(small_data, tmp_path):
+    flags = [*FLAGS["vae"], "--data", small_data, "--epochs", 1, "--out", tmp_path]
+    status, _, err = run("vae", *flags, "--lr", 1e6)
+    assert status == 1 and "start again, without --resume, with a smaller --lr" in err and len(err.splitlines()) == 2
+    assert run("vae", *flags)[0] == 0 and (tmp_path / "metrics.json").exists()

@@ -162,6 +162,7 @@ LOSSES = ["simple_loss", "weighted_loss"]
 
 
 @pytest.mark.parametrize("additions", [[], ["v"], ["weights"], ["muon"], ["v", "black", "weights", "muon"]])
+@pytest.mark.filterwarnings("ignore:additions. weights without v")
 def test_the_additions_decide_on_loss_and_optimiser(additions, record, call, tmp_path):
     losses = {name: record(improved if name == "weighted_loss" else diffusion, name) for name in LOSSES}
     steps = {name: record(run_ddpm, name) for name in ("adam_step", "muon_step")}

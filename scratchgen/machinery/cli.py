@@ -18,6 +18,7 @@ from scratchgen.machinery import plots, runtime
 from scratchgen.machinery.checkpoint import CheckpointError
 from scratchgen.machinery.files import FolderInUse
 
+import numpy as np
 from tqdm import tqdm
 
 tqdm.monitor_interval = 0  # no thread to watch the bars: workers are forked, and a fork should find no thread at work
@@ -129,6 +130,7 @@ def run(main, when_stopped=RESUMABLE):
     Ctrl-C does, so that nothing half-written stays.
     """
     plots.matplotlib.rcdefaults()
+    np.seterr(over="ignore", invalid="ignore")  # of a loss that is not finite `Run` says all there is to say, once
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in [number for number, handler in before.items() if handler == signal.SIG_DFL]:
         signal.signal(number, interrupt)
