@@ -56,6 +56,7 @@ def test_no_pickle_is_needed(path):
         ("model", "vae", "model ddpm"),
         ("additions", ["v"], "additions v black, this run has additions v"),
         ("additions", [], "additions v black, this run has additions none"),
+        ("T", "a\nb", "this run has T a b"),
     ],
 )
 def test_another_runs_checkpoint_is_refused_in_one_line(path, arrays, key, value, words):

@@ -395,9 +395,10 @@ print(*workers.map(lambda _: os.getpid(), range(3)), flush=True)
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as caller:
         _, *processes = map(int, caller.stdout.readline().split())
         deadline = time.monotonic() + 10
-        while any(map(is_running, processes)) and time.monotonic() < deadline:
+        still = unburied = processes
+        while (still or unburied) and time.monotonic() < deadline:
             time.sleep(0.01)
-        still = [pid for pid in processes if is_running(pid)]
-        unburied = [pid for pid in processes if caller.poll() is None and Path(f"/proc/{pid}").exists()]  # zombies
+            still = [pid for pid in processes if is_running(pid)]
+            unburied = [pid for pid in processes if caller.poll() is None and Path(f"/proc/{pid}").exists()]  # zombies
         caller.kill()
     assert len(processes) == 2 and not still and not unburied

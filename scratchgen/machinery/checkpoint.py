@@ -146,7 +146,8 @@ def resume(path, config, arrays):
 
 
 def shown(setting):
-    return (" ".join(map(str, setting)) or "none") if isinstance(setting, list) else setting
+    words = " ".join(map(str, setting)) or "none" if isinstance(setting, list) else str(setting)
+    return " ".join(words.split())[:200]  # whatever stood in the file
 
 
 def fill(arrays, path, constant=False):
