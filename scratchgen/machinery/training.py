@@ -57,13 +57,13 @@ class Run:
 
     def __init__(self, model, args, images, arrays, workers, columns):
         self.args, (self.images, test_images) = args, images
-        images = self.images
-        self.steps_per_epoch = math.ceil(len(images) / args.batch_size)
+        self.steps_per_epoch = math.ceil(len(self.images) / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.arrays, self.rng = workers.share(arrays), rng_for(args.seed, NOISE)
         settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-        self.config = {"model": model} | settings | {"train_images": checkpoint.fingerprint(images)}
-        self.config |= {"test_images": checkpoint.fingerprint(test_images)}
+        self.config = {"model": model} | settings
+        self.config["train_images"] = checkpoint.fingerprint(self.images)
+        self.config["test_images"] = checkpoint.fingerprint(test_images)
         self.step, self.epoch_means, self.log, seconds = 0, {}, [], 0.0
         self.shard_size = shard_size(args.batch_size, runtime.available_cores())
 
