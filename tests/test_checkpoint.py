@@ -1,7 +1,9 @@
 """Checkpoints: what comes back is what was saved, the wrong file is refused, and a failed write loses nothing."""
 
+import io
 import json
 import tracemalloc
+import zipfile
 
 from scratchgen import tree
 from scratchgen.machinery import checkpoint
@@ -206,3 +208,17 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_changed(path, array
     with pytest.raises(CheckpointError, match="moments/m/b has numbers that are not finite"):
         checkpoint.resume(path, CONFIG, into)
     assert not any(leaf.any() for leaf in tree.leaves(into))
+
+
+def test_no_directory_of_a_zip_is_believed_either(path, arrays):
+    """A state of 4 GiB, as header and directory both say, in a file of a few KB."""
+    named, _ = load(path)
+    np.savez(path, **named)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|S1", "fortran_order": False, "shape": (2**32 - 200,)})
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("state.npy", header.getvalue())
+        member = file.getinfo("state.npy")
+        member.file_size = member.compress_size = 2**32 - 200 + len(header.getvalue())
+    with pytest.raises(CheckpointError, match="state is longer than the file"):
+        checkpoint.resume(path, CONFIG, arrays)

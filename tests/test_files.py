@@ -95,6 +95,7 @@ WEIGHTS = '{"weights": "%s", "evaluation": '
 @pytest.mark.parametrize(
     "content",
     [None, "", "[1]", "{}", '{"weights": "CRC-32 00000000"}', "7", "[" * 100_000, '{"weights": [], "a": NaN}']
+    + [WEIGHTS + '{}, "x": ' + "[" * 1200 + "]" * 1200 + "}"]
     + [WEIGHTS + value for value in ("[]}", "7}", "null}", '{"iwae_50": []}}', '{"iwae_50": 7}}')],
 )
 def test_a_metrics_file_that_is_not_ours_counts_as_none(tmp_path, params, content):

@@ -6,6 +6,7 @@ that is not an array: configuration, step, the generator's state, the log so far
 
 import json
 import math
+import os
 import re
 import zipfile
 import zlib
@@ -106,6 +107,8 @@ def read(file, name, like=None):
     member = file.getinfo(f"{name}.npy")
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed, as no checkpoint is")
+    if member.file_size > os.path.getsize(file.filename):
+        raise ValueError(f"{name} is longer than the file")
     with file.open(member) as stream:
         if np.lib.format.read_magic(stream) != (1, 0):
             raise ValueError(f"{name} has another version of NumPy's format")

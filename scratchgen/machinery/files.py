@@ -82,6 +82,7 @@ def read_metrics(path, params):
         if metrics["weights"] == weights:
             entries = metrics.get("evaluation", {}).values()
             if all(isinstance(entry, dict) for entry in entries):
+                json.dumps(metrics, indent=2)  # Python 3.12 reads deeper nesting than it writes
                 return metrics
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass  # there is none, or it is not what we wrote
