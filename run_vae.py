@@ -49,8 +49,8 @@ def main(argv=None):
 
     init, encode, decode = vae.VAES[args.arch]
     params = init(rng_for(args.seed, INIT), args.latent_dim)
-    arrays, images = {"params": params, "moments": init_moments(params)}, (train_images, data["test_images"])
-    run = Run("vae", args, images, arrays, workers, COLUMNS)
+    arrays = {"params": params, "moments": init_moments(params)}
+    run = Run("vae", args, (train_images, data["test_images"]), arrays, workers, COLUMNS)
     params, optimiser_step = run.arrays["params"], OPTIMISER_STEP[args.arch]  # in memory that all workers see
 
     def loss(params, batch):  # batch is (x, eps): every random number is drawn before, so that the loss is pure

@@ -79,8 +79,8 @@ def main(argv=None):
     params = init(rng_for(args.seed, INIT), args.latent_dim)
     arrays = {"params": params, "moments": init_moments(params), "best": tree.map(np.copy, params)}
     columns = [f"{part}_{name}" for part in ("train", "test") for name in ("elbo", "reconstruction", "kl")]
-    images = train_images, data["test_images"]
-    run = Run("vae on binarised pixels", args, images, arrays, workers, [*columns, "held_out_elbo"])
+    columns += ["held_out_elbo"]
+    run = Run("vae on binarised pixels", args, (train_images, data["test_images"]), arrays, workers, columns)
     params, best = run.arrays["params"], run.arrays["best"]
     beta = workers.share(np.ones(1, np.float32))  # of the warm-up: it changes, and the workers must see it
 

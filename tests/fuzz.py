@@ -1,4 +1,4 @@
-"""Files that nobody would write, by hand: `python tests/fuzz.py --inputs 1000000` (a quarter of an hour).
+"""Files that nobody would write, by hand: `python tests/fuzz.py --inputs 1000000` (some ten minutes).
 
 Sound idx files, checkpoints, states of runs and metrics.json, each changed at random in a few places, are given to what
 reads them, in a process whose memory is bounded. Only one-line errors are allowed, and nothing may have been changed.

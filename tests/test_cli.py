@@ -1,6 +1,7 @@
 """Flags, and one-line errors."""
 
 import errno
+import os
 import re
 import signal
 import sys
@@ -164,3 +165,24 @@ def test_a_bar_starts_no_thread_that_a_fork_would_lose(monkeypatch):
     with cli.progress(10) as bar:
         bar.update(5)
         assert threading.active_count() == before and tqdm.monitor_interval == 0
+
+
+def test_a_message_with_line_ends_in_it_is_one_line_still(finish):
+    status, stderr = finish(raising(cli.UsageError("a folder\nnamed\r\nso: found nothing")))
+    assert status == 2 and stderr.count("\n") == 1 and "a folder named so: found nothing" in stderr
+
+
+@pytest.mark.parametrize("number", cli.STOP_SIGNALS)
+def test_every_program_ends_in_one_line_when_it_is_told_to_and_cleans_up(number, finish):
+    usual, cleaned = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL, []
+    before = signal.signal(number, usual)
+
+    def main():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            cleaned.append(True)
+
+    status, stderr = finish(main)
+    assert status == 128 + number and len(stderr.splitlines()) == 1 and cleaned == [True]
+    assert signal.signal(number, before) == usual

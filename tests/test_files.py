@@ -154,6 +154,22 @@ def test_a_folder_is_held_until_the_block_ends_and_nothing_stays(tmp_path):
     assert another_process_holds(tmp_path) == ""
 
 
+@needs_locks
+def test_a_lock_on_a_file_that_its_holder_has_just_removed_is_none(tmp_path, monkeypatch):
+    flock, calls = files.fcntl.flock, itertools.count()
+
+    def removed_in_between(lock, how):
+        if next(calls) == 0:
+            (tmp_path / files.LOCK).unlink()
+        flock(lock, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", removed_in_between)
+    with files.holding(tmp_path):
+        monkeypatch.undo()
+        assert "refused" in another_process_holds(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_killed_programs_left_half_written_goes(tmp_path):
     for name in (".preview.part-123.png", ".checkpoint.part-99.npz", "preview.png", ".lock", ".other"):
         (tmp_path / name).write_bytes(b"x")
@@ -173,6 +189,7 @@ def test_where_nothing_can_be_locked_or_written_work_goes_on(tmp_path, monkeypat
         monkeypatch.setattr(files.fcntl, "flock", no_locks)
     with files.holding(tmp_path):
         pass
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(files, "fcntl", None)  # as on a system with neither
     with files.holding(tmp_path):
         assert another_process_holds(tmp_path) == ""

@@ -1,8 +1,8 @@
 """A run that is killed at any moment, and resumed, ends as if it had been left alone: same bits, same files, no more.
 
 Every write is a flush and a rename, and a kill can come before or after each: those moments are counted in a run that
-is left alone, and then a run is killed at one of them. Here at a few; `python tests/test_kills.py` tries all, in some
-ten minutes.
+is left alone, and then a run is killed at one of them. Here at a few; `python tests/test_kills.py` tries all, in ten
+to twenty minutes.
 """
 
 import csv

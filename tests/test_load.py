@@ -127,6 +127,14 @@ MISSING = object()
         ("vae", "arch", "unet"),
         ("vae", "latent_dim", MISSING),
         ("vae", "latent_dim", 5),
+        ("vae", "latent_dim", -1),
+        ("vae", "latent_dim", 10**30),
+        ("vae", "arch", []),
+        ("ddpm", "T", 10**30),
+        ("ddpm", "T", True),
+        ("ddpm", "schedule", {}),
+        ("ddpm", "additions", "v black"),
+        ("ddpm", "additions", [["v"]]),
     ],
 )
 def test_a_checkpoint_of_something_else(name, key, value, folder):

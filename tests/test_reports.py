@@ -64,13 +64,14 @@ def test_numbers_of_two_seeds_do_not_mix(folder, measure):
     assert found["seed"] == 0 and "ddim, 6 steps" not in found
 
 
+@pytest.mark.parametrize("part", ["train", "t10k"])
 @pytest.mark.parametrize("model", ["vae", "ddpm"])
-def test_a_run_on_other_images_is_not_measured_on_these(model, folder, measure, small_data, tmp_path):
+def test_a_run_on_other_images_is_not_measured_on_these(model, part, folder, measure, small_data, tmp_path):
     before = (folder / model / "metrics.json").read_bytes()
     others = shutil.copytree(small_data, tmp_path / "others")
-    path = others / "train-images-idx3-ubyte"
+    path = others / f"{part}-images-idx3-ubyte"
     content = bytearray(path.read_bytes())
-    content[16 + 31 * 784] ^= 1  # one pixel of the last of the 32 images that both were trained on
+    content[16 + 31 * 784] ^= 1  # one pixel of the last of the 32 images that both were trained on; or of the tests
     path.write_bytes(content)
     for flags in ([], ["--frechet", 10]):
         with pytest.raises(cli.UsageError, match=f"{model} was trained on other images"):

@@ -58,3 +58,11 @@ def test_available_cores_are_those_of_this_process():
     if hasattr(os, "sched_setaffinity"):
         code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); from scratchgen.machinery import "
         assert python(code + "runtime; print(runtime.available_cores())").stdout.split() == ["1"]
+
+
+def test_a_variable_that_was_set_after_numpy_read_it_is_not_believed():
+    code = "import numpy, os, ctypes\nos.environ['OPENBLAS_NUM_THREADS'], opened, load = '1', [], ctypes.CDLL\n"
+    code += "ctypes.CDLL = lambda name: opened.append(str(name)) or load(name)\nimport scratchgen\n"
+    code += "print(any('multiarray' in name for name in opened))"
+    result = python(code)
+    assert result.stdout.split() == ["True"] and result.stderr == ""

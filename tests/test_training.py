@@ -9,7 +9,8 @@ import threading
 
 from scratchgen.machinery import checkpoint, cli, files, training
 from scratchgen.machinery.checkpoint import CheckpointError
-from scratchgen.machinery.training import Run, StopBetweenSteps, rng_for
+from scratchgen.machinery.cli import StopBetweenSteps
+from scratchgen.machinery.training import Run, rng_for
 from scratchgen.machinery.workers import Workers
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 from conftest import load
 
 IMAGES = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = cli.STOP_SIGNALS
 
 
 @pytest.fixture
@@ -119,6 +120,13 @@ def test_epoch_means_are_weighted_by_images(make):
             assert run.epoch_means == {"kl": 3.0}
             run.end_epoch({"train": run.epoch_means}, "")
             assert run.log[-1]["train_kl"] == 3.0
+    run = make(batch_size=30, epochs=3)
+    with run:
+        for epoch in run.epochs():  # the means of each are its own
+            for _step, _images in run.minibatches():
+                run.record(0.0, {"kl": float(epoch)})
+            run.end_epoch({"train": run.epoch_means}, "")
+    assert [row["train_kl"] for row in run.log] == [1.0, 2.0, 3.0]
 
 
 def test_a_row_an_epoch_in_log_csv_and_one_line_on_the_screen(make, capsys):

@@ -14,7 +14,6 @@ go too.
 """
 
 import argparse
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with files.holding(args.run) if args.run.is_dir() else nullcontext():
+    with files.holding(args.run):
         measure(args)
 
 
@@ -97,12 +96,13 @@ def flag_name(name):
 
 
 def check_data(folder, model, data, data_folder):
-    """Refuse to measure a model on a test set whose training set it has not seen. Raises UsageError."""
+    """Raise UsageError unless these are the images that the model was trained on, and those it was tested with."""
     config = model.config
     first = data["train_images"][: int(config["train_images"].split()[0])]
     if (fingerprint(first), fingerprint(data["test_images"])) != (config["train_images"], config["test_images"]):
         raise cli.UsageError(
-            f"{folder} was trained on other images than those in {data_folder}, or tested; --data names their folder"
+            f"{folder} was trained on other images than those in {data_folder}, or tested on others; "
+            "--data names their folder"
         )
 
 

@@ -121,11 +121,11 @@ def read(file, name, like=None):
         return np.lib.format.read_array(stream, allow_pickle=False)
 
 
-def load_state(path, schema=STATE):
+def load_state(path):
     """The state that ``save`` wrote, checked. Raises CheckpointError."""
     with opened(path) as file:
         state = json.loads(str(read(file, "state")))
-        check(state, schema)
+        check(state, STATE)
     return state
 
 
@@ -157,8 +157,9 @@ def fill(arrays, path, constant=False):
     """Copy arrays by name into a tree, for good if ``constant``. Raises CheckpointError, and nothing was changed."""
     leaves, found = tree.leaves(arrays), []
     with opened(path) as file:
+        members = set(file.namelist())
         for name, leaf in zip(tree.names(arrays), leaves, strict=True):
-            array = read(file, name, leaf) if f"{name}.npy" in file.namelist() else None
+            array = read(file, name, leaf) if f"{name}.npy" in members else None
             if array is None:
                 words = f"expected an array {name} {leaf.shape} {leaf.dtype}, found none like it"
                 raise CheckpointError(f"{path}: {words}")

@@ -1,4 +1,4 @@
-"""What all programs here share at the command line: flags, one-line errors, progress.
+"""What all programs here share at the command line: flags, one-line errors, progress, and how they are stopped.
 
 Nothing here knows about models; the training loop stands in the scripts.
 """
@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -130,7 +131,6 @@ def run(main, when_stopped=RESUMABLE):
     Ctrl-C does, so that nothing half-written stays.
     """
     plots.matplotlib.rcdefaults()
-    np.seterr(over="ignore", invalid="ignore")  # of a loss that is not finite `Run` says all there is to say, once
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in [number for number, handler in before.items() if handler == signal.SIG_DFL]:
         signal.signal(number, interrupt)
@@ -143,7 +143,8 @@ def run(main, when_stopped=RESUMABLE):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     status, message = 0, None
     try:
-        main()
+        with np.errstate(over="ignore", invalid="ignore"):  # of a loss that is not finite `Run` says all, and once
+            main()
     except (UsageError, DataError, CheckpointError, FolderInUse) as error:
         status, message = 2, str(error)
     except Diverged as error:
@@ -169,3 +170,31 @@ def run(main, when_stopped=RESUMABLE):
 
 def interrupt(signal_number, frame):
     raise KeyboardInterrupt(signal_number)
+
+
+class StopBetweenSteps:
+    """From here to `restore`, Ctrl-C, SIGTERM and a closed terminal raise Stopped: at once or, in the middle of a step
+    (``in_step``), when `Run` looks at ``received`` after it. A second one raises KeyboardInterrupt wherever it comes,
+    and then the last checkpoint on disk is what remains.
+    """
+
+    def __init__(self):
+        self.received, self.in_step, self.handlers = None, False, {}
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup, or a shell's &, has asked for
+                    self.handlers[number] = signal.signal(number, self.note)
+
+    def note(self, signal_number, frame):
+        if self.received is not None:
+            raise KeyboardInterrupt(signal_number)
+        self.received = signal_number
+        if not self.in_step:
+            raise Stopped(signal_number)
+        if sys.stderr.isatty():
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this step\n")  # print is not safe in a signal handler
+
+    def restore(self):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)

@@ -146,6 +146,7 @@ def locked(path):
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 words = "another program of scratchgen is at work there; wait for its end, or take another folder"
                 raise FolderInUse(f"{path.parent}: {words}") from None
+            path.unlink(missing_ok=True)
             return None  # a file system without locks
         else:
             os.close(lock)  # who held it has removed it in between: once more
@@ -159,6 +160,7 @@ def let_go():
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=let_go)  # or a worker that outlives its run would hold the folder on
 
+# What a run makes. The checkpoint is last: a move that was interrupted still finds it, and goes on.
 MADE = ("*.png", "*.gif", "samples.npz", "metrics.json", "log.csv", "checkpoint.npz")
 
 
@@ -166,11 +168,9 @@ def put_aside(folder):
     """Move what an earlier run left in a folder into a folder in it: nothing is lost, or taken for the new run's."""
     if not (folder / "checkpoint.npz").exists():
         return
-    made = [path for pattern in MADE for path in sorted(folder.glob(pattern))]  # the checkpoint last: if this is
-    for number in itertools.count(1):  # interrupted, the next time goes on with the same folder
-        aside = folder / f"earlier-{number}"
-        if not any((aside / path.name).exists() for path in made):
-            break
+    made = [path for pattern in MADE for path in sorted(folder.glob(pattern))]
+    folders = (folder / f"earlier-{number}" for number in itertools.count(1))
+    aside = next(aside for aside in folders if not any((aside / path.name).exists() for path in made))
     aside.mkdir(exist_ok=True)
     for path in made:
         os.replace(path, aside / path.name)

@@ -15,10 +15,6 @@ checkpoint, and the folder, where no other may work until the ``with`` ends. It 
 """
 
 import math
-import os
-import signal
-import sys
-import threading
 import time
 from contextlib import ExitStack, suppress
 
@@ -56,7 +52,8 @@ class Run:
     """
 
     def __init__(self, model, args, images, arrays, workers, columns):
-        self.args, (self.images, test_images) = args, images
+        self.args = args
+        self.images, test_images = images
         self.steps_per_epoch = math.ceil(len(self.images) / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.arrays, self.rng = workers.share(arrays), rng_for(args.seed, NOISE)
@@ -79,7 +76,8 @@ class Run:
                 self.check_place(columns)
             else:
                 files.put_aside(args.out)
-            self.began, self.saved = time.monotonic() - seconds, (time.monotonic(), self.step, len(self.log))
+            self.began, self.saved_at = time.monotonic() - seconds, time.monotonic()
+            self.saved = self.step, len(self.log)  # what the checkpoint on disk is of
             if not args.resume:
                 self.save()  # a disk that cannot be written is found out now, and now there is something to resume
             self.held = held.pop_all()
@@ -106,10 +104,10 @@ class Run:
         names = ("config", "shard_size", "step", "seconds", "epoch_means", "log")
         state = {name: getattr(self, name) for name in names} | {"rng": self.rng.bit_generator.state}
         checkpoint.save(self.path, self.arrays, state)
-        self.saved = time.monotonic(), self.step, len(self.log)
+        self.saved_at, self.saved = time.monotonic(), (self.step, len(self.log))
 
     def __enter__(self):
-        self.stop = StopBetweenSteps()
+        self.stop = cli.StopBetweenSteps()
         done = self.step // self.steps_per_epoch * len(self.images)
         done += self.step % self.steps_per_epoch * self.args.batch_size
         self.bar = cli.progress(self.args.epochs * len(self.images), done)
@@ -117,7 +115,7 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         try:
-            if kind is cli.Stopped and self.saved[1:] != (self.step, len(self.log)):
+            if kind is cli.Stopped and self.saved != (self.step, len(self.log)):
                 self.save()
         finally:
             self.stop.restore()
@@ -135,7 +133,7 @@ class Run:
         """The minibatches of the epoch that are left, each with the number of its step, counted from 1 over the run."""
         epoch = len(self.log)
         done = self.step - epoch * self.steps_per_epoch
-        if done == 0:
+        if done == 0:  # in the epoch before, they are still wanted until it ends
             self.epoch_means = {}
         # The order depends on seed and epoch alone: a run that resumes inside the epoch skips what it has seen.
         order = rng_for(self.args.seed, ORDER, epoch)
@@ -146,14 +144,14 @@ class Run:
             self.step += 1
             self.stop.in_step = False
             self.stop_if_asked()
-            if time.monotonic() - self.saved[0] > SAVE_SECONDS:
+            if time.monotonic() - self.saved_at > SAVE_SECONDS:
                 self.save()
             self.bar.update(len(images))
 
     def record(self, loss, means):
         """Add a minibatch's means to ``epoch_means``, which is whole when the epoch ends.
 
-        Raises Diverged if the loss is not finite.
+        Raises Diverged if one of the numbers is not finite.
         """
         for number in (loss, *means.values()):
             check_finite(number, self.step + 1)
@@ -202,31 +200,3 @@ class Run:
 def check_finite(loss, step):
     if not math.isfinite(loss):
         raise cli.Diverged(f"the loss became {loss} at step {step}: start again, without --resume, with a smaller --lr")
-
-
-class StopBetweenSteps:
-    """From here to `restore`, Ctrl-C, SIGTERM and a closed terminal raise Stopped: at once or, in the middle of a step
-    (``in_step``), when `Run` looks at ``received`` after it. A second one raises KeyboardInterrupt wherever it comes,
-    and then the last checkpoint on disk is what remains.
-    """
-
-    def __init__(self):
-        self.received, self.in_step, self.handlers = None, False, {}
-        if threading.current_thread() is threading.main_thread():  # no other may
-            for number in cli.STOP_SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup, or a shell's &, has asked for
-                    self.handlers[number] = signal.signal(number, self.note)
-
-    def note(self, signal_number, frame):
-        if self.received is not None:
-            raise KeyboardInterrupt(signal_number)
-        self.received = signal_number
-        if not self.in_step:
-            raise cli.Stopped(signal_number)
-        if sys.stderr.isatty():
-            with suppress(OSError):
-                os.write(2, b"\nstopping after this step\n")  # print is not safe in a signal handler
-
-    def restore(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
