@@ -1,5 +1,5 @@
-"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in some thirty minutes on two cores.
-(ddpm_ladder.png is made by ladder.py, scaling.png by tests/benchmarks/scaling.py.)
+"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in some thirty minutes on two cores,
+and the code that homework.md shows. (ddpm_ladder.png is made by ladder.py, scaling.png by tests/benchmarks/scaling.py.)
 
 The runs, from the folder of the run scripts:
   python run_vae.py
@@ -9,6 +9,10 @@ The runs, from the folder of the run scripts:
 """
 
 import argparse
+import ast
+import importlib
+import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +39,7 @@ def parse_arguments(argv):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = cli.OneLineParser("docs/figures.py", description=__doc__, formatter_class=formatter)
     parser.flag("--runs", "the folder of the runs", type=Path, default=ROOT / "runs")
+    parser.flag("--code", "only put the package's code into homework.md", action="store_true")
     cli.add_data_flags(parser)
     args = parser.parse_args(argv)
     args.runs, args.data = args.runs.resolve(), args.data.resolve()  # the scripts are started from another folder
@@ -43,6 +48,10 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
+    homework = HERE / "homework.md"
+    homework.write_text(with_code(homework.read_text(encoding="utf-8")), encoding="utf-8")
+    if args.code:
+        return
     for run in (*BETAS.values(), "ddpm"):
         if not (args.runs / run / "checkpoint.npz").exists():
             raise cli.UsageError(f"{args.runs / run}: expected a finished run; --help says which command makes it")
@@ -75,6 +84,26 @@ def main(argv=None):
     print(f"figures are in {FIGURES}")
 
 
+def with_code(text):
+    """The text with each function that a comment <!-- code: module.name ... --> asks for in the block below it."""
+
+    def block(match):
+        places = (place.rsplit(".", 1) for place in match[1].split())
+        functions = (getattr(importlib.import_module(f"scratchgen.{module}"), name) for module, name in places)
+        return f"<!-- code: {match[1]} -->\n```python\n" + "\n\n".join(map(code_of, functions)) + "\n```\n"
+
+    return re.sub(r"<!-- code: ([^\n]+) -->\n(?:```python\n.*?\n```\n)?", block, text, flags=re.DOTALL)
+
+
+def code_of(function):
+    """The source of a function without its docstring."""
+    source = inspect.getsource(function)
+    lines, docstring = source.rstrip().splitlines(), ast.parse(source).body[0].body[0]
+    if inspect.getdoc(function):
+        del lines[docstring.lineno - 1 : docstring.end_lineno]
+    return "\n".join(lines)
+
+
 def beta_rows(models, x):
     """Ten test images, their reconstructions by the VAE of each beta, and what it decodes from z ~ N(0, I)."""
     rows, samples, z = {"test images": x}, {}, np.random.default_rng(0).standard_normal((10, 20), dtype=np.float32)
@@ -90,7 +119,7 @@ def beta_rows(models, x):
 
 def prior_kl(x):
     """D_KL(q(x_T | x_0) || N(0, I)), mean over images, against T for three schedules."""
-    unscaled = {"linear, unscaled": lambda T: np.linspace(1e-4, 0.02, T)}
+    unscaled = {"linear, unscaled": unscaled_betas}
     names = {"linear": "linear, scaled by 1000 / T", "cosine": "cosine"}
     betas_of = unscaled | {names[name]: betas for name, betas in diffusion.SCHEDULES.items()}
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -105,6 +134,11 @@ def prior_kl(x):
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def unscaled_betas(T):
+    """Those of the paper's 1000 steps over T steps, as they are."""
+    return np.linspace(1e-4, 0.02, T)
 
 
 def prior_kl_of_betas(betas, x):

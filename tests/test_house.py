@@ -120,5 +120,5 @@ def test_what_one_reads_first_stays_short(name, limit):
 def test_the_package_stays_one_that_is_read_in_a_weekend():
     """It had 3,068 lines before all cores had work; that cost 60, and what a review then found wrong with it 33.
 
-    What keeps a run from getting lost, and bad files out, took another 284."""
-    assert sum(map(lines, PACKAGE.rglob("*.py"))) <= 3445
+    What keeps a run from getting lost, and bad files out, took another 284, the weights in the bound's figure 12."""
+    assert sum(map(lines, PACKAGE.rglob("*.py"))) <= 3457

@@ -247,6 +247,29 @@ def test_ddim_takes_eps_from_the_clipped_x_0():
     assert x_s.item() == pytest.approx(signal[5] + noise[5] * eps, rel=1e-5)
 
 
+@pytest.mark.parametrize(("before", "now"), [(0.2, 0.3), (0.2, 0.95), (-0.1, -0.9)])
+def test_order_2_goes_on_as_the_last_step_did_and_stays_where_images_are(before, now):
+    """From t = 10 to 7 to 3: in the middle of the second step, in lambda, x_0 is as far on as it would be by then."""
+    s, predictions = make_schedule("linear", 10), iter([before, now, 0.0])
+    signal, noise = s["sqrt_alpha_bar"], s["sqrt_one_minus_alpha_bar"]
+    assert improved.sample_times(10, 3) == [10, 7, 3, 0]
+
+    def x_0_theta(x_t, t):
+        return np.full_like(x_t, next(predictions))
+
+    x_T = np.full((1, 1, 1, 1), 0.7, np.float32)
+    (_, x_7), (_, x_3), _ = improved.sample(x_0_theta, s, x_T, None, 3, eta=0.0, order=2)
+    assert x_7.item() == pytest.approx(
+        signal[7] * before + noise[7] * (0.7 - signal[10] * before) / noise[10], rel=1e-5
+    )
+    log_ratio = np.log(signal[1:] / noise[1:])  # lambda of t = 1 .. 10
+    half = 0.5 * (log_ratio[2] - log_ratio[6]) / (log_ratio[6] - log_ratio[9])
+    x_0 = min(1, max(-1, now + half * (now - before)))
+    assert abs(x_0 - now) > 0.02
+    expected = signal[3] * x_0 + noise[3] * (x_7.item() - signal[7] * x_0) / noise[7]
+    assert x_3.item() == pytest.approx(expected, rel=1e-4)
+
+
 def where_all_is_known(T):
     """x_0 ~ N(0, 0.04 I), so E[x_0 | x_t] is linear in x_t: the schedule, Var[x_t] for each t, the best x_0_theta."""
     schedule = make_schedule("linear", T)

@@ -80,8 +80,8 @@ def test_it_takes_the_images_and_networks_of_the_vae(rng):
 
 
 def test_active_units():
-    mu = np.array([[1.0, 0.0, 5.0], [-1.0, 0.1, 5.0]])
-    assert metrics.active_units(mu).tolist() == [True, False, False]
+    mu = np.array([[1.0, 0.0, 5.0, 0.0, 0.0], [-1.0, 0.1, 5.0, 0.19, 0.21]])
+    assert metrics.active_units(mu).tolist() == [True, False, False, False, True]  # two numbers 0.2 apart: 0.01
 
 
 # --------------------------------------------------------------------------------------- the bound of a diffusion model

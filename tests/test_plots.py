@@ -135,9 +135,9 @@ def test_latent_use_shows_dimensions_in_falling_order_of_kl():
 
 
 def test_bound_over_t():
-    (axes,) = plots.bound_over_t(np.array([1, 2, 5]), np.array([2.0, 0.5, 0.25]), 4.126).axes
-    (line,) = axes.lines
-    assert line.get_xdata().tolist() == [1, 2, 5] and line.get_ydata().tolist() == [2, 0.5, 0.25]
+    (axes,) = plots.bound_over_t(np.array([1, 2, 5]), np.array([2.0, 0.5, 0.25]), 4.126, np.array([3.0, 2, 1])).axes
+    points = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
+    assert points == [([1, 2, 5], [2, 0.5, 0.25]), ([2, 3, 4], [3, 2, 1])]
     assert "4.13" in axes.get_title()
 
 

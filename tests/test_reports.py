@@ -126,6 +126,16 @@ def test_the_bound_and_its_exact_sum(folder, measure, x_test):
     assert (folder / "ddpm" / "bound.png").exists()
 
 
+def test_the_estimate_counts_each_of_the_T_terms_once(measure, x_test, monkeypatch):
+    """With one bit per pixel for every L_{t-1}, whatever the image, there is no chance left."""
+    monkeypatch.setattr(metrics, "bound_terms", lambda x_0_theta, s, x_0, t, eps: np.full(len(t), 784 * np.log(2)))
+    found = measure("ddpm", "--bound", 5)
+    prior = diffusion.prior_kl(diffusion.make_schedule("linear", T), scale(x_test, -1, 1)) / (784 * np.log(2))
+    assert found["bound_estimate"]["bits_per_dimension"] == pytest.approx(T + prior.mean(), rel=1e-6)
+    assert found["bound_exact_5"]["bits_per_dimension"] == pytest.approx(T + prior[:5].mean(), rel=1e-6)
+    assert (found["bound_exact_5"]["between"], found["bound_exact_5"]["decoder"]) == pytest.approx((T - 1, 1))
+
+
 def test_frechet_distance_beside_that_of_training_images_and_of_the_vae(folder, measure, x_test, monkeypatch):
     seen = {}
     original = plots.distance_over_steps

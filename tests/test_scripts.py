@@ -11,15 +11,17 @@ from functools import partial
 
 import run_ddpm
 import run_vae
-from scratchgen import diffusion, improved, tree, vae
+from scratchgen import denoisers, diffusion, improved, tree, vae
 from scratchgen.data import load_idx, scale
 from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.machinery import checkpoint, cli, plots, training
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, cosine_decay
 
+import autograd.numpy as anp
 import numpy as np
 import pytest
+from autograd import grad
 from conftest import load, main_of
 
 
@@ -93,6 +95,107 @@ def test_vae_script(arch, record, call, test_images, tmp_path):
     assert m["parameters"] == tree.size(params) and m["seconds"] > 0
     assert m["entropy_floor"] == losses[0][1] == pytest.approx(vae.entropy_floor(x))
     assert m["kl"] == pytest.approx(kl.sum(), rel=1e-4)
+
+
+def trained_by_hand(loss, params, batches, steps, peak, decay=1.0):
+    """Adam and the moving average as their papers have them, in float64, on whole minibatches.
+
+    ``batches`` are those of all epochs; returns the weights, their average, and the loss before each step.
+    """
+    params = tree.map(np.float64, params)
+    m, v, average, losses = tree.map(np.zeros_like, params), tree.map(np.zeros_like, params), params, []
+    for step, batch in enumerate(batches, 1):
+        losses.append(float(loss(params, batch)))
+        g = grad(loss)(params, batch)
+        m = tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
+        v = tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, v, g)
+        rate = peak * min(1, step / max(1, steps // 10)) * (1 + np.cos(np.pi * (step - 1) / steps)) / 2
+
+        def adam(p, m, v, rate=rate, step=step):
+            return p - rate * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+
+        params = tree.map(adam, params, m, v)
+        d = min(decay, (1 + step) / (10 + step))
+        average = tree.map(lambda a, p, d=d: d * a + (1 - d) * p, average, params)
+    return params, average, losses
+
+
+def orders(seed, count, batch_size, epochs):
+    """The numbers of the images in each minibatch of a run."""
+    for epoch in range(epochs):
+        order = training.rng_for(seed, training.ORDER, epoch).permutation(count)
+        yield from (order[start : start + batch_size] for start in range(0, count, batch_size))
+
+
+def test_a_run_of_the_vae_is_its_equations_and_nothing_else(call, small_data, test_images, tmp_path):
+    """A second implementation, in float64 and without shards: the same numbers from the same draws."""
+    flags = ["--latent-dim", 3, "--epochs", 2, "--batch-size", 16, "--train-images", 40, "--seed", 7, "--lr", 0.004]
+    call(run_vae, *flags, "--beta", 1.5, "--out", tmp_path)
+    x_train = load_idx(small_data / "train-images-idx3-ubyte")[:40, ..., None] / 255
+    rng, init, x_test = training.rng_for(7, training.NOISE), training.rng_for(7, training.INIT), test_images / 255
+
+    def terms(params, x, eps):
+        mu, log_var = vae.mlp_encode(params, x)
+        logits = vae.mlp_decode(params, mu + anp.exp(log_var / 2) * eps)
+        first = anp.sum(x * logits - anp.log(1 + anp.exp(logits))) / len(x)
+        return first, anp.sum(mu**2 + anp.exp(log_var) - 1 - log_var) / 2 / len(x)
+
+    def loss(params, batch):
+        first, second = terms(params, *batch)
+        return 1.5 * second - first
+
+    numbers = list(orders(7, 40, 16, 2))
+    batches = [(x_train[n], rng.standard_normal((len(n), 3), dtype=np.float32)) for n in numbers]
+    params, _, losses = trained_by_hand(loss, vae.init_mlp_vae(init, 3), batches, 6, 0.004)
+    eps_test = training.rng_for(7, training.TEST).standard_normal((40, 3), dtype=np.float32)
+    first, second = terms(params, x_test, eps_test)
+    found, log = metrics(tmp_path), load(tmp_path / "checkpoint.npz")[1]["log"]
+    assert (found["reconstruction"], found["kl"]) == pytest.approx((first, second), rel=1e-4)
+    assert found["elbo"] == pytest.approx(first - second, rel=1e-4)
+    for row, of_epoch in zip(log, (losses[:3], losses[3:]), strict=True):
+        mean = np.average(of_epoch, weights=[16, 16, 8])
+        assert 1.5 * row["train_kl"] - row["train_reconstruction"] == pytest.approx(mean, rel=1e-4)
+        assert row["train_elbo"] == pytest.approx(row["train_reconstruction"] - row["train_kl"], rel=1e-6)
+
+
+def test_a_run_of_the_diffusion_model_is_its_equations_and_nothing_else(call, small_data, test_images, tmp_path):
+    """Algorithm 1 a second time, in float64 and without shards, and the test loss of the averaged weights."""
+    T, N = 30, 40
+    flags = ["--T", T, "--arch", "mlp", "--additions", "none", "--epochs", 2, "--batch-size", 16, "--lr", 0.004]
+    call(run_ddpm, *flags, "--train-images", N, "--seed", 7, "--ema", 0.3, "--out", tmp_path)
+    x_train = load_idx(small_data / "train-images-idx3-ubyte")[:N, ..., None] / 127.5 - 1
+    rng, init, x_test = training.rng_for(7, training.NOISE), training.rng_for(7, training.INIT), test_images / 127.5 - 1
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, T) * 1000 / T)
+
+    def errors(params, x_0, t, eps):
+        a = alpha_bar[t - 1].reshape(-1, 1, 1, 1)
+        return (eps - denoisers.mlp_denoiser(params, np.sqrt(a) * x_0 + np.sqrt(1 - a) * eps, t)) ** 2
+
+    def loss(params, batch):
+        return anp.sum(errors(params, *batch)) / batch[0].size
+
+    batches = []
+    for n in orders(7, N, 16, 2):
+        t = rng.integers(1, T + 1, size=len(n))
+        batches.append((x_train[n], t, rng.standard_normal((len(n), 28, 28, 1), dtype=np.float32)))
+    _, average, losses = trained_by_hand(loss, denoisers.init_mlp_denoiser(init), batches, 6, 0.004, decay=0.3)
+    t_test = np.array([1 + n * T // N for n in range(N)])
+    eps_test = training.rng_for(7, training.TEST).standard_normal(x_test.shape, dtype=np.float32)
+    by_image = errors(average, x_test, t_test, eps_test).mean(axis=(1, 2, 3))
+    log = load(tmp_path / "checkpoint.npz")[1]["log"]
+    assert metrics(tmp_path)["test_loss"] == pytest.approx(by_image.mean(), rel=1e-4)
+    assert log[-1]["test_loss"] == pytest.approx(by_image[::5].mean(), rel=1e-4)
+    for row, of_epoch in zip(log, (losses[:3], losses[3:]), strict=True):
+        assert row["train_loss"] == pytest.approx(np.average(of_epoch, weights=[16, 16, 8]), rel=1e-4)
+
+
+def test_the_strip_has_the_six_times_of_the_sheet(record, call, tmp_path, monkeypatch):
+    quick = (lambda rng, inputs: {"w": np.ones(1, np.float32)}), (lambda params, x, t: params["w"] * x)
+    monkeypatch.setitem(run_ddpm.DENOISERS, "mlp", quick)
+    strips = record(plots, "row_of_times")
+    flags = ["--T", 200, "--arch", "mlp", "--additions", "none", "--epochs", 1, "--train-images", 16]
+    call(run_ddpm, *flags, "--workers", 1, "--out", tmp_path)
+    assert [times for _, times, _ in strips] == [[200, 100, 50, 20, 10, 0]] * 2
 
 
 def test_beta_reaches_the_loss(record, call, tmp_path):

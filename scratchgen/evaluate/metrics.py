@@ -61,6 +61,12 @@ def gaussian_kl(mean, variance, mean_theta, variance_theta):
     return 0.5 * (ratio - 1 - np.log(ratio) + (mean - mean_theta) ** 2 / variance_theta)
 
 
+def loss_weights(schedule):
+    """w_t for t = 2..T, (T - 1,): where no x_0 is clipped, L_{t-1} = w_t ||eps - eps_theta||^2, their Eq. (12)."""
+    beta, alpha, alpha_bar_before = schedule["beta"][2:], schedule["alpha"][2:], schedule["alpha_bar"][1:-1]
+    return beta / (2 * alpha * (1 - alpha_bar_before))
+
+
 def bound_terms(x_0_theta, schedule, x_0, t, eps):
     """L_{t-1} of each image at its own t, in nats, (N,) float64; eps (N, H, W, C) leads to the x_t that it is for."""
     x_t = q_sample(schedule, x_0, t, eps)

@@ -116,7 +116,8 @@ def measure_bound(args, model, data, workers):
         ]
         numbers = {"bits_per_dimension": mean, "standard_error": error} | parts
         report(args, model, f"bound_exact_{N}", numbers, *lines)
-    write(args, plots.save, plots.bound_over_t(times, over_t, mean), args.run / "bound.png")
+    weights = metrics.loss_weights(schedule) / math.log(2)  # in bits, too
+    write(args, plots.save, plots.bound_over_t(times, over_t, mean, weights), args.run / "bound.png")
 
 
 def mean_and_standard_error(values):

@@ -163,14 +163,19 @@ def latent_use(kl, variance, spread, active):
     return figure
 
 
-def bound_over_t(t, bits, bound):
-    """The terms of the variational bound against t: L_0 at t = 1, then L_1 .. L_{T-1}, in bits per dimension."""
+def bound_over_t(t, bits, bound, weights):
+    """The terms of the variational bound against t: L_0 at t = 1, then L_1 .. L_{T-1}, in bits per dimension.
+
+    ``weights`` are the w_t for t = 2..T in bits: what L_{t-1} would be if no noise were predicted.
+    """
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.add_subplot(title=f"the terms of the bound, {bound:.2f} bits per dimension in all")
-    axes.loglog(t, bits, marker=".", color="C1")
+    axes.loglog(t, bits, marker=".", color="C1", label="$w_t$ times the squared error of $\\epsilon_\\theta$")
+    axes.loglog(np.arange(2, len(weights) + 2), weights, "C0--", label="$w_t$, the term of $\\epsilon_\\theta = 0$")
     axes.annotate("$L_0$, the decoder", (t[0], bits[0]), textcoords="offset points", xytext=(12, 4), va="center")
     axes.set(xlabel="t", ylabel="$L_{t-1}$, bits per dimension")
     axes.grid(alpha=0.3, which="both")
+    axes.legend()
     return figure
 
 

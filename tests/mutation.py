@@ -1,0 +1,182 @@
+"""Change the mathematics one small thing at a time, and see whether a test notices.
+
+    python tests/mutation.py                      every tenth change, some twenty minutes on two cores
+    python tests/mutation.py --only vae --every 1
+
+A mutant is the package with one change: another sign, comparison or constant, a shifted index, a term, factor or call
+left out, a condition turned round. Each is made in a copy of the project and tried by the tests of its module, then by
+those of the others, up to the first that fails: then the mutant is killed. What no test notices survives: either a test
+is missing, or the change is none, and EQUIVALENT says why. The exit status is 1 if any other survives.
+"""
+
+import argparse
+import ast
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+MODULES = {  # file -> the tests tried first
+    "scratchgen/vae.py": ("vae", "homework"),
+    "scratchgen/diffusion.py": ("diffusion", "homework", "improved"),
+    "scratchgen/improved.py": ("improved", "diffusion"),
+    "scratchgen/evaluate/metrics.py": ("metrics", "homework"),
+    "scratchgen/optim.py": ("optim", "muon"),
+    "scratchgen/gradients.py": ("gradients",),
+    "scratchgen/ops.py": ("ops", "layers"),
+    "run_vae.py": ("runs", "scripts"),
+    "run_ddpm.py": ("runs", "scripts"),
+}
+OTHERS = (
+    "vae",
+    "diffusion",
+    "improved",
+    "metrics",
+    "optim",
+    "muon",
+    "gradients",
+    "ops",
+    "layers",
+    "denoisers",
+    "homework",
+)
+SECONDS = 300  # for the tests of one mutant
+EQUIVALENT = {  # mutant -> why no test can notice it
+}
+
+SWAPS = {
+    ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Pow: "*", ast.Mod: "//",
+    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
+    ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in", ast.And: "or", ast.Or: "and",
+}  # fmt: skip
+
+
+def changes(source):
+    """Every (start, end, text) of a source that makes a mutant: the characters to replace, and by what."""
+    starts = [0]
+    for line in source.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def span(node):
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    def text(node):
+        return source.encode()[slice(*span(node))].decode()
+
+    def of(node):
+        match node:
+            case ast.BinOp(left, op, right):
+                if type(op) in SWAPS:
+                    yield f"({text(left)}) {SWAPS[type(op)]} ({text(right)})"
+                if isinstance(op, ast.Add | ast.Sub | ast.Mult | ast.Div):
+                    yield f"({text(left)})"
+                    yield f"({text(right)})"
+            case ast.UnaryOp(ast.USub() | ast.Not(), operand):
+                yield f"({text(operand)})"
+            case ast.Compare(left, [op], [right]):
+                yield f"({text(left)}) {SWAPS[type(op)]} ({text(right)})"
+            case ast.BoolOp(op, values):
+                yield f" {SWAPS[type(op)]} ".join(f"({text(value)})" for value in values)
+            case ast.Constant(bool()):
+                yield str(not node.value)
+            case ast.Constant(int() | float()):
+                yield repr(node.value + 1 if isinstance(node.value, int) else node.value * 1.1 or 1.0)
+            case ast.Subscript(slice=ast.Name() as index):
+                yield f"{text(node.value)}[{index.id} - 1]"
+            case ast.Call(ast.Attribute(ast.Name("np" | "math")), [first, *_]):
+                yield f"({text(first)})"
+            case ast.IfExp(test, body, orelse):
+                yield f"(({text(orelse)}) if ({text(test)}) else ({text(body)}))"
+            case ast.AugAssign() | ast.Expr(ast.Call()):
+                yield "pass"
+
+    def visit(node):
+        skipped = ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.Expr
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, skipped) and not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Call)):
+                continue
+            for new in of(child):
+                yield *span(child), new
+            if isinstance(child, ast.If | ast.While):
+                yield *span(child.test), f"not ({text(child.test)})"
+            yield from visit(child)
+
+    yield from visit(ast.parse(source))
+
+
+def mutants(only, every):
+    """(file, name, source) of one mutant of every so many, chosen by a hash of its name and in the order of that."""
+    chosen = []
+    for file in MODULES:
+        if only and Path(file).stem not in only:
+            continue
+        source = (ROOT / file).read_bytes()
+        seen = {}
+        for start, end, new in changes(source.decode()):
+            line = source[source.rfind(b"\n", 0, start) + 1 :].split(b"\n")[0].decode().strip()
+            old = " ".join(source[start:end].decode().split())
+            name = f"{Path(file).stem}: {old} -> {' '.join(new.split())} | {line}"
+            seen[name] = seen.get(name, 0) + 1
+            if seen[name] > 1:
+                name += f" ({seen[name]})"
+            place = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+            if place % every == 0:
+                chosen.append((place, file, name, source[:start] + new.encode() + source[end:]))
+    return [mutant for _, *mutant in sorted(chosen)]
+
+
+def tried(copies, mutant):
+    """(name, what killed it: the test that failed; None if all passed). Leaves its copy of the project as it was."""
+    file, name, source = mutant
+    copy, first = copies.get(), MODULES[file]
+    tests = [f"tests/test_{test}.py" for test in (*first, *(other for other in OTHERS if other not in first))]
+    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
+    try:
+        (copy / file).write_bytes(source)
+        path = os.pathsep.join([str(copy), os.environ.get("PYTHONPATH", "")])
+        result = subprocess.run(
+            command, cwd=copy, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=SECONDS
+        )
+        failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return name, (failed or [f"pytest ended with {result.returncode}"])[0] if result.returncode else None
+    except subprocess.TimeoutExpired:
+        return name, f"more than {SECONDS} s"
+    finally:
+        (copy / file).write_bytes((ROOT / file).read_bytes())
+        copies.put(copy)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="MODULE", help="such as vae; by default all of them")
+    parser.add_argument("--every", type=int, default=10, metavar="N", help="one of N mutants (default: 10)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="mutants tried at a time")
+    parser.add_argument("--log", type=Path, help="write each mutant and what killed it to this file")
+    args = parser.parse_args()
+    todo = list(mutants(args.only, args.every))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.workers) as pool:
+        copies = Queue()
+        for number in range(args.workers):
+            copy = Path(folder) / str(number)
+            ignored = shutil.ignore_patterns("data", "runs", ".*", "__pycache__")
+            shutil.copytree(ROOT, copy, ignore=ignored)
+            (copy / "data").symlink_to(ROOT / "data")
+            copies.put(copy)
+        file = next(iter(MODULES))
+        if killer := tried(copies, (file, "", (ROOT / file).read_bytes()))[1]:
+            sys.exit(f"a test fails without any change: {killer}")
+        with open(args.log or os.devnull, "w") as log:
+            for name, killer in tqdm(pool.map(lambda mutant: tried(copies, mutant), todo), total=len(todo)):
+                print(f"{killer or 'SURVIVED':60} {name}", file=log, flush=True)
+
+
+if __name__ == "__main__":
+    main()
