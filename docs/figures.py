@@ -90,7 +90,7 @@ def with_code(text):
     def block(match):
         places = (place.rsplit(".", 1) for place in match[1].split())
         functions = (getattr(importlib.import_module(f"scratchgen.{module}"), name) for module, name in places)
-        return f"<!-- code: {match[1]} -->\n```python\n" + "\n\n".join(map(code_of, functions)) + "\n```\n"
+        return f"<!-- code: {match[1]} -->\n```python\n" + "\n\n\n".join(map(code_of, functions)) + "\n```\n"
 
     return re.sub(r"<!-- code: ([^\n]+) -->\n(?:```python\n.*?\n```\n)?", block, text, flags=re.DOTALL)
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from finite_differences import assert_directional
 
-SCHEDULE = diffusion.make_schedule("linear", 50)
 EVERYTHING = {name: ["v", "black", "weights"] + ["global"] * (name == "unet") for name in DENOISERS}
 WHOLE_UNET = {"inputs": 2, "global_blocks": True}  # as with all additions
 each_network = pytest.mark.parametrize(
@@ -20,21 +19,26 @@ each_network = pytest.mark.parametrize(
 )
 
 
+def schedule():
+    return diffusion.make_schedule("linear", 50)
+
+
 def make_batch(rng, N, H=28, W=28):
-    return diffusion.draw_batch(SCHEDULE, rng.random((N, H, W, 1), dtype=np.float32) * 2 - 1, rng)
+    return diffusion.draw_batch(schedule(), rng.random((N, H, W, 1), dtype=np.float32) * 2 - 1, rng)
 
 
 def what_it_sees(rng, N, additions=("black",)):
     """x (N, 28, 28, 1 or 2) and t (N,) as they reach a network."""
     x_t, t, _ = make_batch(rng, N)
-    return np.concatenate([x_t, improved.above_black(SCHEDULE, x_t, t)], axis=3) if "black" in additions else x_t, t
+    return np.concatenate([x_t, improved.above_black(schedule(), x_t, t)], axis=3) if "black" in additions else x_t, t
 
 
 def loss_of(network, additions=("v", "black", "weights")):
-    eps_theta, _ = improved.denoiser(network, SCHEDULE, additions)
+    s = schedule()
+    eps_theta, _ = improved.denoiser(network, s, additions)
     if "weights" in additions:
-        return lambda params, batch: improved.weighted_loss(partial(eps_theta, params), SCHEDULE, batch)[0]
-    return lambda params, batch: diffusion.simple_loss(partial(eps_theta, params), SCHEDULE, batch)
+        return lambda params, batch: improved.weighted_loss(partial(eps_theta, params), s, batch)[0]
+    return lambda params, batch: diffusion.simple_loss(partial(eps_theta, params), s, batch)
 
 
 def shaken(rng, params):

@@ -1,0 +1,121 @@
+"""Write the project as one hands it to a class: without the answers, and with the functions that the homework asks for
+left to write.
+
+    python docs/handout.py FOLDER
+
+Each of these functions keeps its docstring and gets one line, raise NotImplementedError("question 7: ..."). The README
+that is written says what is asked, for how many points, what to write, in which order, and how it is checked. All of it
+is made from the files as they are: what is asked comes from homework.md, the functions from QUESTIONS below.
+"""
+
+import argparse
+import ast
+import re
+import shutil
+from pathlib import Path
+
+from scratchgen.machinery import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTIONS = {  # question -> file and the functions in it that are to be written, in a good order
+    4: [
+        ("scratchgen/vae.py", ["reparameterise", "kl_per_dimension", "elbo_terms", "mlp_encode", "mlp_decode"]),
+        ("scratchgen/ops.py", ["bernoulli_log_likelihood_vjp"]),
+    ],
+    5: [("scratchgen/vae.py", ["negative_elbo"])],
+    6: [("scratchgen/machinery/plots.py", ["plot_latents"])],
+    7: [("scratchgen/diffusion.py", ["make_schedule", "q_sample"])],
+    8: [("scratchgen/diffusion.py", ["prior_kl"])],
+    9: [("scratchgen/diffusion.py", ["q_posterior"])],
+    10: [("scratchgen/evaluate/metrics.py", ["gaussian_kl", "loss_weights"])],
+    11: [("scratchgen/diffusion.py", ["draw_batch", "squared_errors", "simple_loss"])],
+    12: [("scratchgen/diffusion.py", ["predict_x_0", "p_sample", "sample"])],
+}
+COPIED = ("scratchgen", "data", "tests", "run_vae.py", "run_ddpm.py", "setup.cfg", "pyproject.toml", "LICENSE")
+README = """# Problem set 5: variational autoencoders and diffusion models
+
+Two models of FashionMNIST in NumPy, with the parts to write left out: {points} points. Nothing else is missing: layers,
+gradients, optimisers, the training loops and the figures are here. Work from the top: no question needs a later one.
+
+    python3 -m venv .venv && . .venv/bin/activate
+    pip install -e ".[test]"
+    pytest -k question_7
+
+The last line checks question 7: its tests fail now, and pass once its functions are written; `pytest
+tests/test_homework.py` checks all questions. A function to write has a docstring that says what it takes and returns,
+and one line to replace, `raise NotImplementedError`. Questions 1 to 3 and 13 are answered in words alone, 7 to 10 in
+words and in code.
+
+{table}
+
+After question 5, `python run_vae.py` trains the VAE in a minute, and after question 6 it draws `latents_I_J.png`; after
+question 12, `python run_ddpm.py --T 200 --additions none` trains the diffusion model in some ten minutes and draws
+`trajectory.png`. Hand in the answers, the code that you wrote, and the figures that questions 5, 6, 11 and 12 make.
+"""
+
+
+def parse_arguments(argv):
+    parser = cli.OneLineParser(
+        "docs/handout.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.flag("folder", "is made; must not exist or be empty", type=Path, metavar="FOLDER")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    folder = parse_arguments(argv).folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise cli.UsageError(f"{folder}: expected a new or an empty folder")
+    if any(ROOT / name in folder.resolve().parents for name in COPIED):
+        raise cli.UsageError(f"{folder}: expected a folder outside of what is handed out")
+    write(folder)
+    print(f"wrote the homework to {folder}; begin with its README.md")
+
+
+def write(folder, left_out=tuple(QUESTIONS)):
+    """The project in ``folder``, without the bodies of what these questions ask for.
+
+    Of the tests, those that speak of docs/ or the README stay behind, and the benchmarks, which have it all in PyTorch.
+    """
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
+    behind = [name for name, text in tests.items() if '"docs' in text or "README" in text]
+    ignored = shutil.ignore_patterns("__pycache__", "benchmarks", "mutation.py", *behind)
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=ignored, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, folder / name)
+    for question in left_out:
+        for file, names in QUESTIONS[question]:
+            text = (folder / file).read_text(encoding="utf-8")
+            (folder / file).write_text(without_bodies(text, names, question), encoding="utf-8")
+    (folder / "README.md").write_text(readme(), encoding="utf-8")
+
+
+def without_bodies(text, names, question):
+    """The source with one line in place of the body of each of these functions, below its docstring."""
+    lines = text.splitlines()
+    functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    for function in sorted((functions[name] for name in names), key=lambda node: -node.lineno):
+        first, last = function.body[0], function.end_lineno
+        kept = first.end_lineno if ast.get_docstring(function) else first.lineno - 1
+        lines[kept:last] = [f'    raise NotImplementedError("question {question}: write {function.name}")']
+    return "\n".join(lines) + "\n"
+
+
+def readme():
+    text = (ROOT / "docs" / "homework.md").read_text(encoding="utf-8")
+    asked = re.findall(r"^### Question (\d+): .*\n\n\*Asked \((\d+) points?\):\* (.*(?:\n.+)*)", text, re.M)
+    rows = ["| | points | what is asked | what to write |", "|---|---|---|---|"]
+    for question, points, what in asked:
+        parts = (
+            f"`{Path(file).name}`: " + ", ".join(f"`{name}`" for name in names)
+            for file, names in QUESTIONS.get(int(question), [])
+        )
+        rows.append(f"| {question} | {points} | {' '.join(what.split())} | {'; '.join(parts)} |")
+    return README.format(points=sum(int(points) for _, points, _ in asked), table="\n".join(rows))
+
+
+if __name__ == "__main__":
+    cli.run(main, "stopped: the folder is not whole")

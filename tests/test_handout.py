@@ -1,0 +1,94 @@
+"""The homework as it is handed out: what is left out, and that each question's tests fail before and pass after."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, script
+
+handout = script("docs/handout.py")
+
+
+def passed_and_not(folder, *flags):
+    """The tests of the questions that pass in a folder, and those that do not."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=no", "-p", "no:cacheprovider", *flags]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    outcomes = re.findall(r"^(PASSED|FAILED|ERROR) tests/test_homework.py::(\w+)", result.stdout, re.M)
+    assert outcomes, result.stdout + result.stderr
+    return {name for outcome, name in outcomes if outcome == "PASSED"}, {
+        name for outcome, name in outcomes if outcome != "PASSED"
+    }
+
+
+def test_question_by_question_the_tests_turn_green(tmp_path):
+    """The bodies are put back in order: the tests of the questions so far pass, those of all others fail."""
+    questions = list(handout.QUESTIONS)
+    for done in range(len(questions) + 1):
+        folder = tmp_path / str(done)
+        handout.write(folder, questions[done:])
+        passed, failed = passed_and_not(folder, "tests/test_homework.py")
+        answered = {name for name in passed | failed if int(name.split("_")[2]) in questions[:done]}
+        assert (passed, failed) == (answered, (passed | failed) - answered)
+        assert {int(name.split("_")[2]) for name in passed | failed} == set(questions)
+    passed, failed = passed_and_not(tmp_path / "0", "-k", "question_7")  # as the README says it
+    assert not passed and failed and all(name.startswith("test_question_7_") for name in failed)
+
+
+def functions_in(path):
+    return {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_each_function_keeps_its_docstring_and_says_which_question_it_is_for(tmp_path):
+    handout.write(tmp_path / "homework")
+    left_out = 0
+    for question, files in handout.QUESTIONS.items():
+        for file, names in files:
+            whole, handed_out = functions_in(ROOT / file), functions_in(tmp_path / "homework" / file)
+            assert whole.keys() == handed_out.keys()
+            for name in names:
+                before, after = whole[name], handed_out[name]
+                assert ast.get_docstring(before) == ast.get_docstring(after) and ast.dump(before.args) == ast.dump(
+                    after.args
+                )
+                assert ast.unparse(after.body[-1]) == f"raise NotImplementedError('question {question}: write {name}')"
+                assert len(after.body) == 1 + (ast.get_docstring(before) is not None)
+                left_out += 1
+    text = "".join(path.read_text() for path in (tmp_path / "homework" / "scratchgen").rglob("*.py"))
+    assert text.count("NotImplementedError") == left_out == 20
+    # All else is as it was.
+    for path in (ROOT / "scratchgen").rglob("*.py"):
+        place = path.relative_to(ROOT)
+        if not any(place.as_posix() == file for files in handout.QUESTIONS.values() for file, _ in files):
+            assert (tmp_path / "homework" / place).read_bytes() == path.read_bytes()
+
+
+def test_the_answers_stay_behind(tmp_path):
+    handout.write(tmp_path)
+    names = {path.name for path in tmp_path.rglob("*")}
+    assert not names & {"docs", "homework.md", "figures", "test_answers.py", "benchmarks", "vs_torch.py", "__pycache__"}
+    assert {"test_homework.py", "conftest.py", "finite_differences.py", "classifier.npz", "SHA256SUMS"} <= names
+    readme = (tmp_path / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (.+) \| (.*) \|$", readme, re.M)
+    assert [int(question) for question, *_ in rows] == list(range(1, 14))
+    assert sum(int(points) for _, points, *_ in rows) == 29 and "29 points" in readme
+    for question, files in handout.QUESTIONS.items():
+        for file, functions in files:
+            assert Path(file).name in rows[question - 1][3]
+            assert all(f"`{name}`" in rows[question - 1][3] for name in functions)
+    assert len(readme.splitlines()) < 60  # one page
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"), [("full", "expected a new or an empty folder"), (ROOT / "tests" / "x", "outside")]
+)
+def test_a_folder_that_cannot_be_written_is_refused(folder, words, tmp_path, finish):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    status, stderr = finish(lambda: handout.main([str(tmp_path / folder)]))
+    assert status == 2 and words in stderr and stderr.count("\n") == 1
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"] and not (ROOT / "tests" / "x").exists()
