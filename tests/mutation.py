@@ -33,20 +33,7 @@ MODULES = {  # file -> the tests tried first
     "scratchgen/gradients.py": ("gradients",),
     "scratchgen/ops.py": ("ops", "layers"),
 }
-OTHERS = (
-    "homework",
-    "answers",
-    "vae",
-    "diffusion",
-    "improved",
-    "metrics",
-    "optim",
-    "muon",
-    "gradients",
-    "ops",
-    "layers",
-)
-OTHERS += ("denoisers",)
+OTHERS = (*(Path(file).stem for file in MODULES), "homework", "answers", "muon", "layers", "denoisers")  # and then
 SECONDS = 300  # for the tests of one mutant
 EQUIVALENT = {  # mutant -> why no test can notice it
 }
@@ -136,7 +123,7 @@ def tried(copies, mutant):
     """(name, what killed it: the test that failed; None if all passed). Leaves its copy of the project as it was."""
     file, name, source = mutant
     copy, first = copies.get(), MODULES[file]
-    tests = [f"tests/test_{test}.py" for test in (*first, *(other for other in OTHERS if other not in first))]
+    tests = [f"tests/test_{test}.py" for test in dict.fromkeys((*first, *OTHERS))]
     # (That the document shows the code as it is says nothing about it.)
     tests += ["-k", "not the_code_in_the_document"]
     command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
