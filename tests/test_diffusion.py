@@ -81,7 +81,7 @@ def oracle(schedule, x_0):
 
 def of_x_t(x_t, t):
     """Some eps_theta that depends on x_t and t, and leads to some x_0 that are clipped and some that are not."""
-    return 0.9 * x_t + np.float32(0.002) * t.reshape(-1, 1, 1, 1)
+    return 0.9 * x_t + 0.002 * t.reshape(-1, 1, 1, 1).astype(np.float32)
 
 
 def test_draw_batch_takes_every_t_from_1_to_T_and_unit_noise(rng):
@@ -104,6 +104,7 @@ def test_squared_errors_are_per_image_means_over_pixels(schedule, rng):
     errors = diffusion.squared_errors(batch[2], x_t)
     assert errors.dtype == np.float32 and errors.shape == (5,)
     np.testing.assert_allclose(errors, ((x_t - batch[2]) ** 2).mean(axis=(1, 2, 3)), rtol=1e-5)
+    np.testing.assert_array_equal(diffusion.squared_errors(batch[2][:1], x_t[:1]), errors[:1])  # one image is enough
 
 
 def test_the_simple_loss_is_its_definition(schedule, rng):

@@ -55,7 +55,7 @@ def test_agrees_with_autograd_on_nested_parameters(rng):
 def test_a_parameter_the_loss_ignores_has_gradient_zero(rng):
     params = {"used": rng.standard_normal(3), "unused": rng.standard_normal((2, 2))}
     _, gradient = value_and_grad(lambda p: anp.sum(p["used"] ** 2))(params)
-    np.testing.assert_array_equal(gradient["unused"], np.zeros((2, 2)))
+    assert gradient["unused"].shape == (2, 2) and not gradient["unused"].any()
 
 
 def test_further_numbers_come_back_as_plain_values(problem):

@@ -1,5 +1,7 @@
 """What was added to the diffusion model: each addition against its definition, and the samplers against theory."""
 
+from types import SimpleNamespace
+
 from scratchgen import diffusion, improved, tree
 from scratchgen.denoisers import init_mlp_denoiser, init_unet
 from scratchgen.diffusion import at, make_schedule
@@ -54,6 +56,13 @@ def test_the_flag_names_the_additions_that_are_chosen(names, arch, expected):
 def test_additions_that_contradict_each_other_or_the_network_are_refused(names, arch, words):
     with pytest.raises(Refused, match=words):
         improved.chosen(names, arch, refuse)
+
+
+def test_weights_without_v_are_warned_of_and_with_it_are_not():
+    with pytest.warns(UserWarning, match="weights without v") as record:
+        assert improved.chosen(["weights", "black"], "unet", refuse) == ["black", "weights"]
+    assert record[0].filename == __file__  # whoever chose them
+    improved.chosen(["weights", "v"], "unet", refuse)  # a warning would be an error
 
 
 def test_without_additions_the_network_itself_predicts_the_noise(schedule, rng):
@@ -147,6 +156,11 @@ def test_above_black_is_eps_on_black_pixels_and_more_on_others(schedule, rng):
     found = improved.above_black(schedule, diffusion.q_sample(schedule, x_0, t, eps), t)
     np.testing.assert_allclose(found[:, 1:], np.clip(eps[:, 1:], -3, 3), atol=2e-3)
     assert np.all(found[:2, 0] == 3) and np.all(found[:, 0] >= np.clip(eps[:, 0], -3, 3) - 1e-3)
+    black = -schedule["sqrt_alpha_bar"][150] * np.ones((1, 4, 6, 1), np.float32)
+    for beside in (-4, -3.5, -2.5, 2.5, 3.5, 4):  # in units of the noise
+        x_t = black + np.float32(beside * schedule["sqrt_one_minus_alpha_bar"][150])
+        found = improved.above_black(schedule, x_t, np.array([150]))
+        np.testing.assert_allclose(found, np.clip(beside, -3, 3), rtol=1e-5)
 
 
 def test_the_denoiser_shows_the_network_both_channels_and_takes_its_answer_for_v(schedule, rng):
@@ -187,6 +201,35 @@ def test_training_weighs_an_error_in_v_by_the_square_root_of_alpha_bar(schedule,
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
+
+
+def test_the_samplers_are_the_papers_and_those_with_their_names():
+    """eta is 1 with fresh noise at each step and 0 without, and ++ is of second order."""
+    assert {
+        name: (float(name in ("ddpm", "sde-dpm++")), 1 + name.endswith("++"))
+        for name in ("ddpm", "ddim", "dpm++", "sde-dpm++")
+    } == improved.SAMPLERS
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_a_step_adds_noise_of_the_variance_that_eta_asks_for(schedule, eta):
+    """Song et al., Eq. (16), for the step from t = 200 to 100 of an x_0 and a draw that are known."""
+    alpha_bar = schedule["alpha_bar"]
+    x_0, x_T = np.full((1, 2, 2, 1), 0.3, np.float32), np.full((1, 2, 2, 1), -0.6, np.float32)
+    draws = SimpleNamespace(standard_normal=lambda shape, dtype: np.full(shape, 0.8, dtype))
+    (s, x_s), *_ = improved.sample(lambda x_t, t: x_0, schedule, x_T, draws, 2, eta)
+    sigma = eta * np.sqrt((1 - alpha_bar[100]) / (1 - alpha_bar[200])) * np.sqrt(1 - alpha_bar[200] / alpha_bar[100])
+    eps = (-0.6 - np.sqrt(alpha_bar[200]) * 0.3) / np.sqrt(1 - alpha_bar[200])
+    expected = np.sqrt(alpha_bar[100]) * 0.3 + np.sqrt(1 - alpha_bar[100] - sigma**2) * eps + sigma * 0.8
+    assert s == 100
+    np.testing.assert_allclose(x_s, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", improved.SAMPLERS)
+def test_samples_stay_in_float32(sampler, schedule, rng):
+    x_T = rng.standard_normal((2, 4, 6, 1), dtype=np.float32)
+    path = list(improved.sample(x_0_of(of_x_t, schedule), schedule, x_T, rng, 7, *improved.SAMPLERS[sampler]))
+    assert {x.dtype for _, x in path} == {np.dtype(np.float32)}
 
 
 def test_sample_times():
@@ -247,27 +290,27 @@ def test_ddim_takes_eps_from_the_clipped_x_0():
     assert x_s.item() == pytest.approx(signal[5] + noise[5] * eps, rel=1e-5)
 
 
+@pytest.mark.parametrize(("T", "first", "second"), [(10, 7, 3), (3, 2, 1)])
 @pytest.mark.parametrize(("before", "now"), [(0.2, 0.3), (0.2, 0.95), (-0.1, -0.9)])
-def test_order_2_goes_on_as_the_last_step_did_and_stays_where_images_are(before, now):
-    """From t = 10 to 7 to 3: in the middle of the second step, in lambda, x_0 is as far on as it would be by then."""
-    s, predictions = make_schedule("linear", 10), iter([before, now, 0.0])
+def test_order_2_goes_on_as_the_last_step_did_and_stays_where_images_are(before, now, T, first, second):
+    """In the middle of the second of three steps, measured in lambda, x_0 is as far on as it would be by then."""
+    s, predictions = make_schedule("cosine", T), iter([before, now, 0.0])
     signal, noise = s["sqrt_alpha_bar"], s["sqrt_one_minus_alpha_bar"]
-    assert improved.sample_times(10, 3) == [10, 7, 3, 0]
+    assert improved.sample_times(T, 3) == [T, first, second, 0]
 
     def x_0_theta(x_t, t):
         return np.full_like(x_t, next(predictions))
 
     x_T = np.full((1, 1, 1, 1), 0.7, np.float32)
-    (_, x_7), (_, x_3), _ = improved.sample(x_0_theta, s, x_T, None, 3, eta=0.0, order=2)
-    assert x_7.item() == pytest.approx(
-        signal[7] * before + noise[7] * (0.7 - signal[10] * before) / noise[10], rel=1e-5
-    )
-    log_ratio = np.log(signal[1:] / noise[1:])  # lambda of t = 1 .. 10
-    half = 0.5 * (log_ratio[2] - log_ratio[6]) / (log_ratio[6] - log_ratio[9])
+    (_, x), (_, found), _ = improved.sample(x_0_theta, s, x_T, None, 3, eta=0.0, order=2)
+    expected = signal[first] * before + noise[first] * (0.7 - signal[T] * before) / noise[T]
+    assert x.item() == pytest.approx(expected, rel=1e-5)
+    ratio = {t: np.log(signal[t] / noise[t]) for t in (T, first, second)}
+    half = 0.5 * (ratio[second] - ratio[first]) / (ratio[first] - ratio[T])
     x_0 = min(1, max(-1, now + half * (now - before)))
-    assert abs(x_0 - now) > 0.02
-    expected = signal[3] * x_0 + noise[3] * (x_7.item() - signal[7] * x_0) / noise[7]
-    assert x_3.item() == pytest.approx(expected, rel=1e-4)
+    assert abs(x_0 - now) > 0.01
+    expected = signal[second] * x_0 + noise[second] * (x.item() - signal[first] * x_0) / noise[first]
+    assert found.item() == pytest.approx(expected, rel=1e-4)
 
 
 def where_all_is_known(T):

@@ -79,9 +79,32 @@ def test_it_takes_the_images_and_networks_of_the_vae(rng):
     assert found.shape == (2,) and np.isfinite(found).all()
 
 
+def test_the_bound_is_the_mean_of_the_weights_of_each_image_with_its_own_draws(rng):
+    """log 1/K sum p(x | z) p(z) / q(z | x), weight by weight, for images that have nothing in common."""
+    mu, log_var = rng.standard_normal((2, 3, 2))
+    x, C = rng.random((3, 2, 2, 1)), rng.standard_normal((2, 4))
+
+    def decode(z):
+        return (z @ C).reshape(-1, 2, 2, 1)
+
+    found = metrics.importance_weighted_bound(
+        lambda x: (mu, log_var), decode, bernoulli_log_likelihood, x, 6, generators(3)
+    )
+    for n, rng_of_image in enumerate(generators(3)):
+        weights = []
+        for eps in rng_of_image.standard_normal((6, 2), dtype=np.float32):
+            z = mu[n] + np.exp(log_var[n] / 2) * eps
+            p = 1 / (1 + np.exp(-(z @ C)))
+            likelihood = np.prod(p ** x[n].ravel() * (1 - p) ** (1 - x[n].ravel()))
+            density_q = np.prod(np.exp(-0.5 * eps.astype(float) ** 2) / np.sqrt(2 * np.pi * np.exp(log_var[n])))
+            weights.append(likelihood * np.prod(np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)) / density_q)
+        assert found[n] == pytest.approx(np.log(np.mean(weights)), rel=1e-5)
+
+
 def test_active_units():
-    mu = np.array([[1.0, 0.0, 5.0, 0.0, 0.0], [-1.0, 0.1, 5.0, 0.19, 0.21]])
+    mu = np.array([[1.0, 0.0, 5.0, 0.0, 0.0], [-1.0, 0.1, 5.0, 0.199, 0.201]])
     assert metrics.active_units(mu).tolist() == [True, False, False, False, True]  # two numbers 0.2 apart: 0.01
+    assert metrics.active_units(np.array([[1.0], [-1.0]]), threshold=1.0).tolist() == [False]  # above, not at
 
 
 # --------------------------------------------------------------------------------------- the bound of a diffusion model

@@ -184,6 +184,8 @@ def test_activations_equal_their_definitions(rng):
     np.testing.assert_array_equal(ops.relu(x), np.where(x > 0, x, 0))
     a, b = rng.standard_normal((2, N, C)) * 5
     np.testing.assert_allclose(ops.glu(np.concatenate([a, b], axis=1)), a / (1 + np.exp(-b)))
+    a, b = rng.standard_normal((2, 2, 3, 4, 5))  # images: the last axis is halved, whatever their size
+    np.testing.assert_allclose(ops.glu(np.concatenate([a, b], axis=-1)), a / (1 + np.exp(-b)))
 
 
 def test_bernoulli_log_likelihood_equals_its_definition(rng):
@@ -222,6 +224,10 @@ def test_dense_gradients(rng):
     assert_gradients(
         ops.dense, [rng.standard_normal((2, 3, 4, C)), rng.standard_normal((C, O)), rng.standard_normal(O)]
     )
+    x, w, b = rng.standard_normal((2, 5, C)), rng.standard_normal((C, O)), rng.standard_normal(O)
+    np.testing.assert_allclose(ops.dense(x, w, b), x @ w + b, rtol=1e-12)
+    assert_gradients(lambda x: ops.dense(x, w, b), [x])  # of an argument alone
+    assert_gradients(lambda w, b: ops.dense(x, w, b), [w, b])
 
 
 @pytest.mark.parametrize("K", [1, 3])
@@ -261,6 +267,7 @@ def test_space_to_depth_and_depth_to_space_gradients(rng):
 def test_activation_gradients(rng):
     assert_gradients(ops.silu, [rng.standard_normal((N, C)) * 3])
     assert_gradients(ops.glu, [rng.standard_normal((N, 2 * C)) * 3])
+    assert_gradients(ops.glu, [rng.standard_normal((2, 3, 4))])
     assert_gradients(ops.relu, [away_from_zero(rng, N, C)])
 
 

@@ -3,7 +3,7 @@
 import math
 
 from scratchgen.muon import muon_step
-from scratchgen.optim import adam_step, cosine_decay, ema_step, init_moments
+from scratchgen.optim import adam_step, cosine_decay, ema_step, flush, init_moments
 
 import numpy as np
 import pytest
@@ -42,6 +42,19 @@ def test_moments_of_a_dead_unit_end_at_zero_and_not_just_above(step_of):
     assert np.all(np.diag(moments["m"]["w"])[4:] > 0.9)
 
 
+def test_every_hundredth_step_only_what_is_no_normal_number_is_set_to_zero():
+    tiny = np.finfo(np.float32).tiny
+    numbers = np.array([1, -1, 1e-30, -1e-30, tiny, -tiny, 0.9 * tiny, -0.9 * tiny], np.float32)
+    for step in (1, 99, 101, 150):
+        moment = numbers.copy()
+        flush(step, moment)
+        np.testing.assert_array_equal(moment, numbers)
+    for step in (100, 200):
+        moment = numbers.copy()
+        flush(step, moment)
+        np.testing.assert_array_equal(moment, [*numbers[:6], 0, 0])
+
+
 def test_learning_rate_rises_then_falls_to_zero():
     rates = [cosine_decay(step, 1000, 0.01) for step in range(1, 1002)]  # one more than there are
     assert rates[0] == pytest.approx(0.0001) and np.argmax(rates) == 99
@@ -50,6 +63,8 @@ def test_learning_rate_rises_then_falls_to_zero():
     short = [cosine_decay(step, 50, 1.0) for step in range(1, 51)]  # rises for a tenth of it
     assert np.argmax(short) == 4
     assert cosine_decay(1, 1, 1.0) == 1
+    assert cosine_decay(50, 10_000, 1.0) == pytest.approx(0.5 * 0.5 * (1 + math.cos(math.pi * 49 / 10_000)), rel=1e-12)
+    assert cosine_decay(1101, 1000, 1.0) == 0  # and stays there
 
 
 def test_ema_forgets_its_start_before_it_reaches_its_decay():

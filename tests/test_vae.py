@@ -46,12 +46,24 @@ def test_shapes_and_dtypes(rng, arch):
     assert {value.dtype} | {leaf.dtype for leaf in tree.leaves([gradient, terms])} == {np.dtype(np.float32)}
 
 
+@pytest.mark.parametrize(("arch", "parameters"), [("mlp", 670_424), ("gated", 1_092_824), ("conv", 1_725_676)])
+def test_the_networks_have_the_sizes_of_the_documents_and_sigma_starts_at_1(rng, arch, parameters):
+    init, encode, _ = vae.VAES[arch]
+    assert tree.size(init(rng, 20)) == parameters
+    _, log_var = encode(init(rng, 20), make_batch(rng, 3)[0])
+    assert not log_var.any()
+    params = init(rng, 200)
+    outputs = [params["mu"]["w"], params["decoder"]["pixels"]["w"] if arch == "conv" else params["decoder"][-1]["w"]]
+    for w in outputs:  # gain 1: their outputs have the size of their inputs
+        assert w.std() * np.sqrt(len(w)) == pytest.approx(1, abs=0.05 if w.size > 1000 else 0.3)
+
+
 @pytest.mark.parametrize("arch", vae.VAES)
 def test_an_image_unlike_all_others_does_not_get_a_boundless_spread(rng, arch):
     params = shaken(rng, vae.VAES[arch][0](rng, D))
     params["log_var"]["b"][:] = [50, -50, 1.5]  # as such an image might bring about; exp(50) is 5e21
     _, log_var = vae.VAES[arch][1](params, make_batch(rng, 2)[0])
-    assert np.all(log_var[:, 0] == vae.MAX_LOG_VAR) and np.all(log_var[:, 1] < -40)
+    assert vae.MAX_LOG_VAR == 2 and np.all(log_var[:, 0] == 2) and np.all(log_var[:, 1] < -40)
     assert np.all(log_var[:, 2] < vae.MAX_LOG_VAR) and np.ptp(log_var[:, 2]) > 0
     (value, _), gradient = value_and_grad(partial(bound, arch))(params, make_batch(rng, 2))
     assert np.isfinite(value) and gradient["log_var"]["b"][0] == 0 != gradient["log_var"]["b"][1]
