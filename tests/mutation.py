@@ -30,7 +30,7 @@ MODULES = {  # file -> the tests tried first
     "scratchgen/improved.py": ("improved",),
     "scratchgen/evaluate/metrics.py": ("metrics", "answers"),
     "scratchgen/optim.py": ("optim",),
-    "scratchgen/gradients.py": ("gradients",),
+    "scratchgen/gradients.py": ("gradients", "workers"),
     "scratchgen/ops.py": ("ops", "layers"),
 }
 OTHERS = (*(Path(file).stem for file in MODULES), "homework", "answers", "muon", "layers", "denoisers")  # and then
@@ -57,7 +57,7 @@ def changes(source):
     def text(node):
         return source.encode()[slice(*span(node))].decode()
 
-    def of(node):
+    def of(node, negative=False):
         match node:
             case ast.BinOp(left, op, right):
                 if type(op) in SWAPS:
@@ -73,8 +73,9 @@ def changes(source):
                 yield f" {SWAPS[type(op)]} ".join(f"({text(value)})" for value in values)
             case ast.Constant(bool()):
                 yield str(not node.value)
-            case ast.Constant(int() | float()):
-                yield repr(node.value + 1 if isinstance(node.value, int) else node.value * 1.1 or 1.0)
+            case ast.Constant(int() | float()):  # -1 is one change, its sign: as a size it means the same as -2
+                if not negative:
+                    yield repr(node.value + 1 if isinstance(node.value, int) else node.value * 1.1 or 1.0)
             case ast.Subscript(slice=ast.Name() as index):
                 yield f"{text(node.value)}[{index.id} - 1]"
             case ast.Call(ast.Attribute(ast.Name("np" | "math")), [first, *_]):
@@ -89,7 +90,7 @@ def changes(source):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, skipped) and not (isinstance(child, ast.Expr) and isinstance(child.value, ast.Call)):
                 continue
-            for new in of(child):
+            for new in of(child, isinstance(node, ast.UnaryOp)):
                 yield *span(child), new
             if isinstance(child, ast.If | ast.While):
                 yield *span(child.test), f"not ({text(child.test)})"

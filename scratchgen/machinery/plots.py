@@ -170,7 +170,7 @@ def bound_over_t(t, bits, bound, weights):
     """
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.add_subplot(title=f"the terms of the bound, {bound:.2f} bits per dimension in all")
-    axes.loglog(t, bits, marker=".", color="C1", label="$w_t$ times the squared error of $\\epsilon_\\theta$")
+    axes.loglog(t, bits, marker=".", color="C1", label="of the network")
     axes.loglog(np.arange(2, len(weights) + 2), weights, "C0--", label="$w_t$, the term of $\\epsilon_\\theta = 0$")
     axes.annotate("$L_0$, the decoder", (t[0], bits[0]), textcoords="offset points", xytext=(12, 4), va="center")
     axes.set(xlabel="t", ylabel="$L_{t-1}$, bits per dimension")
