@@ -198,7 +198,7 @@ def test_any_number_of_workers_gives_the_same_bits(problem, workers):
 @pytest.mark.parametrize("optimiser_step", [adam_step, muon_step])
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_steps_shared_by_workers_are_those_of_one_optimiser(problem, optimiser_step, workers, monkeypatch):
-    """Of two minibatches, the second smaller; each compared with the plain loop over all the weights."""
+    """Of two minibatches, the second smaller and of other images; each compared with a plain loop over all weights."""
     monkeypatch.setattr(muon, "MUON_SIDES", range(2, 65))  # these matrices are so small
 
     def update(arrays, gradient, step, lr):
@@ -207,7 +207,7 @@ def test_steps_shared_by_workers_are_those_of_one_optimiser(problem, optimiser_s
     params, batch = problem
     differentiate, take_step, arrays = trainer(mean_square, params, 4, Workers(workers), update)
     params, moments = tree.map(np.copy, params), init_moments(params)
-    for step, images in enumerate((slice(None), slice(6)), 1):
+    for step, images in enumerate((slice(None), slice(7, None)), 1):
         part = tree.map(lambda array, images=images: array[images], batch)
         gradient = sharded_value_and_grad(mean_square, params, part, 4, 1)[1]
         optimiser_step(params, gradient, moments, step, 0.1)
@@ -234,11 +234,31 @@ def test_a_minibatch_of_another_dtype_is_not_rounded_to_the_first_ones(problem):
 def test_a_larger_minibatch_finds_room(problem):
     params, batch = problem
     differentiate, step, arrays = trainer(mean_square, params, 4, Workers(2))
-    for images in (slice(5), slice(None), slice(7)):
+    for images in (slice(5), slice(None), slice(6, None)):
         part = tree.map(lambda array, images=images: array[images], batch)
         value = differentiate(part)
         step()
         assert_same_bits((value, arrays["gradient"]), sharded_value_and_grad(mean_square, params, part, 4, 1))
+
+
+def test_room_is_made_for_images_of_another_shape_and_for_larger_minibatches_alone(rng, monkeypatch):
+    def loss(params, batch):
+        return anp.sum((batch[0] - params["w"]) ** 2) * (1 / len(batch[0]))
+
+    params, workers, shared = {"w": np.ones(1)}, Workers(1), []
+    monkeypatch.setattr(workers, "share", lambda arrays: shared.append(arrays) or arrays)
+    differentiate, _ = sharded_training(loss, None, {"params": params}, 4, workers)
+    for shape, made in (
+        ((4, 2), True),
+        ((4, 2), False),
+        ((3, 2), False),
+        ((4, 3), True),
+        ((5, 3), True),
+        ((4, 3), False),
+    ):
+        before, batch = len(shared), (rng.standard_normal(shape),)
+        assert differentiate(batch) == pytest.approx(loss(params, batch), rel=1e-12)
+        assert (len(shared) > before) == made
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
