@@ -21,7 +21,7 @@ from pathlib import Path
 from scratchgen import diffusion, vae  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, scale
 from scratchgen.evaluate.load import load_run
-from scratchgen.machinery import cli, plots
+from scratchgen.machinery import cli, files, plots
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -48,9 +48,8 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    homework = HERE / "homework.md"
-    homework.write_text(with_code(homework.read_text(encoding="utf-8")), encoding="utf-8")
     if args.code:
+        write_code()
         return
     for run in (*BETAS.values(), "ddpm"):
         if not (args.runs / run / "checkpoint.npz").exists():
@@ -82,6 +81,13 @@ def main(argv=None):
     plots.save(beta_rows(models, scale(x_test[:10], 0, 1)), FIGURES / "homework_beta.png")
     plots.save(prior_kl(scale(x_test, -1, 1)), FIGURES / "homework_prior_kl.png")
     print(f"figures are in {FIGURES}")
+    write_code()
+
+
+def write_code():
+    homework = HERE / "homework.md"
+    files.write_text(homework, with_code(homework.read_text(encoding="utf-8")))
+    print(f"{homework} shows the code as it is")
 
 
 def with_code(text):
@@ -98,8 +104,9 @@ def with_code(text):
 def code_of(function):
     """The source of a function without its docstring."""
     source = inspect.getsource(function)
-    lines, docstring = source.rstrip().splitlines(), ast.parse(source).body[0].body[0]
-    if inspect.getdoc(function):
+    lines, definition = source.rstrip().splitlines(), ast.parse(source).body[0]
+    if ast.get_docstring(definition):
+        docstring = definition.body[0]
         del lines[docstring.lineno - 1 : docstring.end_lineno]
     return "\n".join(lines)
 

@@ -35,22 +35,25 @@ COPIED = ("scratchgen", "data", "tests", "run_vae.py", "run_ddpm.py", "setup.cfg
 README = """# Problem set 5: variational autoencoders and diffusion models
 
 Two models of FashionMNIST in NumPy, with the parts to write left out: {points} points. Nothing else is missing: layers,
-gradients, optimisers, the training loops and the figures are here. Work from the top: no question needs a later one.
+gradients, optimisers, the training loops and the functions that draw are here. Work from the top: no question needs a
+later one.
 
     python3 -m venv .venv && . .venv/bin/activate
+    py -m venv .venv; .venv\\Scripts\\Activate.ps1
     pip install -e ".[test]"
     pytest -k question_7
 
-The last line checks question 7: its tests fail now, and pass once its functions are written; `pytest
-tests/test_homework.py` checks all questions. A function to write has a docstring that says what it takes and returns,
-and one line to replace, `raise NotImplementedError`. Questions 1 to 3 and 13 are answered in words alone, 7 to 10 in
-words and in code.
+The first line is for Linux and macOS, the second for PowerShell on Windows. The last one checks question 7: its tests
+fail now, and pass once its functions are written; `pytest tests/test_homework.py` checks all questions. A function to
+write has a docstring that says what it takes and returns, and one line to replace, `raise NotImplementedError`.
+Questions 1 to 3 and 13 are answered in words alone, 7 to 10 in words and in code.
 
 {table}
 
-After question 5, `python run_vae.py` trains the VAE in a minute, and after question 6 it draws `latents_I_J.png`; after
-question 12, `python run_ddpm.py --T 200 --additions none` trains the diffusion model in some ten minutes and draws
-`trajectory.png`. Hand in the answers, the code that you wrote, and the figures that questions 5, 6, 11 and 12 make.
+After question 5, `python run_vae.py` trains the VAE in a minute. It draws the latents last, `latents_I_J.png`, and
+until question 6 is done it stops there. After question 12, `python run_ddpm.py --T 200 --additions none` trains the
+diffusion model in some ten minutes and draws `trajectory.png`. Hand in the answers, the code that you wrote, and the
+figures that questions 5, 6, 11 and 12 make.
 """
 
 

@@ -72,6 +72,12 @@ def test_a_product_is_the_same_whole_and_in_tiles(rng, both_kinds, shape, stack,
     np.testing.assert_allclose(out, a @ b, atol=1e-8)
 
 
+def test_a_product_over_nothing_is_zero(both_kinds):
+    """Sums of no terms: there is no tile of such a product, as 10^6 / K numbers would be its size."""
+    a, b = np.ones((64, 0)), np.ones((0, 96))  # b is not transposed: that has a condition of its own
+    np.testing.assert_array_equal(ops.product(a, b), np.zeros((64, 96)))
+
+
 def test_no_images_are_no_trouble(both_kinds):
     arrays = [np.zeros((0, H, W, C)), np.ones((3, 3, C, O)), np.ones(O)]
     value, (dx, dk, db) = value_and_grad(lambda a: ops.conv2d(*a).sum())(arrays)

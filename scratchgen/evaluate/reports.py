@@ -116,7 +116,7 @@ def measure_bound(args, model, data, workers):
         ]
         numbers = {"bits_per_dimension": mean, "standard_error": error} | parts
         report(args, model, f"bound_exact_{N}", numbers, *lines)
-    weights = metrics.loss_weights(schedule) / math.log(2)  # in bits, too
+    weights = metrics.bits_per_dimension(metrics.loss_weights(schedule), 1)  # in bits, too
     write(args, plots.save, plots.bound_over_t(times, over_t, mean, weights), args.run / "bound.png")
 
 
