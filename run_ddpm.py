@@ -3,17 +3,20 @@
 examples:
   python run_ddpm.py                          T = 200: eight to twelve minutes on two cores
   python run_ddpm.py --additions none         as in Ho et al. 2020: the network predicts eps, L_simple, Adam
+  python run_ddpm.py --classes                the same, told what each image shows: samples of a class that one asks for
   python run_ddpm.py --train-images 6000      a first look in two minutes; samples are still rough
 """
 
 from functools import partial
 
 from scratchgen import diffusion, improved, tree  # before NumPy, whose threads it sets up
-from scratchgen.data import load_fashion_mnist, scale
+from scratchgen.data import CLASSES, load_fashion_mnist, scale
 from scratchgen.denoisers import DENOISERS
+from scratchgen.evaluate.load import ddpm_run
+from scratchgen.evaluate.samples import classes, draw, draw_paths
 from scratchgen.gradients import in_parallel, sharded_training
 from scratchgen.machinery import cli, plots
-from scratchgen.machinery.training import INIT, PREVIEW, SAMPLES, TEST, Run, rng_for
+from scratchgen.machinery.training import INIT, TEST, Run, rng_for
 from scratchgen.machinery.workers import Workers
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, cosine_decay, ema_step, init_moments
@@ -21,7 +24,7 @@ from scratchgen.optim import adam_step, cosine_decay, ema_step, init_moments
 import numpy as np
 
 EPOCHS = {"unet": 8, "mlp": 12}  # by default
-SHARD, SAMPLE_SHARD = 32, 16  # images that one worker measures, or denoises, at a time
+SHARD = 32  # images that one worker measures at a time
 
 
 def parse_arguments(argv):
@@ -30,50 +33,55 @@ def parse_arguments(argv):
     parser.flag("--schedule", "how beta_t grows with t", choices=diffusion.SCHEDULES, default="linear")
     help, names = improved.help_for_additions(), ["none", "all", *improved.ADDITIONS]
     parser.flag("--additions", help, nargs="+", choices=names, default=["all"], metavar="NAME")
+    parser.flag("--classes", "tell the network what each image shows, one of ten classes", action="store_true")
     parser.flag("--ema", "decay of the weights' moving average", type=cli.number(float, 0, 1), default=0.998)
     args = parser.parse_args(argv)
     args.additions = improved.chosen(args.additions, args.arch, parser.error)
+    if args.classes and args.arch != "unet":
+        parser.error(f"--classes is for --arch unet, not {args.arch}")
     args.epochs = args.epochs or EPOCHS[args.arch]
     return args
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    data, workers = load_fashion_mnist(args.data, labels=False), Workers(args.workers)
-    train_images = cli.first_images(data["train_images"], args.train_images)
-    x_test = scale(data["test_images"], -1, 1)
+    data, workers = load_fashion_mnist(args.data, labels=args.classes), Workers(args.workers)
+    kinds = ["images", "labels"] if args.classes else ["images"]
+    train, test = ([data[f"{part}_{kind}"] for kind in kinds] for part in ("train", "test"))
+    train, x_test = cli.first_images(train, args.train_images), scale(test[0], -1, 1)
     schedule = diffusion.make_schedule(args.schedule, args.T)
 
     init, network = DENOISERS[args.arch]
-    params = improved.init_denoiser(init, rng_for(args.seed, INIT), args.additions)
-    arrays = {"params": params, "moments": init_moments(params), "ema": tree.map(np.copy, params)}
-    run = Run("ddpm", args, (train_images, data["test_images"]), arrays, workers, ("train_loss", "test_loss"))
-    ema = run.arrays["ema"]  # in memory that all workers see
+    params = improved.init_denoiser(init, rng_for(args.seed, INIT), args.additions, len(CLASSES) * args.classes)
+    averages = ("ema", "early")[: 1 + ("guide" in args.additions)]  # of the weights, and that as it was early on
+    arrays = {"params": params, "moments": init_moments(params)} | {k: tree.map(np.copy, params) for k in averages}
+    run = Run("ddpm", args, (train, test), arrays, workers, ("train_loss", "test_loss"))
     optimiser_step = partial(muon_step, beta2=0.99) if "muon" in args.additions else adam_step
-    eps_theta, x_0_theta = improved.denoiser(network, schedule, args.additions)
+    eps_theta, _ = improved.denoiser(network, schedule, args.additions)
+    model = ddpm_run(run.config, run.arrays)  # its weights are the moving average, in memory that all workers see
 
-    def loss(params, batch):  # batch is (x_0, t, eps), all drawn before; what is minimised, and what is reported
+    def loss(params, batch):  # batch is (x_0, t, eps), all drawn before, and with --classes the labels
+        draws, prediction = batch[:3], improved.told(partial(eps_theta, params), *batch[3:])
         if "weights" in args.additions:
-            return improved.weighted_loss(partial(eps_theta, params), schedule, batch)
-        value = diffusion.simple_loss(partial(eps_theta, params), schedule, batch)
-        return value, {"loss": value}
+            return improved.weighted_loss(prediction, schedule, draws)
+        value = diffusion.simple_loss(prediction, schedule, draws)
+        return value, {"loss": value}  # what is minimised, and what is reported
 
-    def errors(x_0, t, eps):  # (N, H, W, 1), (N,), (N, H, W, 1) -> (N,)
-        return diffusion.squared_errors(eps, eps_theta(ema, diffusion.q_sample(schedule, x_0, t, eps), t))
+    def errors(x_0, t, eps, *labels):  # (N, H, W, 1), (N,), (N, H, W, 1) -> (N,)
+        return diffusion.squared_errors(eps, model.eps_theta(diffusion.q_sample(schedule, x_0, t, eps), t, *labels))
 
     def update(arrays, gradient, step, lr):  # of all the weights, or of those that one of several workers steps
         optimiser_step(arrays["params"], gradient, arrays["moments"], step, lr)
         ema_step(arrays["ema"], arrays["params"], step, args.ema)
+        if "early" in arrays and step == improved.early_step(run.total_steps):
+            tree.map(np.copyto, arrays["early"], arrays["ema"])
 
     differentiate, take_step = sharded_training(loss, update, run.arrays, run.shard_size, workers)
     evaluate = in_parallel(errors, SHARD, workers)
     t_test = 1 + np.arange(len(x_test)) * args.T // len(x_test)  # not at random, but evenly from 1 to T
-    test_batch = (x_test, t_test, rng_for(args.seed, TEST).standard_normal(x_test.shape, dtype=np.float32))
-    # Algorithm 2 as in the paper; with v the same steps from x_0, which eps in float32 loses where alpha_bar_t is tiny.
-    algorithm, model = (improved.sample, x_0_theta) if "v" in args.additions else (diffusion.sample, eps_theta)
-    sample = partial(algorithm, in_parallel(partial(model, ema), SAMPLE_SHARD, workers), schedule)
+    test_batch = (x_test, t_test, rng_for(args.seed, TEST).standard_normal(x_test.shape, dtype=np.float32), *test[1:])
 
-    print(f"diffusion {args.arch}: {tree.size(params):,} parameters, {len(train_images):,} training images")
+    print(f"diffusion {args.arch}: {tree.size(params):,} parameters, {run.count:,} training images")
     alpha_bar_T, prior_kl = float(schedule["alpha_bar"][-1]), float(diffusion.prior_kl(schedule, x_test).mean())
     print(f"T = {args.T}, alpha_bar_T = {alpha_bar_T:.2e}, prior KL = {prior_kl:.3g} nats per image")
     if prior_kl > 0.5:
@@ -81,38 +89,29 @@ def main(argv=None):
 
     with run:
         for epoch in run.epochs():
-            for step, images in run.minibatches():
+            for step, (images, *labels) in run.minibatches():
                 batch = diffusion.draw_batch(schedule, scale(images, -1, 1), run.rng)  # Algorithm 1, lines 2 to 4
+                batch += tuple(improved.drop_some(classes, run.rng) for classes in labels)
                 value, means = differentiate(batch)  # line 5: the gradient, and the step along it
                 take_step(step, cosine_decay(step, run.total_steps, args.lr))
                 run.record(value, means)
 
             test_loss = float(evaluate(*(part[::5] for part in test_batch)).mean(dtype=np.float64))  # of a fifth
             summary = f"loss: train {run.epoch_means['loss']:.5f}, test {test_loss:.5f}"
-            # The same noise each time, so that one sees the same pictures form.
-            x_T = rng_for(args.seed, PREVIEW).standard_normal((32, 28, 28, 1), dtype=np.float32)
-            *_, (_, x) = cli.progress_over(sample(x_T, rng_for(args.seed, PREVIEW, 1)), args.T, "preview")
-            plots.save(plots.grid(x, 8, f"preview after epoch {epoch}", -1, 1), args.out / "preview.png")
+            x = draw(model, 32, args.seed, workers, guidance=0)  # from the same noise each time, and as samples.png
+            plots.save(plots.grid(x, 8, f"preview after epoch {epoch}", 0, 255), args.out / "preview.png")
             run.end_epoch({"train": run.epoch_means, "test": {"loss": test_loss}}, summary)
 
         test_errors = evaluate(*test_batch)
         test_loss = float(test_errors.mean(dtype=np.float64))
-        run.write_metrics({"test_loss": test_loss, "alpha_bar_T": alpha_bar_T, "prior_kl": prior_kl}, ema)
+        run.write_metrics({"test_loss": test_loss, "alpha_bar_T": alpha_bar_T, "prior_kl": prior_kl}, model.params)
         print(f"test loss {test_loss:.5f}: mean squared error of the predicted noise, per pixel and over all t")
         plots.save(plots.ddpm_loss(run.log, t_test, test_errors, args.T), args.out / "loss.png")
 
-        times = [round(args.T * fraction) for fraction in (1, 0.5, 0.25, 0.1, 0.05, 0)]
-        rng = rng_for(args.seed, SAMPLES)
-        eps = rng.standard_normal(x_test[:1].shape, dtype=np.float32)
-        noisy = diffusion.q_sample(schedule, x_test[:1], np.array(times), eps)  # one image at six times
-        plots.save(plots.row_of_times(noisy, times, plots.FORWARD), args.out / "forward.png")
-        frames = sorted({round(t) for t in np.linspace(args.T, 0, 51)}, reverse=True)  # of the animation
-        x_T = rng.standard_normal((64, 28, 28, 1), dtype=np.float32)
-        path = cli.progress_over(sample(x_T, rng), args.T, "sampling")
-        seen = {args.T: x_T} | {t: x_t for t, x_t in path if t in times or t in frames}
-        plots.save(plots.row_of_times([seen[t][0] for t in times], times, plots.REVERSE), args.out / "trajectory.png")
-        plots.save(plots.grid(seen[0], 8, f"samples after {args.T} steps", -1, 1), args.out / "samples.png")
-        plots.save_gif([seen[t][:16] for t in frames], 4, args.out / "sampling.gif")
+        draw_paths(model, x_test[:1], args.seed, args.out)
+        plots.save(plots.grid(draw(model, 64, args.seed, workers), 8, "samples", 0, 255), args.out / "samples.png")
+        if args.classes:
+            plots.save(classes(model, args.seed, workers), args.out / "classes.png")
         print(f"figures and numbers are in {args.out}")
 
 

@@ -12,6 +12,8 @@ import warnings
 import zlib
 from pathlib import Path
 
+from scratchgen import tree
+
 import numpy as np
 
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -26,6 +28,19 @@ FASHION_MNIST = {
     "t10k-labels-idx1-ubyte": 0x242BC73F,
 }
 
+
+CLASSES = (
+    "T-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "boot",
+)  # labels 0 to 9
 
 SOURCE = f"--data names the folder of {', '.join(FASHION_MNIST)} (.gz), from github.com/zalandoresearch/fashion-mnist"
 
@@ -148,9 +163,10 @@ def scale(images, low, high):
 def minibatches(images, batch_size, rng, skip=0):
     """All images once, in a random order: yields (batch_size, H, W, C) arrays, the last one smaller if it must be.
 
-    The order is drawn from ``rng`` when the first batch is asked for; ``skip`` batches are left out at the start, for
-    a run that resumes inside an epoch.
+    Of a pair of arrays, images and labels, it yields pairs. The order is drawn from ``rng`` when the first batch is
+    asked for; ``skip`` batches are left out at the start, for a run that resumes inside an epoch.
     """
-    order = rng.permutation(len(images))
-    for start in range(skip * batch_size, len(images), batch_size):
-        yield images[order[start : start + batch_size]]
+    order = rng.permutation(len(tree.leaves(images)[0]))
+    for start in range(skip * batch_size, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        yield tree.map(lambda array: array[chosen], images)  # noqa: B023  called before the next turn

@@ -1,10 +1,11 @@
 """The networks of the diffusion model: noisy images x and their time steps t in, an image out.
 
 For Ho et al. 2020 the image that comes out is eps_theta(x_t, t), the predicted noise; `improved.py` reads it
-differently. A network knows nothing of schedules.
+differently. A network knows nothing of schedules. Where it was made with ``classes`` it may be told a label for each
+image.
 
-Dimensions: N images, H = W = 28. x is (N, H, W, 1), or (N, H, W, 2) with ``inputs=2``; t is (N,); out comes
-(N, H, W, 1).
+Dimensions: N images, H = W = 28. x is (N, H, W, 1), or (N, H, W, 2) with ``inputs=2``; t is (N,), and so are labels;
+out comes (N, H, W, 1).
 """
 
 from scratchgen import layers
@@ -16,7 +17,7 @@ TIME_WIDTH = 128
 GLOBAL_CHANNELS, GLOBAL_UNITS = 16, 256  # of each global block: channels that it reads, and its hidden units
 
 
-def init_unet(rng, inputs=1, global_blocks=False, channels=(32, 64), blocks=1, size=(28, 28)):
+def init_unet(rng, inputs=1, global_blocks=False, classes=0, channels=(32, 64), blocks=1, size=(28, 28)):
     """Two resolutions: 14 x 14 with channels[0], 7 x 7 with channels[1]; ``blocks`` residual blocks each way."""
     shallow, deep = channels
     middle = size[0] // 4, size[1] // 4
@@ -36,17 +37,22 @@ def init_unet(rng, inputs=1, global_blocks=False, channels=(32, 64), blocks=1, s
         ],
         "norm_out": layers.init_norm(shallow),
         "conv_out": layers.init_conv(rng, shallow + 4 * inputs, 4, gain=0.0),
+        "labels": layers.init_label_embedding(rng, classes, TIME_WIDTH) if classes else {},
     }
 
 
-def unet(params, x, t):  # (N, H, W, 1 or 2), (N,) -> (N, H, W, 1)
+def unet(params, x, t, labels=None):  # (N, H, W, 1 or 2), (N,), (N,) -> (N, H, W, 1)
     """Ho et al. 2020, App. B, in small: no layer works at 28 x 28, where it would cost four times as much.
 
     Theirs has self-attention at 16 x 16. Ours has none; after each block at 7 x 7 it may have a `global_block`:
     convolutions can only hand on from neighbour to neighbour what the two sleeves of a shirt must agree on; and since
     all garments are centred and fill the picture, it pays to learn what belongs where.
+
+    A label's embedding joins that of the time (Dhariwal and Nichol 2021, Sec. 3.1); -1 is for an image without one.
     """
     time = layers.time_embedding(t, TIME_WIDTH)
+    if labels is not None:
+        time = time + layers.label_embedding(params["labels"], labels)
     for layer in params["time"]:
         time = silu(layers.dense(layer, time))
 

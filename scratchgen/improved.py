@@ -5,7 +5,8 @@ optimiser and the sampler are the paper's. Two are not in this file: "muon" is t
 `global_block` in `layers.py`. docs/quality.md has the ladder from none to all, one row per addition.
 
 Dimensions: N images, H height, W width. Images are (N, H, W, 1) in [-1, 1], t is (N,) integers in 1..T.
-network(params, x, t) is a plain network, which knows nothing of schedules.
+network(params, x, t) is a plain network, which knows nothing of schedules; one made for classes takes labels after t,
+(N,) integers, -1 for none, and so do the functions that are made from it here.
 """
 
 import math
@@ -22,17 +23,19 @@ ADDITIONS = {  # name -> what it does, for --help; in the order of the ladder
     "weights": "noisier steps count more in the loss",
     "muon": "Muon steps the smaller matrices, Adam the rest",
     "global": "the U-Net has blocks that see the whole image",
+    "guide": "samples are guided away from what the network would have drawn early in its training",
 }
 
 
-def init_denoiser(init, rng, additions):
+def init_denoiser(init, rng, additions, classes=0):
     """The parameters of a network of `denoisers.py`, made by its ``init``, with what the additions ask of it."""
     options = {"global_blocks": True} if "global" in additions else {}
+    options |= {"classes": classes} if classes else {}
     return init(rng, inputs=2 if "black" in additions else 1, **options)
 
 
 def denoiser(network, schedule, additions):
-    """From a plain network make (eps_theta, x_0_theta), two functions of (params, x_t, t).
+    """From a plain network make (eps_theta, x_0_theta), two functions of (params, x_t, t, *labels).
 
     eps_theta predicts the noise in x_t, and is what the loss scores; x_0_theta predicts the clean image, clipped to
     [-1, 1], and is what the samplers below ask for. Without additions eps_theta is the network itself.
@@ -44,8 +47,8 @@ def denoiser(network, schedule, additions):
     return network, partial(x_0_from_eps, network, schedule)
 
 
-def x_0_from_eps(eps_theta, schedule, params, x_t, t):
-    return predict_x_0(schedule, x_t, t, eps_theta(params, x_t, t))
+def x_0_from_eps(eps_theta, schedule, params, x_t, t, *labels):
+    return predict_x_0(schedule, x_t, t, eps_theta(params, x_t, t, *labels))
 
 
 # ------------------------------------------------------------------------------------------------- "v": preconditioning
@@ -62,23 +65,23 @@ def x_0_from_eps(eps_theta, schedule, params, x_t, t):
 # Bought: a Frechet distance of 39.4 instead of 49.1 (docs/quality.md, "The ladder").
 
 
-def eps_from_v(network, schedule, params, x_t, t):
+def eps_from_v(network, schedule, params, x_t, t, *labels):
     c_skip, c_out = at(schedule["sqrt_one_minus_alpha_bar"], t), at(schedule["sqrt_alpha_bar"], t)
-    return c_skip * x_t + c_out * network(params, x_t, t)
+    return c_skip * x_t + c_out * network(params, x_t, t, *labels)
 
 
-def x_0_from_v(network, schedule, params, x_t, t):
+def x_0_from_v(network, schedule, params, x_t, t, *labels):
     """Directly, not by way of eps: where alpha_bar_t is tiny, eps in float32 no longer determines x_0."""
     c_skip, c_out = at(schedule["sqrt_alpha_bar"], t), -at(schedule["sqrt_one_minus_alpha_bar"], t)
-    return np.clip(c_skip * x_t + c_out * network(params, x_t, t), -1, 1)
+    return np.clip(c_skip * x_t + c_out * network(params, x_t, t, *labels), -1, 1)
 
 
 # ------------------------------------------------------------------------------------------ "black": a second channel
 
 
-def with_black(network, schedule, params, x_t, t):
+def with_black(network, schedule, params, x_t, t, *labels):
     """The network sees `above_black` beside x_t: (N, H, W, 2)."""
-    return network(params, np.concatenate([x_t, above_black(schedule, x_t, t)], axis=3), t)
+    return network(params, np.concatenate([x_t, above_black(schedule, x_t, t)], axis=3), t, *labels)
 
 
 def above_black(schedule, x_t, t):
@@ -117,10 +120,14 @@ SAMPLERS = {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": 
 
 
 def sample_times(T, steps):
-    """The t at which a sampler of fewer steps stops: from T to 0, as evenly as integers can be. Raises ValueError."""
+    """The t at which a sampler of fewer steps stops, from T to 0: all of them, or fewer and shorter steps at the end.
+
+    With i steps to go t is T (i / steps)^1.3, but at least i, so that there are enough integers for the rest. The last
+    steps decide about lines and edges, and evenly spaced ones would jump from t = 10 of 200 to 0. Raises ValueError.
+    """
     if not 1 <= steps <= T:
         raise ValueError(f"a sampler takes 1 to T = {T} steps, not {steps}")
-    return [round(T * (steps - i) / steps) for i in range(steps + 1)]
+    return [max(i, round(T * (i / steps) ** 1.3)) for i in range(steps, -1, -1)]
 
 
 def sample(x_0_theta, schedule, x_T, rng, steps=None, eta=1.0, order=1):
@@ -165,6 +172,52 @@ def sample(x_0_theta, schedule, x_T, rng, steps=None, eta=1.0, order=1):
         if variance > 0:
             x += math.sqrt(variance) * rng.standard_normal(x.shape, dtype=np.float32)
         yield s, x
+
+
+# ----------------------------------------------------------------------------------------------- "guide", and classes
+
+GUIDANCE = 0.5  # w
+
+
+def early_step(total_steps):
+    """The step after which the moving average of the weights is kept to be the guide: an eighth of all."""
+    return math.ceil(total_steps / 8)
+
+
+def guided(x_0_theta, x_0_guide, w):
+    """From two predictions of x_0, functions of (x_t, t), make one: on from the guide's by w of the way between both.
+
+    x_0 + w (x_0 - x_0_guide), clipped; where nothing is, that is eps + w (eps - eps_guide). The score of x_t is linear
+    in eps, so if both are exact, for two densities p and q of x_t, the result is exact for p (p / q)^w, normalised.
+
+    The guide of "guide" is the network itself early in its training ("autoguidance", Karras et al. 2024): it errs where
+    the network does, only more. What leads away from its mistakes leads away from the network's.
+    Bought: ...
+    The guide of Ho and Salimans 2022 is the network without the label: what is typical of the class comes out more.
+    """
+
+    def prediction(x_t, t):
+        x_0 = x_0_theta(x_t, t)
+        return np.clip(x_0 + np.float32(w) * (x_0 - x_0_guide(x_t, t)), -1, 1)
+
+    return prediction
+
+
+def told(prediction, *labels):
+    """prediction(x_t, t, *labels) as a function of x_t and t."""
+    return lambda x_t, t: prediction(x_t, t, *labels)
+
+
+def drop_some(labels, rng):
+    """-1, for no label, in place of a tenth of them, so that the network learns both (Ho and Salimans 2022, Alg. 1)."""
+    return np.where(rng.random(len(labels)) < 0.1, -1, labels.astype(int))
+
+
+def best_sampler(additions, T):
+    """How samples are drawn where nothing else is said: one of SAMPLERS, its steps and w."""
+    if not additions:
+        return "ddpm", T, 0.0
+    return "sde-dpm++", min(T, 20), GUIDANCE if "guide" in additions else 0.0
 
 
 # ------------------------------------------------------------------------------------------- the flag --additions

@@ -61,6 +61,16 @@ def time_embedding(t, width):
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
 
+def init_label_embedding(rng, classes, width):
+    return {"w": rng.standard_normal((classes, width), dtype=np.float32)}
+
+
+def label_embedding(params, labels):  # (N,) integers in -1..K-1 -> (N, width)
+    """For each image the row of w that its label names; zeros for -1, which stands for no label."""
+    one_hot = (labels[:, None] == np.arange(len(params["w"]))).astype(np.float32)
+    return one_hot @ params["w"]
+
+
 def init_norm(channels):
     return {"scale": np.ones(channels, np.float32), "shift": np.zeros(channels, np.float32)}
 

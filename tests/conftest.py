@@ -82,7 +82,7 @@ def runs(small_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     flags = ["--data", small_data, "--epochs", 1, "--train-images", 32, "--workers", 1]
     main_of(run_vae, *flags, "--latent-dim", 4, "--out", folder / "vae")
-    main_of(run_ddpm, *flags, "--T", T, "--arch", "mlp", "--out", folder / "ddpm")
+    main_of(run_ddpm, *flags, "--T", T, "--arch", "mlp", "--batch-size", 8, "--out", folder / "ddpm")
     return folder
 
 

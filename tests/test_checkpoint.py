@@ -152,6 +152,9 @@ def test_a_fingerprint_tells_images_apart():
     other[1, 5, 5] = 1
     assert checkpoint.fingerprint(images).startswith("3 of CRC-32 ")
     assert len({checkpoint.fingerprint(x) for x in (images, other, images[:2])}) == 3
+    assert checkpoint.fingerprint([images]) == checkpoint.fingerprint(images)
+    labels = [np.array([1, 2, 3], np.uint8), np.array([1, 2, 4], np.uint8)]
+    assert len({checkpoint.fingerprint(x) for x in (images, *((images, y) for y in labels))}) == 3
 
 
 RNG = np.random.default_rng(5).bit_generator.state

@@ -16,6 +16,7 @@ from scratchgen.machinery import cli
 from scratchgen.machinery.checkpoint import CheckpointError
 from scratchgen.machinery.files import FolderInUse
 
+import numpy as np
 import pytest
 from tqdm import tqdm
 
@@ -147,14 +148,16 @@ def test_the_help_of_every_flag_says_its_default_once(module, capsys):
     _, *flags = (" ".join(flag.split()) for flag in re.split(r"\n  --", capsys.readouterr().out))
     assert len(flags) >= 13
     for flag in flags:
-        assert flag.count("(default: ") == (not flag.startswith("resume")), flag
+        assert flag.count("(default: ") == (not flag.startswith(("resume", "classes"))), flag
     assert any(flag.startswith("seed") and "(default: 0)" in flag for flag in flags)
 
 
 def test_the_first_images_are_all_or_as_many_as_there_are():
-    images = list(range(5))
-    assert cli.first_images(images, None) == images and cli.first_images(images, 2) == [0, 1]
-    assert cli.first_images(images, 5) == images
+    images = np.arange(5)
+    assert len(cli.first_images(images, None)) == 5 and cli.first_images(images, 2).tolist() == [0, 1]
+    assert len(cli.first_images(images, 5)) == 5
+    first, labels = cli.first_images([images, images + 7], 2)
+    assert first.tolist() == [0, 1] and labels.tolist() == [7, 8]
     with pytest.raises(cli.UsageError, match="--train-images 6 is out of range, the data has 5"):
         cli.first_images(images, 6)
 

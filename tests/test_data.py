@@ -225,6 +225,16 @@ def test_skipping_batches_leaves_the_rest_as_they_were():
     assert [b.tolist() for b in rest] == [b.tolist() for b in whole[2:]]
 
 
+def test_labels_stay_with_their_images():
+    images, labels = np.arange(10), np.arange(10) % 3
+    alone = np.concatenate(list(data.minibatches(images, 4, np.random.default_rng(0))))
+    pairs = list(data.minibatches((images, labels), 4, np.random.default_rng(0)))
+    assert [len(x) for x, _ in pairs] == [4, 4, 2]
+    shown, told = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+    np.testing.assert_array_equal(shown, alone)
+    np.testing.assert_array_equal(told, shown % 3)
+
+
 def test_copies_that_are_named_with_a_dot_and_labels_that_nobody_needs(small_data, tmp_path):
     for path in small_data.iterdir():
         if "images" in path.name:

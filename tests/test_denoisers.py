@@ -88,6 +88,26 @@ def test_the_time_step_matters(rng, arch, additions):
 
 
 @pytest.mark.parametrize("additions", [[], EVERYTHING["unet"]], ids=["none", "all"])
+def test_with_classes_labels_matter_have_a_gradient_and_none_is_minus_one(rng, additions):
+    init, s = partial(init_unet, channels=(8, 16), size=(8, 12)), schedule()
+    params = shaken(rng, improved.init_denoiser(init, rng, additions, classes=3))
+    batch = tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, make_batch(rng, 3, H=8, W=12))
+    eps_theta, x_0_theta = improved.denoiser(unet, s, additions)
+    labels, nobody = np.array([2, -1, 0]), np.full(3, -1)
+
+    def loss(params):
+        return diffusion.simple_loss(improved.told(partial(eps_theta, params), labels), s, batch)
+
+    assert_directional(loss, params, rng, rtol=1e-5)
+    _, gradient = value_and_grad(loss)(params)
+    assert [bool(np.any(row)) for row in gradient["labels"]["w"]] == [True, False, True]  # 1 is no image's label
+    for prediction in (eps_theta, x_0_theta):
+        told, untold, plain = (prediction(params, batch[0], batch[1], *y) for y in ([labels], [nobody], []))
+        np.testing.assert_array_equal(untold, plain)
+        assert (np.abs(told - untold).max(axis=(1, 2, 3)) > 1e-4).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("additions", [[], EVERYTHING["unet"]], ids=["none", "all"])
 def test_every_parameter_of_the_unet_gets_a_gradient(rng, additions):
     params = shaken(rng, improved.init_denoiser(init_unet, rng, additions))
     _, gradient = value_and_grad(loss_of(unet, additions))(params, make_batch(rng, 2))

@@ -32,8 +32,8 @@ def refuse(message):
     [
         (["none"], "unet", []),
         (["none"], "mlp", []),
-        (["all"], "unet", ["v", "black", "weights", "muon", "global"]),
-        (["all"], "mlp", ["v", "black", "weights", "muon"]),  # which has no place for "global"
+        (["all"], "unet", ["v", "black", "weights", "muon", "global", "guide"]),
+        (["all"], "mlp", ["v", "black", "weights", "muon", "guide"]),  # which has no place for "global"
         (["muon", "v"], "unet", ["v", "muon"]),  # in the order of the ladder, as a checkpoint compares them
         (["global", "black", "v"], "unet", ["v", "black", "global"]),
         (["black", "black", "v", "v"], "mlp", ["v", "black"]),
@@ -200,6 +200,98 @@ def test_training_weighs_an_error_in_v_by_the_square_root_of_alpha_bar(schedule,
     assert reported["loss"] == pytest.approx(np.mean((eps - eps_theta) ** 2), rel=1e-4)
 
 
+# ------------------------------------------------------------------------------------------------ "guide", and classes
+
+
+def gaussians(schedule, weights, means, variance):
+    """E[x_0 | x_t] where x_0 is one number, drawn from Gaussians of these weights and means and the same variance.
+
+    Then x_t is drawn from Gaussians, too, and those that x_t is likely from say what x_0 is.
+    """
+
+    def log_density(x_t, t):  # of x_t, and of each Gaussian its part in it
+        a, b = (schedule[k][t] for k in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
+        spread = a**2 * variance + b**2
+        each = np.log(weights) - 0.5 * (x_t[..., None] - a * np.array(means)) ** 2 / spread - 0.5 * np.log(spread)
+        return np.logaddexp.reduce(each, axis=-1), each
+
+    def x_0_theta(x_t, t):
+        total, each = log_density(x_t, t[0])
+        a = schedule["sqrt_alpha_bar"][t[0]]
+        spread = a**2 * variance + schedule["sqrt_one_minus_alpha_bar"][t[0]] ** 2
+        of_each = np.array(means) + a * variance / spread * (x_t[..., None] - a * np.array(means))
+        return (np.exp(each - total[..., None]) * of_each).sum(axis=-1)
+
+    return log_density, x_0_theta
+
+
+@pytest.mark.parametrize("t", [5, 60, 120, 200])
+@pytest.mark.parametrize("w", [0.0, 0.5, 2.0])
+def test_guidance_follows_the_score_of_the_guided_density(t, w, schedule):
+    """One of two Gaussians is asked for, the guide knows both: p(x | y) (p(x | y) / p(x))^w, by finite differences."""
+    asked, x_0_asked = gaussians(schedule, [1.0], [0.2], 0.01)
+    both, x_0_both = gaussians(schedule, [0.3, 0.7], [0.2, -0.15], 0.01)
+    a, b = (schedule[k][t] for k in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
+    x_t, h = a * 0.1 + b * np.linspace(-0.3, 0.3, 7).reshape(-1, 1, 1, 1), 1e-5
+
+    def log_guided(x):
+        return (1 + w) * asked(x, t)[0] - w * both(x, t)[0]
+
+    score = (log_guided(x_t + h) - log_guided(x_t - h)) / (2 * h)
+    expected = (x_t + b**2 * score) / a  # Tweedie: E[x_0 | x_t], where this is the score
+    found = improved.guided(x_0_asked, x_0_both, w)(x_t, np.full(7, t))
+    inside = np.abs(expected) < 1
+    assert inside.any()
+    np.testing.assert_allclose(found[inside], expected[inside], rtol=1e-3, atol=1e-4)
+    assert np.all(np.abs(found) <= 1)
+
+
+def test_guided_samples_are_those_of_the_guided_density(rng):
+    """p is N(0.1, 0.05), the guide is wider, N(0, 0.1): by w = 1 the result is narrower than p, and further off.
+
+    p^2 / q has precision 2 / 0.05 - 1 / 0.1 = 30 and mean (2 * 0.1 / 0.05) / 30, if one could draw from it. The path of
+    guided steps is not exactly that of p^2 / q with noise, so the test only asks on which side of p it ends."""
+    schedule = make_schedule("linear", 200)
+    (_, p), (_, q) = (gaussians(schedule, [1.0], [mean], v) for mean, v in ((0.1, 0.05), (0.0, 0.1)))
+    x_T = rng.standard_normal((4000, 1, 1, 1), dtype=np.float32)
+    ends = []
+    for w in (0, 1):
+        *_, (_, x_0) = improved.sample(improved.guided(p, q, w), schedule, x_T, rng, 40, 1.0, 2)
+        ends.append((x_0.mean(), x_0.var()))
+    assert ends[0] == pytest.approx((0.1, 0.05), rel=0.15)
+    assert ends[1][0] > 0.11 and ends[1][1] < 0.042
+
+
+def test_without_guidance_the_guide_has_no_say():
+    found = improved.guided(lambda x, t: x / 2, lambda x, t: 0 * x + 7, 0)(np.array([0.5, 1.0]), None)
+    np.testing.assert_array_equal(found, [0.25, 0.5])
+
+
+def test_a_prediction_is_told_the_labels():
+    assert improved.told(lambda *given: given, 7)(1, 2) == (1, 2, 7)
+    assert improved.told(lambda *given: given)(1, 2) == (1, 2)
+
+
+def test_a_tenth_of_the_labels_are_dropped(rng):
+    labels = np.arange(20_000).astype(np.uint8) % 10
+    found = improved.drop_some(labels, rng)
+    dropped = found == -1
+    assert dropped.mean() == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 20_000))
+    np.testing.assert_array_equal(found[~dropped], labels[~dropped])
+    assert np.bincount(labels[dropped]).min() > 100  # whatever they say
+
+
+@pytest.mark.parametrize(("total", "step"), [(1, 1), (8, 1), (9, 2), (7504, 938)])
+def test_the_guide_is_kept_after_an_eighth_of_the_training(total, step):
+    assert improved.early_step(total) == step
+
+
+def test_the_default_way_to_draw():
+    assert improved.best_sampler([], 200) == ("ddpm", 200, 0)
+    assert improved.best_sampler(["v"], 200) == ("sde-dpm++", 20, 0)
+    assert improved.best_sampler(["v", "guide"], 6) == ("sde-dpm++", 6, improved.GUIDANCE)
+
+
 # ------------------------------------------------------------------------------------------------------------ samplers
 
 
@@ -213,15 +305,15 @@ def test_the_samplers_are_the_papers_and_those_with_their_names():
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_a_step_adds_noise_of_the_variance_that_eta_asks_for(schedule, eta):
-    """Song et al., Eq. (16), for the step from t = 200 to 100 of an x_0 and a draw that are known."""
-    alpha_bar = schedule["alpha_bar"]
+    """Song et al., Eq. (16), for the first of two steps from t = 200 of an x_0 and a draw that are known."""
+    alpha_bar, half = schedule["alpha_bar"], 81  # 200 / 2^1.3
     x_0, x_T = np.full((1, 2, 2, 1), 0.3, np.float32), np.full((1, 2, 2, 1), -0.6, np.float32)
     draws = SimpleNamespace(standard_normal=lambda shape, dtype: np.full(shape, 0.8, dtype))
     (s, x_s), *_ = improved.sample(lambda x_t, t: x_0, schedule, x_T, draws, 2, eta)
-    sigma = eta * np.sqrt((1 - alpha_bar[100]) / (1 - alpha_bar[200])) * np.sqrt(1 - alpha_bar[200] / alpha_bar[100])
+    sigma = eta * np.sqrt((1 - alpha_bar[half]) / (1 - alpha_bar[200])) * np.sqrt(1 - alpha_bar[200] / alpha_bar[half])
     eps = (-0.6 - np.sqrt(alpha_bar[200]) * 0.3) / np.sqrt(1 - alpha_bar[200])
-    expected = np.sqrt(alpha_bar[100]) * 0.3 + np.sqrt(1 - alpha_bar[100] - sigma**2) * eps + sigma * 0.8
-    assert s == 100
+    expected = np.sqrt(alpha_bar[half]) * 0.3 + np.sqrt(1 - alpha_bar[half] - sigma**2) * eps + sigma * 0.8
+    assert s == half
     np.testing.assert_allclose(x_s, expected, rtol=1e-5)
 
 
@@ -235,11 +327,13 @@ def test_samples_stay_in_float32(sampler, schedule, rng):
 def test_sample_times():
     assert improved.sample_times(200, 200) == list(range(200, -1, -1))
     assert improved.sample_times(200, 1) == [200, 0]
-    for T, steps in ((200, 7), (200, 150), (10, 9)):
+    for T, steps in ((200, 7), (200, 20), (200, 150), (200, 199), (10, 9), (1000, 50)):
         times = improved.sample_times(T, steps)
         assert len(times) == steps + 1 and times[0] == T and times[-1] == 0
         gaps = -np.diff(times)
-        assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+        assert gaps.min() >= 1 and np.all(gaps[1:] <= gaps[:-1] + 1)  # shorter and shorter, but for rounding
+        assert gaps[0] > gaps[-1] or gaps.max() <= 2
+    assert improved.sample_times(1000, 4) == [1000, 688, 406, 165, 0]  # 1000 (i / 4)^1.3
 
 
 @pytest.mark.parametrize("how", [(), (200, 1.0)], ids=["default", "said"])
@@ -284,13 +378,14 @@ def test_ddim_takes_eps_from_the_clipped_x_0():
     s = make_schedule("linear", 10)
     x_T = np.full((1, 1, 1, 1), 3.0, np.float32)
     x_0_theta = x_0_of(lambda x_t, t: -5 * x_t, s)  # x_0 far above 1, so 1
-    (_, x_s), *_ = improved.sample(x_0_theta, s, x_T, None, 2, eta=0.0)
+    (half, x_s), *_ = improved.sample(x_0_theta, s, x_T, None, 2, eta=0.0)
     signal, noise = s["sqrt_alpha_bar"], s["sqrt_one_minus_alpha_bar"]
     eps = (3 - signal[10]) / noise[10]
-    assert x_s.item() == pytest.approx(signal[5] + noise[5] * eps, rel=1e-5)
+    assert half == 4
+    assert x_s.item() == pytest.approx(signal[4] + noise[4] * eps, rel=1e-5)
 
 
-@pytest.mark.parametrize(("T", "first", "second"), [(10, 7, 3), (3, 2, 1)])
+@pytest.mark.parametrize(("T", "first", "second"), [(10, 6, 2), (3, 2, 1)])
 @pytest.mark.parametrize(("before", "now"), [(0.2, 0.3), (0.2, 0.95), (-0.1, -0.9)])
 def test_order_2_goes_on_as_the_last_step_did_and_stays_where_images_are(before, now, T, first, second):
     """In the middle of the second of three steps, measured in lambda, x_0 is as far on as it would be by then."""
@@ -327,7 +422,7 @@ def where_all_is_known(T):
 def test_order_of_the_samplers():
     """The equation dx_t/dt = f(x_t, t) that DDIM solves keeps x_t / sqrt(Var[x_t]) as it is at T. Twice the steps make
     the error 2 or 4 times smaller."""
-    T, s = 6400, 1600
+    T, s = 6400, 1056  # a quarter of the steps before the end: 6400 / 4^1.3
     schedule, variance, x_0_theta = where_all_is_known(T)
     spread = np.sqrt(variance)
 
@@ -345,7 +440,7 @@ def test_order_of_the_samplers():
 def test_order_of_the_samplers_with_fresh_noise():
     """All is linear: x_s = c_0 x_T + c_1 z_1 + c_2 z_2 + .., and where image k of the batch gets draw k alone, its x_s
     is c_k: the sum of their squares is Var[x_s] as the sampler has it."""
-    T, s = 6400, 1600
+    T, s = 6400, 1056
     schedule, variance, x_0_theta = where_all_is_known(T)
 
     class OneImageAtATime:

@@ -35,6 +35,11 @@ CASES = {
         layers.global_block,
         [(N, H, W, C), (N, E)],
     ),
+    "label_embedding": (
+        lambda r: layers.init_label_embedding(r, 3, E),
+        lambda params, x: x * layers.label_embedding(params, np.array([2, -1])),
+        [(N, E)],
+    ),
 }
 
 
@@ -132,3 +137,10 @@ def test_time_embedding_follows_its_formula_and_tells_steps_apart():
     np.testing.assert_allclose(e[700, 31], np.cos(700 / 10_000), rtol=1e-5)
     distance = np.linalg.norm(e[1:, None] - e[None, 1:], axis=2) + np.eye(1000) * 9
     assert distance.min() > 0.05
+
+
+def test_a_label_embedding_is_a_row_of_its_table_and_nothing_for_no_label(rng):
+    params = layers.init_label_embedding(rng, 3, E)
+    found = layers.label_embedding(params, np.array([2, 0, -1, 2], np.int8))
+    np.testing.assert_array_equal(found, [params["w"][2], params["w"][0], np.zeros(E), params["w"][2]])
+    assert layers.init_label_embedding(rng, 1000, 100)["w"].std() == pytest.approx(1, rel=0.02)

@@ -35,23 +35,67 @@ def test_trained_weights_cannot_be_changed_by_accident(runs):
                 leaf += 1
 
 
-@pytest.mark.parametrize("how", [(), ("ddpm", T), ("ddim", 3), ("dpm++", 3), ("sde-dpm++", 3)])
+HOWS = [
+    {},
+    {"guidance": 0},
+    {"guidance": 2, "steps": 4},
+    {"sampler": "ddpm"},
+    {"sampler": "ddim", "steps": 3},
+    {"sampler": "dpm++", "steps": 3, "guidance": 0.3},
+]
+
+
+@pytest.mark.parametrize("how", HOWS, ids=str)
 def test_samples_of_a_diffusion_model_are_those_of_its_sampler_in_0_to_1(runs, how):
     model = load_run(runs / "ddpm")
     assert isinstance(model, DDPMRun) and model.config["T"] == T
-    images = model.sample(5, np.random.default_rng(3), *how)
+    images = model.sample(5, np.random.default_rng(3), **how)
     assert images.shape == (5, 28, 28, 1) and images.dtype == np.float32
     assert 0 <= images.min() < images.max() <= 1
-    np.testing.assert_array_equal(images, model.sample(5, np.random.default_rng(3), *how))
-    assert np.any(images != model.sample(5, np.random.default_rng(4), *how))
+    np.testing.assert_array_equal(images, model.sample(5, np.random.default_rng(3), **how))
+    assert np.any(images != model.sample(5, np.random.default_rng(4), **how))
 
-    eta, order = {"ddpm": (1, 1), "ddim": (0, 1), "dpm++": (0, 2), "sde-dpm++": (1, 2)}[how[0] if how else "ddpm"]
+    sampler = how.get("sampler", "sde-dpm++")
+    w = how.get("guidance", 0 if "sampler" in how else improved.GUIDANCE)
+    eta, order = {"ddpm": (1, 1), "ddim": (0, 1), "dpm++": (0, 2), "sde-dpm++": (1, 2)}[sampler]
     rng = np.random.default_rng(3)
     x_T = rng.standard_normal((5, 28, 28, 1), dtype=np.float32)
-    steps = how[1] if how else T
-    path = list(improved.sample(model.x_0_theta, model.schedule, x_T, rng, steps, eta, order))
+    steps = how.get("steps", T)  # which is below 20
+    x_0_theta = improved.guided(model.x_0_theta, model.x_0_early, w)
+    path = list(improved.sample(x_0_theta, model.schedule, x_T, rng, steps, eta, order))
     assert len(path) == steps
-    np.testing.assert_array_equal(images, (path[-1][1] + 1) / 2)
+    np.testing.assert_allclose(images, (path[-1][1] + 1) / 2, atol=1e-6)
+
+
+def test_the_default_of_a_run_without_additions_is_the_papers_sampler(small_data, tmp_path):
+    flags = ["--T", 4, "--epochs", 1, "--train-images", 16, "--additions", "none", "--workers", 1]
+    main_of(run_ddpm, *flags, "--data", small_data, "--out", tmp_path)
+    model, rng = load_run(tmp_path), np.random.default_rng(3)
+    x_T = rng.standard_normal((5, 28, 28, 1), dtype=np.float32)
+    *_, (_, x_0) = diffusion.sample(model.eps_theta, model.schedule, x_T, rng)
+    for how in ({}, {"sampler": "ddpm"}, {"steps": 4}):
+        np.testing.assert_array_equal(model.sample(5, np.random.default_rng(3), **how), (x_0 + 1) / 2)
+
+
+def test_a_model_with_classes_draws_what_is_asked_for(small_data, tmp_path):
+    flags = ["--T", 4, "--epochs", 1, "--train-images", 48, "--batch-size", 16, "--classes", "--workers", 1]
+    main_of(run_ddpm, *flags, "--data", small_data, "--out", tmp_path)
+    model, x_T = load_run(tmp_path), np.random.default_rng(3).standard_normal((11, 28, 28, 1), dtype=np.float32)
+
+    def end(labels=None, **how):
+        *_, (_, x_0) = model.path(x_T, np.random.default_rng(4), labels, sampler="dpm++", **how)
+        return x_0
+
+    one_after_the_other = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0])
+    np.testing.assert_array_equal(end(), end(one_after_the_other))
+    some = end(np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 8, -1]))
+    differs = np.abs(some - end()).max(axis=(1, 2, 3)) > 0
+    assert differs.tolist() == [False] * 9 + [True] * 2  # where another label was asked for
+    for guide in ("early", "unlabelled"):
+        np.testing.assert_array_equal(end(guidance=0, guide=guide), end())
+        assert np.abs(end(guidance=3, guide=guide) - end()).max() > 0
+    nothing = np.full(11, -1)
+    np.testing.assert_allclose(end(nothing, guidance=3, guide="unlabelled"), end(nothing), atol=1e-5)
 
 
 def test_samples_of_a_vae_are_decoded_from_the_prior(runs):
@@ -73,7 +117,7 @@ def test_the_functions_of_a_run_have_its_weights(runs, rng):
         np.testing.assert_array_equal(model.params["mu"]["w"], file["params/mu/w"])
 
     model, x_t, t = load_run(runs / "ddpm"), rng.standard_normal((3, 28, 28, 1), dtype=np.float32), np.array([1, 3, T])
-    additions = ["v", "black", "weights", "muon"]
+    additions = ["v", "black", "weights", "muon", "guide"]
     assert model.config["additions"] == additions
     expected = improved.denoiser(denoisers.mlp_denoiser, diffusion.make_schedule("linear", T), additions)
     for found, f in zip((model.eps_theta, model.x_0_theta), expected, strict=True):
@@ -81,6 +125,9 @@ def test_the_functions_of_a_run_have_its_weights(runs, rng):
     with np.load(runs / "ddpm" / "checkpoint.npz") as file:  # sampling and measuring are for the averaged weights
         np.testing.assert_array_equal(model.params[0]["w"], file["ema/0/w"])
         assert np.any(file["ema/0/w"] != file["params/0/w"])
+        early = {"w": file["early/0/w"], "b": file["early/0/b"]}
+    assert np.any(early["w"] != model.params[0]["w"])
+    assert np.any(model.x_0_early(x_t, t) != model.x_0_theta(x_t, t))
 
 
 @pytest.mark.parametrize("name", ["vae", "ddpm"])
@@ -117,6 +164,9 @@ MISSING = object()
         ("ddpm", "additions", MISSING),  # as in a checkpoint of an earlier version
         ("ddpm", "additions", None),
         ("ddpm", "additions", []),
+        ("ddpm", "classes", MISSING),
+        ("ddpm", "classes", 10),
+        ("ddpm", "classes", True),  # of which there are no arrays
         ("ddpm", "additions", ["v", "black", "global"]),  # the dense network has no place for it
         ("ddpm", "schedule", "square"),
         ("ddpm", "schedule", MISSING),

@@ -223,3 +223,39 @@ def test_distance_with_fewer_images_than_features_and_with_dead_features(rng):
     a, b = rng.standard_normal((5, 9)), rng.standard_normal((200, 9))
     a[:, 2] = b[:, 2] = 0
     assert np.isfinite(metrics.frechet_distance(a, b)) and metrics.frechet_distance(a, b) > 0
+
+
+# ---------------------------------------------------------------------------------------------- precision and recall
+
+
+def test_share_within_on_a_line():
+    """The others at 0, 1, 3 and 7 with k = 1 reach 1, 1, 2 and 4 to either side, so from -1 to 5 and from 3 to 11."""
+    others = np.array([0.0, 1, 3, 7])[:, None]
+    for point, inside in ((-1.01, 0), (-1, 1), (2, 1), (5, 1), (11, 1), (11.01, 0)):
+        assert metrics.share_within(np.array([[point]]), others, k=1) == inside
+    assert metrics.share_within(np.array([[-2.0], [0], [4], [12]]), others, k=1) == 0.5
+
+
+@pytest.mark.parametrize(("N", "M", "k", "block"), [(13, 17, 3, 500), (13, 17, 3, 4), (5, 30, 2, 7), (30, 5, 4, 5)])
+def test_share_within_is_its_definition(N, M, k, block, rng):
+    points, others = (
+        rng.standard_normal((N, 3)).astype(np.float32),
+        0.7 * rng.standard_normal((M, 3)).astype(np.float32),
+    )
+    inside = 0
+    for point in points:
+        for number, other in enumerate(others):
+            to_the_rest = sorted(np.linalg.norm(other - rest) for n, rest in enumerate(others) if n != number)
+            if np.linalg.norm(point - other) <= to_the_rest[k - 1]:
+                inside += 1
+                break
+    assert 0 < inside < N
+    assert metrics.share_within(points, others, k, block) == pytest.approx(inside / N)
+
+
+def test_torn_pictures_cost_precision_and_a_missing_kind_recall(rng):
+    real = np.concatenate([rng.standard_normal((200, 4)), 20 + rng.standard_normal((200, 4))])
+    torn, one_kind = rng.standard_normal((200, 4)) + 60, rng.standard_normal((400, 4))
+    some_torn = np.concatenate([rng.standard_normal((100, 4)), 20 + rng.standard_normal((100, 4)), torn])
+    assert metrics.share_within(some_torn, real) < 0.55 and metrics.share_within(real, some_torn) > 0.8
+    assert metrics.share_within(one_kind, real) > 0.8 and metrics.share_within(real, one_kind) < 0.55

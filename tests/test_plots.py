@@ -145,7 +145,7 @@ def test_distance_over_steps():
     curves = {"ddpm": [(200, 3.0), (10, 30.0)], "ddim": [(10, 9.0), (20, 4.0)]}
     (axes,) = plots.distance_over_steps(curves, {"training images": 1.0, "VAE": 50.0}, 2048).axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert drawn["DDPM"] == [[10, 30], [200, 3]] and drawn["DDIM"] == [[10, 9], [20, 4]]
+    assert drawn["ddpm"] == [[10, 30], [200, 3]] and drawn["ddim"] == [[10, 9], [20, 4]]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "20", "200"]
     assert {text.get_text() for text in axes.texts} == {"training images", "VAE"} and "2,048" in axes.get_title()
 
@@ -154,3 +154,19 @@ def test_binarised_pixels_have_no_floor_in_the_figure():
     log = [{"epoch": 1} | {f"{p}_{k}": 1.0 for p in ("train", "test") for k in ("elbo", "reconstruction", "kl")}]
     assert all(len(axes.lines) == 2 for axes in plots.vae_loss(log, None).axes)
     assert len(plots.vae_loss(log, 5.0).axes[0].lines) == 3
+
+
+def test_over_guidance_has_a_panel_a_measure_and_a_line_a_guide():
+    numbers = [{"distance": 5 - w, "precision": 0.8 + w / 10, "recall": 0.7, "agreement": w} for w in (0, 1)]
+    curves = {"early": [(1, numbers[1]), (0, numbers[0])], "unlabelled": [(0, numbers[0])]}
+    panels = plots.over_guidance(curves, 10_000).axes
+    assert [axes.get_title() for axes in panels] == [
+        "Fréchet distance, 10,000 samples",
+        "precision",
+        "recall",
+        "agreement",
+    ]
+    drawn = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in panels]
+    assert drawn[0] == {"early": [[0, 5], [1, 4]], "unlabelled": [[0, 5]]} and drawn[3]["early"] == [[0, 0], [1, 1]]
+    del numbers[0]["agreement"]  # a model that knows no classes
+    assert len(plots.over_guidance(curves, 10).axes) == 3

@@ -8,10 +8,10 @@ import shutil
 
 import run_ddpm
 import run_vae
-from scratchgen import diffusion, vae
+from scratchgen import diffusion, improved, vae
 from scratchgen.data import scale
 from scratchgen.evaluate import __main__ as evaluate
-from scratchgen.evaluate import classifier, metrics, reports
+from scratchgen.evaluate import classifier, metrics, reports, samples
 from scratchgen.evaluate.load import load_run
 from scratchgen.machinery import checkpoint, cli, files, plots
 from scratchgen.machinery.workers import Workers
@@ -103,7 +103,7 @@ def test_numbers_of_other_weights_do_not_stay(folder, measure):
 def test_drawing_a_finished_run_again_keeps_what_was_measured(module, folder, measure, small_data):
     name = module.__name__.removeprefix("run_")
     found = measure(name)
-    flags = ["--latent-dim", 4] if name == "vae" else ["--T", T, "--arch", "mlp"]
+    flags = ["--latent-dim", 4] if name == "vae" else ["--T", T, "--arch", "mlp", "--batch-size", 8]
     flags += ["--data", small_data, "--epochs", 1, "--train-images", 32, "--workers", 1, "--out", folder / name]
     main_of(module, *flags, "--resume")
     assert json.loads((folder / name / "metrics.json").read_text())["evaluation"] == found
@@ -136,7 +136,7 @@ def test_the_estimate_counts_each_of_the_T_terms_once(measure, x_test, monkeypat
     assert (found["bound_exact_5"]["between"], found["bound_exact_5"]["decoder"]) == pytest.approx((T - 1, 1))
 
 
-def test_frechet_distance_beside_that_of_training_images_and_of_the_vae(folder, measure, x_test, monkeypatch):
+def test_samples_beside_training_images_and_those_of_the_vae(folder, measure, x_test, monkeypatch):
     seen = {}
     original = plots.distance_over_steps
     monkeypatch.setattr(plots, "distance_over_steps", lambda *args: seen.setdefault("args", args) and original(*args))
@@ -144,23 +144,90 @@ def test_frechet_distance_beside_that_of_training_images_and_of_the_vae(folder, 
     flags = ["--frechet", 10, "--sampler", *samplers, "--sample-steps", 3, T]
     found = measure("ddpm", *flags)["frechet_10"]
     names = {f"{sampler}, {steps} steps" for sampler in samplers for steps in (3, T)}
-    assert found.keys() == names | {"training images", "VAE", "seed"} and len(set(found.values())) == 11
+    assert found.keys() == names | {"training images", "VAE", "seed"}
+    assert len({each["distance"] for name, each in found.items() if name != "seed"}) == 10
     curves, levels, N = seen["args"]
-    assert curves == {s: [(n, found[f"{s}, {n} steps"]) for n in (3, T)] for s in samplers}
-    assert levels == {name: found[name] for name in ("training images", "VAE")} and N == 10
-    assert (folder / "ddpm" / "steps.png").exists()
+    assert curves == {s: [(n, found[f"{s}, {n} steps"]["distance"]) for n in (3, T)] for s in samplers}
+    assert levels == {name: found[name]["distance"] for name in ("training images", "VAE")} and N == 10
+    assert (folder / "ddpm" / "steps.png").exists() and not (folder / "ddpm" / "guidance.png").exists()
     assert not (folder / "ddpm" / "bound.png").exists()  # an exact one that was there stays
 
     ruler = classifier.load_classifier()
-    images = reports.draw(load_run(folder / "vae"), 10, 0, Workers(1))
+    images = samples.draw(load_run(folder / "vae"), 10, 0, Workers(1))
     a, b = (classifier.features(ruler, scale(x, 0, 1)) for x in (images, x_test))
-    assert found["VAE"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-4)
+    taken_for = classifier.logits(ruler, scale(images, 0, 1)).argmax(axis=1)
+    assert found["VAE"]["distance"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-3)
+    assert found["VAE"]["precision"] == metrics.share_within(a, b)
+    assert found["VAE"]["recall"] == metrics.share_within(b, a)
+    assert found["VAE"]["share"] == [np.mean(taken_for == k) for k in range(10)]
     assert measure("vae", "--frechet", 10)["frechet_10"]["VAE"] == found["VAE"]
+
+
+def test_several_draws_are_several_seeds_and_their_mean_and_spread_are_told(folder, measure, capsys):
+    ones = [measure("vae", "--frechet", 10, "--seed", seed)["frechet_10"] for seed in (3, 4, 5)]
+    capsys.readouterr()
+    found = measure("vae", "--frechet", 10, "--seed", 3, "--draws", 3)["frechet_10"]
+    for name in ("VAE", "training images"):
+        for key in ("distance", "recall", "share", "confidence"):
+            expected = np.mean([one[name][key] for one in ones], axis=0)
+            np.testing.assert_allclose(found[name][key], expected, atol=2e-4)
+        distances = [one[name]["distance"] for one in ones]
+        assert found[name]["draws"] == 3 and found[name]["spread"] == pytest.approx(np.std(distances, ddof=1), rel=1e-3)
+    assert f"+- {found['VAE']['spread']:.2f} over 3 draws" in capsys.readouterr().out
+
+
+def test_guidance_in_numbers_and_in_a_figure(folder, measure, monkeypatch):
+    seen = {}
+    original = plots.over_guidance
+    monkeypatch.setattr(plots, "over_guidance", lambda *args: seen.setdefault("args", args) and original(*args))
+    found = measure("ddpm", "--frechet", 10, "--guidance", 0, 1.5)["frechet_10"]
+    names = [f"sde-dpm++, {T} steps", f"sde-dpm++, {T} steps, w = 1.5"]
+    assert found.keys() == {*names, "training images", "VAE", "seed"} and found[names[0]] != found[names[1]]
+    assert seen["args"] == ({"early": [(0, found[names[0]]), (1.5, found[names[1]])]}, 10)
+    assert (folder / "ddpm" / "guidance.png").exists() and not (folder / "ddpm" / "steps.png").exists()
+    assert f"sde-dpm++, {T} steps, w = {improved.GUIDANCE:g}" in measure("ddpm", "--frechet", 10)["frechet_10"]
+
+
+def test_a_run_with_classes_is_measured_with_its_labels(measure, folder, small_data, capsys):
+    flags = ["--T", T, "--epochs", 1, "--train-images", 32, "--classes", "--workers", 1, "--data", small_data]
+    main_of(run_ddpm, *flags, "--out", folder / "classes")
+    assert (folder / "classes" / "classes.png").exists()
+    capsys.readouterr()
+    found = measure("classes", "--bound", 2, "--frechet", 20, "--guidance", 1, "--guide", "early", "unlabelled")
+    assert found.keys() == {"bound_estimate", "bound_exact_2", "frechet_20"}
+    rows = [found["frechet_20"][f"sde-dpm++, {T} steps, w = 1, {guide}"] for guide in ("early", "unlabelled")]
+    model, ruler = load_run(folder / "classes"), classifier.load_classifier()
+    images = samples.draw(model, 20, 0, Workers(1), guidance=1, guide="unlabelled")
+    taken_for = classifier.logits(ruler, scale(images, 0, 1)).argmax(axis=1)
+    assert rows[1]["agreement"] == pytest.approx(np.mean(taken_for == np.arange(20) % 10))
+    assert "agreement" not in found["frechet_20"]["VAE"] and "are what was asked for" in capsys.readouterr().out
+    labels = small_data / "t10k-labels-idx1-ubyte"
+    before = labels.read_bytes()
+    labels.write_bytes(before[:-1] + bytes([(before[-1] + 1) % 10]))  # another label of the last test image
+    try:
+        with pytest.raises(cli.UsageError, match="trained on other images"):
+            measure("classes")
+    finally:
+        labels.write_bytes(before)
+
+
+def test_likeness():
+    """Of features from which the classifier, all but certain, says class 3 for the first half and 8 for the second."""
+    F = 4
+    ruler = {"classes": {"w": np.zeros((F, 10)), "b": np.zeros(10)}}
+    ruler["classes"]["w"][0, 3], ruler["classes"]["w"][0, 8] = 50, -50
+    features = np.random.default_rng(0).standard_normal((10, F))
+    features[:, 0] = np.repeat([1, -1], 5)
+    found = reports.likeness(features, features, ruler, np.array([3, 3, 3, 0, 0, 8, 8, 8, 8, 8]))
+    assert found["share"].tolist() == [0, 0, 0, 0.5, 0, 0, 0, 0, 0.5, 0]
+    assert found["confidence"] == pytest.approx([0, 0, 0, 1, 0, 0, 0, 0, 1, 0])
+    assert found["agreement"] == 0.8 and found["precision"] == found["recall"] == 1
+    assert found["distance"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("model", ["vae", "ddpm"])
 def test_samples(model, folder, measure, monkeypatch):
-    monkeypatch.setattr(reports, "SHARD", 4)
+    monkeypatch.setattr(samples, "SHARD", 4)
     files = []
     for workers in (1, 2):
         measure(model, "--samples", 11, workers=workers)
@@ -170,22 +237,6 @@ def test_samples(model, folder, measure, monkeypatch):
     assert files[0].shape == (11, 28, 28) and files[0].dtype == np.uint8 and files[0].std() > 10
     assert len(np.unique(files[0], axis=0)) == 11  # no two from the same noise
     np.testing.assert_array_equal(*files)
-
-
-def test_samples_of_ddpm_are_algorithm_2(folder):
-    model = load_run(folder / "ddpm")
-    rng = np.random.default_rng([5, reports.SAMPLES, 0])
-    x_T = rng.standard_normal((3, 28, 28, 1), dtype=np.float32)
-    *_, (_, x_0) = diffusion.sample(model.eps_theta, model.schedule, x_T, rng)
-    images = reports.draw(model, 3, 5, Workers(1), "ddpm", T)
-    assert np.abs(images - (x_0 + 1) * 127.5).max() <= 0.51
-
-
-def test_grey_levels():
-    assert reports.grey_levels(np.array([0.0, 0.5, 1.0])).tolist() == [0, 128, 255]
-    x = np.arange(256, dtype=np.uint8)
-    for in_0_to_1 in (scale(x, 0, 1), (scale(x, -1, 1) + 1) / 2):  # of a VAE, and as `DDPMRun.sample` ends
-        np.testing.assert_array_equal(reports.grey_levels(in_0_to_1), x)
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
@@ -201,6 +252,10 @@ def test_grey_levels():
         ("ddpm", ["--iwae", 5], "--iwae is for a VAE"),
         ("ddpm", ["--samples", 5, "--sample-steps", T + 1], "out of range, T is 6"),
         ("ddpm", ["--samples", 5, "--sample-steps", 2, 3], "--samples needs one"),
+        ("ddpm", ["--samples", 5, "--guidance", 0, 1], "--samples needs one"),
+        ("ddpm", ["--guidance", 1], "--guidance needs --frechet or --samples"),
+        ("ddpm", ["--samples", 5, "--guide", "unlabelled"], "--guide unlabelled is for a run with --classes"),
+        ("vae", ["--samples", 5, "--guidance", 1], "--guidance is for a diffusion model"),
         ("ddpm", ["--sample-steps", 3], "--sample-steps needs --frechet or --samples"),
         ("ddpm", ["--bound", 5, "--sampler", "ddim"], "--sampler needs --frechet or --samples"),
         ("ddpm", ["--vae", "elsewhere"], "--vae needs --frechet or --samples"),
@@ -223,12 +278,6 @@ def test_flags_that_do_not_fit_are_refused_before_any_work(model, flags, message
         else:
             evaluate.main(argv)
     assert before == {path: path.read_bytes() for path in (folder / model).iterdir()}
-
-
-def test_over_images_keeps_the_order():
-    workers = Workers(2)
-    x = np.arange(23)
-    np.testing.assert_array_equal(reports.over_images(lambda a: a * a, [x], 3, workers, "squares"), x * x)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from functools import partial
 
 import run_ddpm
 import run_vae
-from scratchgen import denoisers, diffusion, improved, tree, vae
+from scratchgen import data, denoisers, diffusion, improved, tree, vae
 from scratchgen.data import load_idx, scale
 from scratchgen.evaluate import __main__ as evaluate
+from scratchgen.evaluate.load import load_run
 from scratchgen.machinery import checkpoint, cli, plots, training
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, cosine_decay
@@ -221,9 +222,10 @@ def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
     if additions == "none":  # Algorithm 2 to the letter
         sampled, not_sampled = not_sampled, sampled
     flags = ["--T", 20, "--epochs", 2, "--batch-size", 16, "--train-images", 40, "--schedule", schedule]
-    flags += ["--additions", additions, "--ema", 0.5, "--out", tmp_path]
+    flags += ["--additions", additions, "--ema", 0.5, "--out", tmp_path, "--workers", 1]
     call(run_ddpm, *flags)
-    assert len(sampled) == 3 and not_sampled == []  # a preview after each epoch, and the samples
+    # Two previews of two shards of 16 images, 16 by Algorithm 2 for strip and animation, and four shards of samples.
+    assert [len(args[2]) for args in sampled] == [16] * 9 and not_sampled == []
     (noisy, forward_times, _), (path, reverse_times, _) = rows
     assert forward_times == reverse_times == [20, 10, 5, 2, 1, 0]
     s, x_0 = diffusion.make_schedule(schedule, 20), scale(test_images[0], -1, 1)
@@ -233,16 +235,21 @@ def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
         eps = (x_t - signal[t] * x_0) / noise[t]
         np.testing.assert_allclose(eps, (noisy[0] - signal[20] * x_0) / noise[20], atol=1e-4)
 
-    first, second, samples = (args[0] for args in grids)
+    first, second, samples = (args[0].astype(int) for args in grids)
     assert len(first) == len(second) == 32 and len(samples) == 64
-    np.testing.assert_array_equal(sampled[0][2], sampled[1][2])  # both previews start from the same noise
+    for shard in (0, 1):  # both previews, and the samples, start from the same noise
+        np.testing.assert_array_equal(sampled[shard][2], sampled[2 + shard][2])
+        np.testing.assert_array_equal(sampled[shard][2], sampled[5 + shard][2])
     assert np.abs(first - second).max() > 0
     assert losses[0][1].tolist() == np.repeat(np.arange(1, 21), 2).tolist()  # 40 test images, each t twice
-    np.testing.assert_array_equal(path[-1], samples[0])
     assert all(np.abs(a - b).max() > 0.01 for a, b in zip(path, path[1:], strict=False))
     (frames, columns, _), *_ = gifs
     assert len(frames) == 21 and columns == 4
-    np.testing.assert_array_equal(frames[-1], samples[:16])
+    np.testing.assert_array_equal(frames[-1][0], path[-1])
+    model = load_run(tmp_path)
+    best = {} if additions == "none" else {"sampler": "sde-dpm++", "steps": 20, "guidance": improved.GUIDANCE}
+    image = model.sample(16, training.rng_for(0, training.SAMPLES, 0), **best)
+    np.testing.assert_array_equal(samples[:16], np.round(image * 255))
 
     m = metrics(tmp_path)
     assert m["alpha_bar_T"] == s["alpha_bar"][-1]
@@ -258,7 +265,44 @@ def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
     assert metrics(tmp_path)["test_loss"] == m["test_loss"]
     rewrite(tmp_path, lambda name, a: 0 * a if name.startswith("ema/") else a)
     call(run_ddpm, *flags, "--resume")
-    assert np.abs(grids[-1][0] - samples).max() > 0.01 and metrics(tmp_path)["test_loss"] != m["test_loss"]
+    assert np.abs(grids[-1][0] - samples).max() > 1 and metrics(tmp_path)["test_loss"] != m["test_loss"]
+
+
+def test_the_guide_is_the_average_as_it_was_after_an_eighth_of_the_steps(record, call, tmp_path):
+    averages = record(run_ddpm, "ema_step")
+    flags = ["--T", 5, "--arch", "mlp", "--batch-size", 4, "--train-images", 40, "--workers", 1, "--out", tmp_path]
+    call(run_ddpm, *flags, "--epochs", 2)
+    arrays, _ = load(tmp_path / "checkpoint.npz")
+    after = averages[3][0]  # the average that the fourth step changes, as it was before: after 3 of 20
+    assert [args[2] for args in averages] == list(range(1, 21))
+    np.testing.assert_array_equal(arrays["early/0/w"], after[0]["w"])
+    assert np.any(arrays["early/0/w"] != averages[4][0][0]["w"]) and np.any(after[0]["w"] != averages[2][0][0]["w"])
+    call(run_ddpm, *flags, "--epochs", 1, "--additions", "v")
+    assert not any(name.startswith("early/") for name in load(tmp_path / "checkpoint.npz")[0])
+
+
+def test_with_classes_the_network_is_told_the_labels_but_for_a_tenth(record, call, small_data, tmp_path):
+    told = record(denoisers.layers, "label_embedding")
+    flags = ["--T", 5, "--batch-size", 16, "--train-images", 100, "--epochs", 3, "--workers", 1, "--classes"]
+    call(run_ddpm, *flags, "--out", tmp_path)
+    config = load(tmp_path / "checkpoint.npz")[1]["config"]
+    assert config["classes"] is True
+    labels = load_idx(small_data / "train-labels-idx1-ubyte")[:100]
+    first = np.concatenate([args[1] for args in told])[:100]  # of the first epoch, in the order of its minibatches
+    order = training.rng_for(0, training.ORDER, 0).permutation(100)
+    dropped = first == -1
+    assert 1 <= dropped.sum() <= 25
+    np.testing.assert_array_equal(first[~dropped], labels[order][~dropped])
+
+
+def test_classes_need_labels_and_a_network_that_knows_of_them(call, small_data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_ddpm.main(["--classes", "--arch", "mlp", "--out", str(tmp_path)])
+    assert "--classes is for --arch unet, not mlp" in capsys.readouterr().err
+    for path in small_data.glob("*images*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(data.DataError, match="labels"):
+        run_ddpm.main(["--classes", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
 LOSSES = ["simple_loss", "weighted_loss"]

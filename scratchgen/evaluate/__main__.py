@@ -1,26 +1,29 @@
-"""Measure a finished run from its checkpoint: bounds on the likelihood, and the Frechet distance of its samples.
+"""Measure a finished run from its checkpoint: bounds on the likelihood, and how far its samples are from real images.
 
 examples:
   python -m scratchgen.evaluate runs/vae                    KL of each latent dimension, and how many are in use
   python -m scratchgen.evaluate runs/vae --iwae 500         a tighter bound than the ELBO
   python -m scratchgen.evaluate runs/ddpm                   the variational bound in bits per dimension
   python -m scratchgen.evaluate runs/ddpm --bound 100       the same without chance in t, and its parts, on 100 images
-  python -m scratchgen.evaluate runs/ddpm --frechet 2048    Frechet distance of 2048 samples (needs runs/vae too)
-  python -m scratchgen.evaluate runs/ddpm --frechet 2048 --sampler ddpm ddim sde-dpm++ --sample-steps 10 20 50
-  python -m scratchgen.evaluate runs/ddpm --samples 10000 --sampler sde-dpm++ --sample-steps 20
+  python -m scratchgen.evaluate runs/ddpm --frechet 10000   Frechet distance, precision, recall, and a table by class
+  python -m scratchgen.evaluate runs/ddpm --frechet 10000 --draws 3                   ... and how far draws differ
+  python -m scratchgen.evaluate runs/ddpm --frechet 10000 --guidance 0 0.25 0.5 1     ... against w, with a figure
+  python -m scratchgen.evaluate runs/ddpm --frechet 10000 --sampler ddpm ddim sde-dpm++ --sample-steps 10 20 50
+  python -m scratchgen.evaluate runs/ddpm --samples 10000   for a metric of your own
 
 Whatever is measured appears on the screen and, under "evaluation", in metrics.json of the run's folder, where figures
 go too.
 """
 
 import argparse
+import itertools
 from functools import partial
 from pathlib import Path
 
 from scratchgen.data import load_fashion_mnist
 from scratchgen.evaluate.load import VAERun, load_run
 from scratchgen.evaluate.reports import measure_bound, measure_samples, measure_vae
-from scratchgen.improved import SAMPLERS
+from scratchgen.improved import SAMPLERS, best_sampler
 from scratchgen.machinery import cli, files
 from scratchgen.machinery.checkpoint import fingerprint
 from scratchgen.machinery.workers import Workers
@@ -35,16 +38,28 @@ def parse_arguments(argv):
     flag("--iwae", help, type=whole(1), metavar="K")
     help = "diffusion: the bound as the exact sum over all t, on the first N test images"
     flag("--bound", help, type=whole(2), metavar="N")
-    help = "Frechet distance from N samples to all test images, beside that of N training images and of N from a VAE"
-    flag("--frechet", help, type=whole(2), metavar="N")
+    help = (
+        "Frechet distance from N samples to all test images, precision and recall (k = 3), and what a classifier takes "
+        "them for, all beside N training images and N samples of a VAE"
+    )
+    flag("--frechet", help, type=whole(4), metavar="N")
+    flag("--draws", "draw that often, with the noise of seed, seed + 1, ..", type=whole(1), default=1, metavar="D")
     flag("--samples", "write samples.npz, with images, uint8 (N, 28, 28)", type=whole(1), metavar="N")
     help = (
         "diffusion: ddpm adds noise at each step, ddim none; dpm++ and sde-dpm++ are ddim and ddpm of second order, "
-        "for few steps (default: ddpm)"
+        "for few steps (default: sde-dpm++, 20 steps, guided; T steps of ddpm for a run without additions)"
     )
     flag("--sampler", help, nargs="+", choices=SAMPLERS)
-    help = "diffusion: the sampler's steps, at most T (default: T); several for a figure"
+    help = "diffusion: the sampler's steps, at most T (default: T for a --sampler that is named); several for a figure"
     flag("--sample-steps", help, type=whole(1), nargs="+", metavar="S")
+    help = (
+        "diffusion: how far to go away from the guide (default: 0 for a --sampler that is named); several for a figure"
+    )
+    flag("--guidance", help, type=cli.number(float, 0, high=100), nargs="+", metavar="W")
+    help = (
+        "diffusion: the guide is the network early in its training or, with --classes, without labels (default: early)"
+    )
+    flag("--guide", help, nargs="+", choices=["early", "unlabelled"])
     help = "the VAE run that --frechet compares a diffusion model with (default: vae beside it)"
     flag("--vae", help, type=Path, metavar="FOLDER")
     flag("--seed", "decides every random number", type=whole(0), default=0)
@@ -60,22 +75,21 @@ def main(argv=None):
 
 def measure(args):
     model, args.unwritten = load_run(args.run), []
-    is_vae, T = isinstance(model, VAERun), model.config.get("T")
-    flags_of_the_other = ("bound", "sampler", "sample_steps", "vae") if is_vae else ("iwae",)
+    is_vae = isinstance(model, VAERun)
+    of_sampler = ("sampler", "sample_steps", "guidance", "guide", "vae")
+    flags_of_the_other = ("bound", *of_sampler) if is_vae else ("iwae",)
     if wrong := [name for name in flags_of_the_other if getattr(args, name)]:
         kind = "a diffusion model" if is_vae else "a VAE"
         raise cli.UsageError(f"{flag_name(wrong[0])} is for {kind}, which {args.run} is not")
-    of_samples = [name for name in ("sampler", "sample_steps", "vae") if getattr(args, name)]
+    of_samples = [name for name in of_sampler if getattr(args, name)]
     if of_samples and not (args.frechet or args.samples):
         raise cli.UsageError(f"{flag_name(of_samples[0])} needs --frechet or --samples")
-    args.sampler, args.sample_steps = args.sampler or ["ddpm"], args.sample_steps or [T]
-    if not is_vae and max(args.sample_steps) > T:
-        raise cli.UsageError(f"--sample-steps {max(args.sample_steps)} is out of range, T is {T}")
-    if args.samples and len(args.sampler) * len(args.sample_steps) > 1:
-        raise cli.UsageError("--samples needs one --sampler and one number of --sample-steps")
+    args.ways = {"VAE": {}} if is_vae else ways_to_draw(args, model)
+    if args.samples and len(args.ways) > 1:
+        raise cli.UsageError("--samples needs one way to draw: one --sampler, one number of --sample-steps, one W")
     args.vae = args.vae or args.run.resolve().parent / "vae"
     peer = load_vae(args.vae) if args.frechet and not is_vae else None
-    data, workers = load_fashion_mnist(args.data, labels=False), Workers(args.workers)
+    data, workers = load_fashion_mnist(args.data, labels=model.config.get("classes", False)), Workers(args.workers)
     check_data(args.run, model, data, args.data)
     if peer:
         check_data(args.vae, peer, data, args.data)
@@ -91,15 +105,37 @@ def measure(args):
         raise args.unwritten[0]
 
 
+def ways_to_draw(args, model):
+    """{name: settings of `DDPMRun.path`}, one for each combination of the flags. Raises UsageError."""
+    config, T = model.config, model.config["T"]
+    sampler, steps, w = best_sampler(config["additions"], T)
+    samplers, some_steps = args.sampler or [sampler], args.sample_steps or [T if args.sampler else steps]
+    guidance, guides = args.guidance or [0.0 if args.sampler else w], args.guide or ["early"]
+    if max(some_steps) > T:
+        raise cli.UsageError(f"--sample-steps {max(some_steps)} is out of range, T is {T}")
+    if max(guidance) > 0 and "early" in guides and model.x_0_early is None:
+        raise cli.UsageError(f"--guidance: {args.run} was trained without the addition guide")
+    if "unlabelled" in guides and not config["classes"]:
+        raise cli.UsageError(f"--guide unlabelled is for a run with --classes, which {args.run} is not")
+    ways = {}
+    for sampler, steps, w, guide in itertools.product(samplers, some_steps, guidance, guides):
+        name = f"{sampler}, {steps} steps" + (f", w = {w:g}" if w else "") + (f", {guide}" if len(guides) > 1 else "")
+        ways[name] = {"sampler": sampler, "steps": steps, "guidance": w, "guide": guide}
+    return ways
+
+
 def flag_name(name):
     return f"--{name.replace('_', '-')}"
 
 
 def check_data(folder, model, data, data_folder):
-    """Raise UsageError unless these are the images that the model was trained on, and those it was tested with."""
+    """Raise UsageError unless these are the images (and labels) that the model was trained on, and tested with."""
     config = model.config
-    first = data["train_images"][: int(config["train_images"].split()[0])]
-    if (fingerprint(first), fingerprint(data["test_images"])) != (config["train_images"], config["test_images"]):
+    count, kinds = int(config["train_images"].split()[0]), ["images", "labels"][: 1 + config.get("classes", False)]
+    train, test = (
+        fingerprint([data[f"{part}_{kind}"][:n] for kind in kinds]) for part, n in (("train", count), ("test", None))
+    )
+    if (train, test) != (config["train_images"], config["test_images"]):
         raise cli.UsageError(
             f"{folder} was trained on other images than those in {data_folder}, or tested on others; "
             "--data names their folder"

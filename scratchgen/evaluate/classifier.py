@@ -39,7 +39,11 @@ def features(params, x):  # (N, H, W, 1) -> (N, F)
 
 
 def logits(params, x):  # (N, H, W, 1) -> (N, K)
-    return dense(params["classes"], features(params, x))
+    return logits_of(params, features(params, x))
+
+
+def logits_of(params, h):  # (N, F) -> (N, K)
+    return dense(params["classes"], h)
 
 
 def load_classifier():

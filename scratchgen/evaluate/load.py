@@ -4,7 +4,7 @@
     import numpy as np
 
     model = load_run("runs/ddpm")
-    images = model.sample(4, np.random.default_rng(0), "sde-dpm++", 20)  # (4, 28, 28, 1) in [0, 1]
+    images = model.sample(4, np.random.default_rng(0))  # (4, 28, 28, 1) in [0, 1]
 
 Dimensions: N images, H = W = 28, one channel; D latent dimensions; T steps from image to noise.
 """
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from scratchgen import improved, vae
+from scratchgen import diffusion, improved, vae
+from scratchgen.data import CLASSES
 from scratchgen.denoisers import DENOISERS
 from scratchgen.diffusion import SCHEDULES, make_schedule
 from scratchgen.machinery import checkpoint
@@ -41,20 +42,52 @@ class VAERun:
 @dataclass(frozen=True)
 class DDPMRun:
     """A trained diffusion model. ``eps_theta`` and ``x_0_theta`` take images (N, H, W, 1) in [-1, 1] and time steps
-    (N,) in 1..T to the noise, and to the clean image, that the model sees in them."""
+    (N,) in 1..T to the noise, and to the clean image, that the model sees in them; ``x_0_early`` does as the model did
+    early in its training (None: nobody kept that). A model of a run with --classes takes labels (N,), too."""
 
     config: dict
     schedule: dict = field(repr=False)
     params: dict = field(repr=False)
     eps_theta: Callable = field(repr=False)
     x_0_theta: Callable = field(repr=False)
+    x_0_early: Callable | None = field(repr=False)
 
-    def sample(self, N, rng, sampler="ddpm", steps=None):
-        """Images drawn by one of `improved.SAMPLERS` in this many steps (default: T): (N, H, W, 1) in [0, 1]."""
+    def path(self, x_T, rng, labels=None, sampler=None, steps=None, guidance=None, guide="early"):
+        """From the noise x_T, (N, H, W, 1), to images: yield (s, x_s) for each s after T at which the sampler stops.
+
+        ``labels`` are what to draw, by default of a model with classes one after the other; ``sampler`` is one of
+        `improved.SAMPLERS`, ``guidance`` the w of `improved.guided`, and ``guide`` what leads away from itself: "early"
+        or "unlabelled". Default: `improved.best_sampler` or, for a sampler that is named, T steps and w = 0.
+        """
+        T, additions = self.config["T"], self.config["additions"]
+        default = improved.best_sampler(additions, T) if sampler is None else (sampler, T, 0.0)
+        sampler, steps, w = (b if a is None else a for a, b in zip((sampler, steps, guidance), default, strict=True))
+        if self.config["classes"] and labels is None:
+            labels = np.arange(len(x_T)) % len(CLASSES)
+        labels = [] if labels is None else [labels]
+        eps_theta, x_0_theta = (improved.told(f, *labels) for f in (self.eps_theta, self.x_0_theta))
+        if (sampler, steps, w) == ("ddpm", T, 0) and "v" not in additions:
+            return diffusion.sample(eps_theta, self.schedule, x_T, rng)  # the paper's; with v see `improved.x_0_from_v`
+        if w > 0:
+            nobody = [np.full(len(x_T), -1)]
+            other = (self.x_0_early, labels) if guide == "early" else (self.x_0_theta, nobody)
+            x_0_theta = improved.guided(x_0_theta, improved.told(other[0], *other[1]), w)
+        return improved.sample(x_0_theta, self.schedule, x_T, rng, steps, *improved.SAMPLERS[sampler])
+
+    def sample(self, N, rng, labels=None, **how):
+        """Images from noise that ``rng`` draws; ``how`` is said as for `path`. (N, H, W, 1) in [0, 1]."""
         x_T = rng.standard_normal((N, 28, 28, 1), dtype=np.float32)
-        eta, order = improved.SAMPLERS[sampler]
-        *_, (_, x_0) = improved.sample(self.x_0_theta, self.schedule, x_T, rng, steps, eta, order)
+        *_, (_, x_0) = self.path(x_T, rng, labels, **how)
         return (x_0 + 1) / 2
+
+
+def ddpm_run(config, arrays):
+    """A run with this configuration and the arrays of its checkpoint."""
+    schedule, (_, network) = make_schedule(config["schedule"], config["T"]), DENOISERS[config["arch"]]
+    eps_theta, x_0_theta = improved.denoiser(network, schedule, config["additions"])
+    ema, early = arrays["ema"], arrays.get("early")
+    x_0_early = partial(x_0_theta, early) if early else None
+    return DDPMRun(config, schedule, ema, partial(eps_theta, ema), partial(x_0_theta, ema), x_0_early)
 
 
 SETTINGS = {  # that a network is built from, as the flags allow them
@@ -64,6 +97,7 @@ SETTINGS = {  # that a network is built from, as the flags allow them
         "T": checkpoint.whole(1, 100_000),
         "schedule": SCHEDULES.__contains__,
         "additions": lambda names: isinstance(names, list) and set(names) <= improved.ADDITIONS.keys(),
+        "classes": lambda told: isinstance(told, bool),
     },
 }
 
@@ -77,21 +111,21 @@ def load_run(folder):
         checkpoint.check(config, SETTINGS.get(config["model"], {}))
         if config["model"] == "vae":
             init, encode, decode = vae.VAES[config["arch"]]
-            name, params = "params", init(rng, config["latent_dim"])
+            arrays = {"params": (params := init(rng, config["latent_dim"]))}
             run = VAERun(config, params, partial(encode, params), partial(decode, params))
         elif config["model"] == "ddpm":
-            init, network = DENOISERS[config["arch"]]
-            name, params = "ema", improved.init_denoiser(init, rng, config["additions"])
-            schedule = make_schedule(config["schedule"], config["T"])
-            predictions = improved.denoiser(network, schedule, config["additions"])
-            run = DDPMRun(config, schedule, params, *(partial(f, params) for f in predictions))
+            init, _ = DENOISERS[config["arch"]]
+            kept = ["ema", "early"] if "guide" in config["additions"] else ["ema"]
+            classes = len(CLASSES) if config["classes"] else 0
+            arrays = {name: improved.init_denoiser(init, rng, config["additions"], classes) for name in kept}
+            run = ddpm_run(config, arrays)
         else:
             raise KeyError(f"model, {config['model']}")
     except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(
             f"{path}: expected a run of this version, found this missing or invalid: {error}"
         ) from None
-    checkpoint.fill({name: params}, path, constant=True)  # so that workers need not look for changes
+    checkpoint.fill(arrays, path, constant=True)  # so that workers need not look for changes
     if not state["log"]:
         raise checkpoint.CheckpointError(f"{path}: expected a trained model, found one in its first epoch")
     return run

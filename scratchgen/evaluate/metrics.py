@@ -1,4 +1,4 @@
-"""Numbers that say how good a model is: bounds on its likelihood, and the Frechet distance of its samples.
+"""Numbers that say how good a model is: bounds on its likelihood, and how far its samples are from real images.
 
 Dimensions: N images of H x W pixels and C channels, D latent dimensions, K importance samples, F features.
 """
@@ -67,11 +67,13 @@ def loss_weights(schedule):
     return beta / (2 * alpha * (1 - alpha_bar_before))
 
 
-def bound_terms(x_0_theta, schedule, x_0, t, eps):
-    """L_{t-1} of each image at its own t, in nats, (N,) float64; eps (N, H, W, C) leads to the x_t that it is for."""
+def bound_terms(x_0_theta, schedule, x_0, t, eps, *labels):
+    """L_{t-1} of each image at its own t, in nats, (N,) float64; eps (N, H, W, C) leads to the x_t that it is for.
+
+    For an x_0_theta that takes labels, they are those of -log p(x_0 | label)."""
     x_t = q_sample(schedule, x_0, t, eps)
     mean, variance = q_posterior(schedule, x_0, x_t, t)
-    mean_theta, _ = q_posterior(schedule, x_0_theta(x_t, t), x_t, t)
+    mean_theta, _ = q_posterior(schedule, x_0_theta(x_t, t, *labels), x_t, t)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 at t = 1, where the decoder takes its place
         divergence = gaussian_kl(mean, variance, mean_theta, variance)
     terms = divergence.reshape(len(t), -1).sum(axis=1, dtype=np.float64)
@@ -129,3 +131,23 @@ def frechet_distance(a, b):
     A = Q * np.sqrt(np.maximum(eigenvalues, 0)) @ Q.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(A @ C_b @ A), 0)).sum()
     return float(((m_a - m_b) ** 2).sum() + np.trace(C_a) + np.trace(C_b) - 2 * cross)
+
+
+def share_within(points, others, k=3, block=500):
+    """The share of the points, (N, F), that lie where the others are, (M, F): as near to one of them as its own k-th
+    nearest neighbour among them is, or nearer.
+
+    Kynkaanniemi et al. 2019 (Eqs. 1 and 2): that of samples within real images is their precision, that of real images
+    within samples their recall. A torn picture lowers the first, a kind that is missing the second. Both depend on the
+    numbers of images, and are below one where both sets come from one distribution.
+    """
+
+    def distances(a, b):  # squared, (n, M)
+        squares = (a * a).sum(axis=1)[:, None] + (b * b).sum(axis=1) - 2 * a @ b.T
+        return np.maximum(squares, 0)  # which rounding makes negative
+
+    points, others = points.astype(np.float64), others.astype(np.float64)
+    blocks = [others[start : start + block] for start in range(0, len(others), block)]
+    radii = np.concatenate([np.partition(distances(some, others), k, axis=1)[:, k] for some in blocks])  # 0th is itself
+    blocks = [points[start : start + block] for start in range(0, len(points), block)]
+    return float(np.concatenate([(distances(some, others) <= radii).any(axis=1) for some in blocks]).mean())

@@ -6,9 +6,10 @@
 import math
 from functools import partial
 
-from scratchgen.data import scale
+from scratchgen.data import CLASSES, scale
 from scratchgen.diffusion import draw_batch, prior_kl
 from scratchgen.evaluate import classifier, metrics
+from scratchgen.evaluate.samples import draw, over_images, save_images
 from scratchgen.gradients import in_parallel
 from scratchgen.machinery import cli, files, plots
 from scratchgen.machinery.training import rng_for
@@ -17,9 +18,9 @@ from scratchgen.vae import kl_per_dimension
 
 import numpy as np
 
-SHARD = 32  # images that one worker draws or measures at a time
+SHARD = 32  # images that one worker measures at a time
 IWAE_SHARD = 8  # the same where each image takes K samples
-BOUND, EXACT_BOUND, IMPORTANCE, SAMPLES, REAL = range(100, 105)  # what random numbers are for
+BOUND, EXACT_BOUND, IMPORTANCE, REAL = 100, 101, 102, 104  # what random numbers are for
 
 
 def report(args, model, entry, numbers, *lines):
@@ -35,16 +36,6 @@ def write(args, f, *arguments):
         f(*arguments)
     except OSError as error:
         args.unwritten.append(error)
-
-
-def over_images(f, arrays, shard, workers, description):
-    """``f(*arrays)`` as `in_parallel` computes it, but in steps, for a progress bar."""
-    parallel, N, step, results = in_parallel(f, shard, workers), len(arrays[0]), shard * workers.count, []
-    with cli.progress(N, description=description) as bar:
-        for start in range(0, N, step):
-            results.append(parallel(*(array[start : start + step] for array in arrays)))
-            bar.update(len(results[-1]))
-    return np.concatenate(results)
 
 
 # ----------------------------------------------------------------------------------------------------------------- VAE
@@ -88,11 +79,12 @@ def measure_bound(args, model, data, workers):
     schedule, T, x = model.schedule, model.config["T"], scale(data["test_images"], -1, 1)
     bits = partial(metrics.bits_per_dimension, dimensions=x[0].size)
     terms_of = partial(metrics.bound_terms, model.x_0_theta, schedule)
+    labels = [data["test_labels"]] if model.config["classes"] else []
 
     # T L_{t-1} at one t, drawn evenly from 1..T, is in expectation the sum of all L_{t-1}.
     prior = bits(prior_kl(schedule, x))
     _, t, eps = batch = draw_batch(schedule, x, rng_for(args.seed, BOUND))
-    terms = bits(over_images(terms_of, batch, SHARD, workers, "bound"))
+    terms = bits(over_images(terms_of, [*batch, *labels], SHARD, workers, "bound"))
     mean, error = mean_and_standard_error(prior + T * terms)
     line = (f"bound, {len(x):,} images at one t each", f"{mean:.3f}", f"bits per dimension, +- {error:.3f}")
     report(args, model, "bound_estimate", {"bits_per_dimension": mean, "standard_error": error}, line)
@@ -104,7 +96,7 @@ def measure_bound(args, model, data, workers):
         times, all_terms = 1 + np.arange(T), np.empty((N, T))
         for t in cli.progress_over(times, T, "bound, all t"):
             eps = rng.standard_normal(x[:N].shape, dtype=np.float32)
-            all_terms[:, t - 1] = bits(parallel(x[:N], np.full(N, t), eps))
+            all_terms[:, t - 1] = bits(parallel(x[:N], np.full(N, t), eps, *(y[:N] for y in labels)))
         over_t = all_terms.mean(axis=0)
         mean, error = mean_and_standard_error(prior[:N] + all_terms.sum(axis=1))
         parts = {"prior": float(prior[:N].mean()), "between": float(over_t[1:].sum()), "decoder": float(over_t[0])}
@@ -124,63 +116,80 @@ def mean_and_standard_error(values):
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-# --------------------------------------------------------------------------------------- samples and Frechet distance
-
-
-def draw(model, N, seed, workers, *sampler_and_steps):
-    """N samples of a model as grey levels, uint8 (N, 28, 28, 1)."""
-
-    def from_shard(numbers):
-        rng = rng_for(seed, SAMPLES, numbers[0])
-        return grey_levels(model.sample(len(numbers), rng, *sampler_and_steps))
-
-    return over_images(from_shard, [np.arange(N)], SHARD, workers, "samples")
-
-
-def save_images(path, images):
-    with files.replacing(path) as temporary:
-        np.savez(temporary, images=images)
-    print(f"wrote {len(images):,} images to {path}")
-
-
-def grey_levels(x):
-    return np.round(x * 255).astype(np.uint8)
+# ------------------------------------------------------------------------------------------- samples beside real images
 
 
 def measure_samples(args, model, data, workers, peer=None):
-    """``peer`` is the VAE whose samples a diffusion model's are compared with."""
-    N, is_vae = args.frechet, model.config["model"] == "vae"
-
-    def draw_and_save(*sampler_and_steps):
-        images = draw(model, max(N or 0, args.samples or 0), args.seed, workers, *sampler_and_steps)
-        if args.samples:
-            write(args, save_images, args.run / "samples.npz", images[: args.samples, ..., 0])
-        return images
-
-    samplers = [()] if is_vae else [(sampler, steps) for sampler in args.sampler for steps in args.sample_steps]
-    if not N:
-        return draw_and_save(*samplers[0])
-
-    ruler = classifier.load_classifier()
+    """``args.ways`` are the ways to draw, {name: settings of `DDPMRun.path`}; ``peer`` is the VAE to compare with."""
+    N, ruler = args.frechet, classifier.load_classifier()
 
     def features_of(images):
         return over_images(lambda x: classifier.features(ruler, scale(x, 0, 1)), [images], SHARD, workers, "features")
 
-    reference = features_of(data["test_images"])
+    def sets_of(model, count, **how):  # the same noise for all that is compared
+        return [draw(model, count, args.seed + number, workers, **how) for number in range(args.draws)]
 
-    def distance(name, images):
-        value = metrics.frechet_distance(features_of(images[:N]), reference)
-        line = (f"Frechet distance, {N:,} x {name}", f"{value:.2f}", "")
-        report(args, model, f"frechet_{N}", {name: value}, line)
-        return value
+    if args.samples:
+        ((_, how),) = args.ways.items()
+        images = draw(model, args.samples, args.seed, workers, **how)
+        write(args, save_images, args.run / "samples.npz", images[..., 0])
+    if not N:
+        return
 
-    some = rng_for(args.seed, REAL).permutation(len(data["train_images"]))[:N]
-    levels, curves = {"training images": distance("training images", data["train_images"][some])}, {}
+    real, numbers = features_of(data["test_images"]), {}
+
+    def judge(name, sets, asked=None):
+        """Add to ``numbers`` what the sets of images are like, and what the classifier takes them for."""
+        found = [likeness(features_of(images), real, ruler, asked) for images in sets]
+        distances = [one["distance"] for one in found]
+        numbers[name] = {key: np.mean([one[key] for one in found], axis=0).round(4).tolist() for key in found[0]}
+        remark = "precision {precision:.3f}, recall {recall:.3f}".format(**numbers[name])
+        if asked is not None:
+            remark += ", {agreement:.1%} are what was asked for".format(**numbers[name])
+        if len(sets) > 1:
+            numbers[name] |= {"spread": float(np.std(distances, ddof=1)), "draws": len(sets)}
+            remark = "+- {spread:.2f} over {draws} draws, ".format(**numbers[name]) + remark
+        line = (f"Frechet distance, {N:,} x {name}", f"{numbers[name]['distance']:.2f}", remark)
+        report(args, model, f"frechet_{N}", {name: numbers[name]}, line)
+
+    orders = [rng_for(args.seed + number, REAL).permutation(len(data["train_images"])) for number in range(args.draws)]
+    judge("training images", [data["train_images"][order[:N]] for order in orders])
     if peer:
-        levels["VAE"] = distance("VAE", draw(peer, N, args.seed, workers))
-    for sampler in samplers:
-        value = distance("VAE" if is_vae else "{}, {} steps".format(*sampler), draw_and_save(*sampler))
-        if not is_vae:
-            curves.setdefault(sampler[0], []).append((sampler[1], value))
-    if len(args.sample_steps) > 1:
+        judge("VAE", sets_of(peer, N))
+    asked = np.arange(N) % len(CLASSES) if model.config.get("classes") else None
+    for name, how in args.ways.items():
+        judge(name, sets_of(model, N, **how), asked)
+
+    print(f"\nwhat the classifier takes them for, in % (in brackets, how sure it is): {', '.join(numbers)}")
+    for k, name in enumerate(CLASSES):
+        columns = (f"{100 * one['share'][k]:7.1f} ({100 * one['confidence'][k]:.0f})" for one in numbers.values())
+        print(f"{name:<12}", *columns)
+    curves, levels = {}, {name: one["distance"] for name, one in numbers.items() if name not in args.ways}
+    for name, how in args.ways.items():
+        kind = name.replace(f", {how.get('steps')} steps", "")
+        curves.setdefault(kind, []).append((how.get("steps"), numbers[name]["distance"]))
+    if max(map(len, curves.values())) > 1:
         write(args, plots.save, plots.distance_over_steps(curves, levels, N), args.run / "steps.png")
+    curves = {}
+    for name, how in args.ways.items():
+        curves.setdefault(how.get("guide"), []).append((how.get("guidance"), numbers[name]))
+    ways = {(how.get("sampler"), how.get("steps")) for how in args.ways.values()}
+    if len(ways) == 1 and max(map(len, curves.values())) > 1:
+        write(args, plots.save, plots.over_guidance(curves, N), args.run / "guidance.png")
+
+
+def likeness(features, real, ruler, asked=None):
+    """How like real images are images with these features, (N, F)? And for each class, what share the classifier takes
+    for it, and how sure it is of those."""
+    logits = classifier.logits_of(ruler, features).astype(np.float64)
+    probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    taken_for = probabilities.argmax(axis=1)
+    count = np.bincount(taken_for, minlength=len(CLASSES))
+    numbers = {
+        "distance": metrics.frechet_distance(features, real),
+        "precision": metrics.share_within(features, real),
+        "recall": metrics.share_within(real, features),
+        "share": count / len(features),
+        "confidence": np.bincount(taken_for, probabilities.max(axis=1), len(CLASSES)) / np.maximum(count, 1),
+    }
+    return numbers if asked is None else numbers | {"agreement": np.mean(taken_for == asked)}

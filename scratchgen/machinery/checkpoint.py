@@ -11,6 +11,7 @@ import re
 import zipfile
 import zlib
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from reprlib import repr as short
 
@@ -172,5 +173,7 @@ def fill(arrays, path, constant=False):
 
 
 def fingerprint(images):
-    """What tells one set of images from another: their number and checksum, for the checkpoint."""
-    return f"{len(images)} of CRC-32 {zlib.crc32(images):08x}"
+    """What tells one set of images, or pair of images and labels, from another: their number and checksum."""
+    arrays = tree.leaves(images)
+    checksum = reduce(lambda checksum, array: zlib.crc32(array, checksum), arrays, 0)
+    return f"{len(arrays[0])} of CRC-32 {checksum:08x}"

@@ -14,6 +14,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+from scratchgen import tree
 from scratchgen.data import DataError
 from scratchgen.machinery import plots, runtime
 from scratchgen.machinery.checkpoint import CheckpointError
@@ -105,10 +106,11 @@ def run_parser(prog, description, epochs, batch_size, lr, out):
 
 
 def first_images(images, count):
-    """The first ``count`` images, or all of them for None. Raises UsageError if there are fewer."""
-    if count is not None and count > len(images):
-        raise UsageError(f"--train-images {count} is out of range, the data has {len(images)} training images")
-    return images[:count]
+    """The first ``count`` images (and labels), or all of them for None. Raises UsageError if there are fewer."""
+    there = len(tree.leaves(images)[0])
+    if count is not None and count > there:
+        raise UsageError(f"--train-images {count} is out of range, the data has {there} training images")
+    return tree.map(lambda array: array[:count], images)
 
 
 def progress(total, done=0, description=None):

@@ -54,6 +54,21 @@ def grid(images, columns, title, low=0, high=1, row_labels=()):
     return figure
 
 
+def classes(images, names, rows):
+    """Two panels: images of K classes, grey levels (10 K, H, W, 1), a row a class; and rows of one image of each class,
+    {label: (K, H, W, 1) in [-1, 1]}."""
+    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    show(left, mosaic(images, len(names), len(images) // len(names)), 0, 255)
+    left.set(title="ten of each class")
+    show(right, mosaic(np.concatenate(list(rows.values())), len(rows), len(names)), -1, 1)
+    right.set(title="each class from the same noise, by guide and w")
+    for axes, labels in ((left, names), (right, rows)):
+        axes.set_yticks([28 * row + 14 for row in range(len(labels))], labels, fontsize="small")
+        axes.tick_params(length=0)
+    return figure
+
+
 def reconstructions(x, decoded, columns=10):
     """Rows of images and, beneath each row, what the decoder makes of their codes: twice (N, H, W, 1)."""
     pairs = np.stack([a.reshape(-1, columns, *a.shape[1:]) for a in (x, decoded)], axis=1)
@@ -185,7 +200,7 @@ def distance_over_steps(curves, levels, N):
     axes = figure.add_subplot(title=f"Fréchet distance of {N:,} samples")
     for name, points in curves.items():
         steps, distances = zip(*sorted(points), strict=True)
-        axes.loglog(steps, distances, marker="o", label=name.upper())
+        axes.loglog(steps, distances, marker="o", label=name)
     for name, distance in levels.items():
         axes.axhline(distance, color="gray", linestyle=":", linewidth=1)
         axes.annotate(name, (1, distance), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
@@ -199,6 +214,21 @@ def distance_over_steps(curves, levels, N):
     axes.set(xlabel="steps of the sampler", ylabel="Fréchet distance to the test images")
     axes.grid(alpha=0.3)
     axes.legend()
+    return figure
+
+
+def over_guidance(curves, N):
+    """Distance, precision and recall, and agreement against w: {guide: [(w, their numbers by name), ..]}."""
+    agreement = all("agreement" in numbers for points in curves.values() for _, numbers in points)
+    panels = ["distance", "precision", "recall"] + ["agreement"] * agreement
+    figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for guide, points in curves.items():
+            w, numbers = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            axes.plot(w, [each[name] for each in numbers], marker="o", label=guide)
+        axes.set(xlabel="w", title={"distance": f"Fréchet distance, {N:,} samples"}.get(name, name))
+        axes.grid(alpha=0.3)
+    axes.legend(title="guide")
     return figure
 
 

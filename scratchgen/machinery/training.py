@@ -47,14 +47,16 @@ class Run:
 
     ``arrays`` is a tree, {"params": .., "moments": ..} for example, that the steps change in place: they must change
     ``run.arrays``, the copy in memory that all workers share. ``run.rng`` is the generator that the steps draw from.
-    ``images`` are those to train on and those to test with, ``columns`` what `end_epoch` logs, beside epoch, step and
-    seconds. Raises CheckpointError or FolderInUse.
+    ``images`` are those to train on and those to test with, each an array or, with labels, a pair of arrays, of which
+    `minibatches` hands out as it gets; ``columns`` is what `end_epoch` logs, beside epoch, step and seconds. Raises
+    CheckpointError or FolderInUse.
     """
 
     def __init__(self, model, args, images, arrays, workers, columns):
         self.args = args
         self.images, test_images = images
-        self.steps_per_epoch = math.ceil(len(self.images) / args.batch_size)
+        self.count = len(tree.leaves(self.images)[0])
+        self.steps_per_epoch = math.ceil(self.count / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.arrays, self.rng = workers.share(arrays), rng_for(args.seed, NOISE)
         settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
@@ -108,9 +110,9 @@ class Run:
 
     def __enter__(self):
         self.stop = cli.StopBetweenSteps()
-        done = self.step // self.steps_per_epoch * len(self.images)
+        done = self.step // self.steps_per_epoch * self.count
         done += self.step % self.steps_per_epoch * self.args.batch_size
-        self.bar = cli.progress(self.args.epochs * len(self.images), done)
+        self.bar = cli.progress(self.args.epochs * self.count, done)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -138,7 +140,8 @@ class Run:
         # The order depends on seed and epoch alone: a run that resumes inside the epoch skips what it has seen.
         order = rng_for(self.args.seed, ORDER, epoch)
         for images in minibatches(self.images, self.args.batch_size, order, skip=done):
-            self.weight = len(images) / len(self.images)  # of this minibatch in the means of the epoch
+            size = len(tree.leaves(images)[0])
+            self.weight = size / self.count  # of this minibatch in the means of the epoch
             self.stop.in_step = True  # until the script's step is done, the state is not whole
             yield self.step + 1, images
             self.step += 1
@@ -146,7 +149,7 @@ class Run:
             self.stop_if_asked()
             if time.monotonic() - self.saved_at > SAVE_SECONDS:
                 self.save()
-            self.bar.update(len(images))
+            self.bar.update(size)
 
     def record(self, loss, means):
         """Add a minibatch's means to ``epoch_means``, which is whole when the epoch ends.
