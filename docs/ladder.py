@@ -1,11 +1,13 @@
-"""Climb from the paper to the default, one addition at a time: train each rung, measure it, and show its samples.
+"""Climb from the paper to the default, one addition at a time: train each rung three times, measure, show samples.
 
-For each rung this runs, from the folder of the run scripts (here for the third, which is runs/ladder-2):
-  python run_ddpm.py --T 200 --additions v black --out runs/ladder-2
-  python -m scratchgen.evaluate runs/ladder-2 --bound 100 --frechet 10000 --sampler sde-dpm++ --sample-steps 20
+For each rung and seed this runs, from the folder of the run scripts (here for the third, with seed 1):
+  python run_ddpm.py --T 200 --additions v black --seed 1 --out runs/ladder-2-1
+  python -m scratchgen.evaluate runs/ladder-2-1 --bound 100 --frechet 10000 --sampler sde-dpm++ --sample-steps 20
 
-A finished rung is not trained again, and one that was stopped is resumed; `python run_vae.py` must have been run. An
-hour and a half or so on two cores. Prints the table of quality.md, and writes ddpm_ladder.png.
+The last addition, guide, changes no training: the last run is measured without and with it. A finished run is not
+trained again, and one that was stopped is resumed; `python run_vae.py` must have been run. Three hours and a half or so
+on two cores. Prints the table of quality.md, the mean over the seeds and how far they differ, and writes
+ddpm_ladder.png.
 """
 
 import argparse
@@ -21,9 +23,9 @@ from scratchgen.machinery import cli, plots
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNGS = [list(improved.ADDITIONS)[:count] for count in range(len(improved.ADDITIONS) + 1)]
-PEERS = {"samples of the VAE": "VAE", "training images": "training images"}
-FRECHET = ["--frechet", "10000", "--sampler", "sde-dpm++", "--sample-steps", "20"]
+TRAINED = [list(improved.ADDITIONS)[:count] for count in (0, 1, 2, 3, 4, 6)]
+GUIDED = f"sde-dpm++, 20 steps, w = {improved.GUIDANCE:g}"
+COLUMNS = ("test loss", "bits per dimension", "Frechet distance", "precision", "recall")
 
 
 def main(argv=None):
@@ -31,37 +33,86 @@ def main(argv=None):
     parser = cli.OneLineParser("docs/ladder.py", description=__doc__, formatter_class=formatter)
     parser.flag("--runs", "the folder of the runs", type=Path, default=ROOT / "runs")
     parser.flag("--figure", "where the figure goes", type=Path, default=ROOT / "docs" / "figures" / "ddpm_ladder.png")
+    parser.flag("--seeds", "train each rung with these", type=cli.number(int, 0), nargs="+", default=[0, 1, 2])
     cli.add_data_flags(parser)
     args = parser.parse_args(argv)
     if not (args.runs / "vae" / "checkpoint.npz").exists():
         raise cli.UsageError(f"{args.runs / 'vae'}: expected a finished run of run_vae.py to compare with")
-    more = ["--data", args.data.resolve(), "--workers", args.workers]
-    rows, images, labels = [], [], []
-    for number, additions in enumerate(RUNGS):
-        folder = args.runs.resolve() / f"ladder-{number}"
-        train = [ROOT / "run_ddpm.py", "--T", 200, "--additions", *(additions or ["none"]), "--out", folder, *more]
-        if not (folder / "metrics.json").exists():
-            run(*train, *(["--resume"] if (folder / "checkpoint.npz").exists() else []))
-        rung = load_run(folder)
-        expected = {"additions": additions, "T": 200, "epochs": 8, "lr": 1e-2, "seed": 0}
-        if other := [name for name, value in expected.items() if rung.config[name] != value]:
-            raise cli.UsageError(f"{folder}: expected the run of this rung, found one with another {other[0]}")
-        bound, frechet = measured(folder)
-        if "sde-dpm++, 20 steps" not in frechet or not bound:
-            run("-m", "scratchgen.evaluate", folder, "--bound", 100, *FRECHET, *more)
-            bound, frechet = measured(folder)
+    measured = {}  # (rung, seed) -> what metrics.json has
+    for seed in args.seeds:  # whoever stops early has all rungs of the first seeds
+        for number, additions in enumerate(TRAINED):
+            measured[number, seed] = train_and_measure(args, number, additions, seed)
 
-        test_loss = json.loads((folder / "metrics.json").read_text())["test_loss"]
-        command = f"python run_ddpm.py --T 200 --additions {' '.join(additions) or 'none'} --out runs/ladder-{number}"
-        numbers = f"{test_loss:.4f} | {bound['bits_per_dimension']:.2f} | {frechet['sde-dpm++, 20 steps']:.1f}"
-        rows.append(f"| `{command}` | {numbers} |")
-        images.append(rung.sample(10, np.random.default_rng(0)))  # for each rung from the same noise
-        labels.append(f"+ {additions[-1]}" if additions else "none")
-    rows += [f"| 10,000 {name} | | | {frechet[key]:.1f} |" for name, key in PEERS.items()]
-    print("| command | test loss | bits per dimension | Frechet distance |", "|---|---|---|---|", sep="\n")
-    print(*rows, sep="\n")
-    figure = plots.grid(np.concatenate(images), 10, "samples after 200 steps, by additions", row_labels=labels)
-    plots.save(figure, args.figure)
+    names = ["none", *(f"+ {name}" for name in improved.ADDITIONS)]
+    rows = [[numbers_of(measured[number, seed], "sde-dpm++, 20 steps") for seed in args.seeds] for number in range(6)]
+    rows.append([numbers_of(measured[5, seed], GUIDED) for seed in args.seeds])
+    print(f"| additions | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|", sep="\n")
+    for name, row in zip(names, rows, strict=True):
+        print(f"| {name} | {' | '.join(map(mean_and_spread, zip(*row, strict=True), (4, 2, 1, 3, 3)))} |")
+    for peer in ("VAE", "training images"):
+        found = measured[0, args.seeds[0]]["evaluation"]["frechet_10000"][peer]
+        print(f"| {peer} | | | {found['distance']:.1f} | {found['precision']:.3f} | {found['recall']:.3f} |")
+
+    images, models = [], [load_run(folder_of(args, number, args.seeds[0])) for number in range(6)]
+    for model, w in zip([*models, models[-1]], [0, 0, 0, 0, 0, 0, improved.GUIDANCE], strict=True):
+        how = {"sampler": "sde-dpm++", "steps": 20, "guidance": w}
+        images.append(model.sample(10, np.random.default_rng(0), **how))  # for each rung from the same noise
+    plots.save(plots.grid(np.concatenate(images), 10, "samples by additions", row_labels=names), args.figure)
+
+
+def folder_of(args, number, seed):
+    return args.runs.resolve() / f"ladder-{number}-{seed}"
+
+
+def train_and_measure(args, number, additions, seed):
+    """What metrics.json has of this rung, trained and measured as far as it is not yet."""
+    folder, more = folder_of(args, number, seed), ["--data", args.data.resolve(), "--workers", args.workers]
+    train = [ROOT / "run_ddpm.py", "--T", 200, "--additions", *(additions or ["none"]), "--seed", seed, "--out", folder]
+    if not (folder / "metrics.json").exists():
+        run(*train, *more, *(["--resume"] if (folder / "checkpoint.npz").exists() else []))
+    rung = load_run(folder)
+    expected = {"additions": additions, "T": 200, "epochs": 8, "lr": 1e-2, "seed": seed, "classes": False}
+    if other := [name for name, value in expected.items() if rung.config[name] != value]:
+        raise cli.UsageError(f"{folder}: expected the run of this rung, found one with another {other[0]}")
+
+    def metrics():
+        return json.loads((folder / "metrics.json").read_text())
+
+    how = [
+        "--sampler",
+        "sde-dpm++",
+        "--sample-steps",
+        20,
+        *(["--guidance", 0, improved.GUIDANCE] if number == 5 else []),
+    ]
+    wanted = {"sde-dpm++, 20 steps"} | ({GUIDED} if number == 5 else set())
+    evaluation = metrics().get("evaluation", {})
+    if not wanted <= evaluation.get("frechet_10000", {}).keys() or "bound_exact_100" not in evaluation:
+        run(
+            "-m",
+            "scratchgen.evaluate",
+            folder,
+            "--bound",
+            100,
+            "--frechet",
+            10000,
+            "--vae",
+            args.runs / "vae",
+            *how,
+            *more,
+        )
+    return metrics()
+
+
+def numbers_of(metrics, name):
+    found = metrics["evaluation"]["frechet_10000"][name]
+    bits = metrics["evaluation"]["bound_exact_100"]["bits_per_dimension"]
+    return metrics["test_loss"], bits, found["distance"], found["precision"], found["recall"]
+
+
+def mean_and_spread(values, digits):
+    spread = f" +- {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def run(*command):
@@ -73,12 +124,6 @@ def run(*command):
         raise
     if status:
         sys.exit(status)  # it has said what is wrong
-
-
-def measured(folder):
-    """What metrics.json has of this rung's bound and Frechet distances: two dicts, empty for what is not there."""
-    evaluation = json.loads((folder / "metrics.json").read_text()).get("evaluation", {})
-    return evaluation.get("bound_exact_100", {}), evaluation.get("frechet_10000", {})
 
 
 if __name__ == "__main__":

@@ -14,23 +14,25 @@ from scratchgen.ops import depth_to_space, silu, space_to_depth
 import autograd.numpy as np  # NumPy with functions that autograd can record
 
 TIME_WIDTH = 128
-GLOBAL_CHANNELS, GLOBAL_UNITS = 16, 256  # of each global block: channels that it reads, and its hidden units
+GLOBAL_UNITS = 256  # hidden units of each global block
 
 
 def init_unet(rng, inputs=1, global_blocks=False, classes=0, channels=(32, 64), blocks=1, size=(28, 28)):
     """Two resolutions: 14 x 14 with channels[0], 7 x 7 with channels[1]; ``blocks`` residual blocks each way."""
     shallow, deep = channels
-    middle = size[0] // 4, size[1] // 4
+
+    def global_block(channels, factor):  # factor^2 channels at each position: as many numbers as the image has pixels
+        there = size[0] // factor, size[1] // factor
+        return layers.init_global_block(rng, there, channels, factor**2, GLOBAL_UNITS, TIME_WIDTH)
+
     return {
         "time": [layers.init_dense(rng, TIME_WIDTH, TIME_WIDTH), layers.init_dense(rng, TIME_WIDTH, TIME_WIDTH)],
         "conv_in": layers.init_conv(rng, 4 * inputs, shallow, gain=1.0),
         "down_blocks": [layers.init_res_block(rng, shallow, shallow, TIME_WIDTH) for _ in range(blocks)],
         "down": layers.init_dense(rng, 4 * shallow, deep, gain=1.0),
         "middle_blocks": [layers.init_res_block(rng, deep, deep, TIME_WIDTH) for _ in range(2 * blocks)],
-        "global_blocks": [
-            layers.init_global_block(rng, middle, deep, GLOBAL_CHANNELS, GLOBAL_UNITS, TIME_WIDTH)
-            for _ in range(2 * blocks * global_blocks)
-        ],
+        "global_down": [global_block(shallow, 2) for _ in range(global_blocks)],
+        "global_middle": [[global_block(deep, 4) for _ in range(2 * global_blocks)] for _ in range(2 * blocks)],
         "up": layers.init_dense(rng, deep, 4 * shallow, gain=1.0),
         "up_blocks": [
             layers.init_res_block(rng, 2 * shallow if i == 0 else shallow, shallow, TIME_WIDTH) for i in range(blocks)
@@ -44,9 +46,9 @@ def init_unet(rng, inputs=1, global_blocks=False, classes=0, channels=(32, 64), 
 def unet(params, x, t, labels=None):  # (N, H, W, 1 or 2), (N,), (N,) -> (N, H, W, 1)
     """Ho et al. 2020, App. B, in small: no layer works at 28 x 28, where it would cost four times as much.
 
-    Theirs has self-attention at 16 x 16. Ours has none; after each block at 7 x 7 it may have a `global_block`:
-    convolutions can only hand on from neighbour to neighbour what the two sleeves of a shirt must agree on; and since
-    all garments are centred and fill the picture, it pays to learn what belongs where.
+    Theirs has self-attention at 16 x 16. Ours has none, but may have a `global_block` at 14 x 14 and two after each
+    block at 7 x 7: convolutions can only hand on from neighbour to neighbour what the two sleeves of a shirt must agree
+    on; and since all garments are centred and fill the picture, it pays to learn what belongs where.
 
     A label's embedding joins that of the time (Dhariwal and Nichol 2021, Sec. 3.1); -1 is for an image without one.
     """
@@ -60,12 +62,14 @@ def unet(params, x, t, labels=None):  # (N, H, W, 1 or 2), (N,), (N,) -> (N, H, 
     h = layers.conv(params["conv_in"], x)
     for block in params["down_blocks"]:
         h = layers.res_block(block, h, time)
+    for block in params["global_down"]:
+        h = layers.global_block(block, h, time)
     skip = h
     h = layers.dense(params["down"], space_to_depth(h, 2))  # (N, 7, 7, C)
-    for i, block in enumerate(params["middle_blocks"]):
+    for block, global_blocks in zip(params["middle_blocks"], params["global_middle"], strict=True):
         h = layers.res_block(block, h, time)
-        if params["global_blocks"]:
-            h = layers.global_block(params["global_blocks"][i], h, time)
+        for global_block in global_blocks:
+            h = layers.global_block(global_block, h, time)
     h = depth_to_space(layers.dense(params["up"], h), 2)  # (N, 14, 14, C)
     h = np.concatenate([h, skip], axis=3)
     for block in params["up_blocks"]:

@@ -84,11 +84,11 @@ def test_what_changes_loss_optimiser_or_network_leaves_the_prediction_alone(addi
 
 def test_the_parameters_are_those_that_the_additions_ask_for(rng):
     plain, black = (improved.init_denoiser(init_unet, rng, names) for names in ([], ["black"]))
-    assert plain["global_blocks"] == black["global_blocks"] == []
+    assert plain["global_down"] == black["global_down"] == [] and plain["global_middle"] == [[], []]
     assert plain["conv_in"]["w"].shape == (3, 3, 4, 32) and black["conv_in"]["w"].shape == (3, 3, 8, 32)
     assert plain["conv_out"]["w"].shape == (3, 3, 36, 4) and black["conv_out"]["w"].shape == (3, 3, 40, 4)
     whole = improved.init_denoiser(init_unet, rng, ["global"])
-    assert len(whole["global_blocks"]) == len(whole["middle_blocks"]) == 2
+    assert len(whole["global_down"]) == 1 and [len(two) for two in whole["global_middle"]] == [2, 2]
     assert tree.size(whole) > tree.size(plain) and whole["conv_in"]["w"].shape == plain["conv_in"]["w"].shape
     mlp = [improved.init_denoiser(init_mlp_denoiser, rng, names)[0]["w"].shape[0] for names in ([], ["black"])]
     assert mlp == [784 + 128, 2 * 784 + 128]

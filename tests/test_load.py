@@ -67,6 +67,11 @@ def test_samples_of_a_diffusion_model_are_those_of_its_sampler_in_0_to_1(runs, h
     np.testing.assert_allclose(images, (path[-1][1] + 1) / 2, atol=1e-6)
 
 
+def test_a_model_without_classes_is_asked_for_none(runs):
+    with pytest.raises(ValueError, match="trained without --classes"):
+        load_run(runs / "ddpm").sample(2, np.random.default_rng(0), np.array([1, 2]))
+
+
 def test_the_default_of_a_run_without_additions_is_the_papers_sampler(small_data, tmp_path):
     flags = ["--T", 4, "--epochs", 1, "--train-images", 16, "--additions", "none", "--workers", 1]
     main_of(run_ddpm, *flags, "--data", small_data, "--out", tmp_path)

@@ -68,5 +68,9 @@ def test_what_the_readme_links_to_and_names_exists():
         assert link.startswith("https:") or (ROOT / link).exists(), link
     for flag in re.findall(r"`(--[a-z-]+)", README):
         parser = cli.run_parser("", "", run_ddpm.EPOCHS, 1, 1.0, "")
-        known = {option for action in parser._actions for option in action.option_strings} | {"--additions", "--classes", "--T"}
+        known = {option for action in parser._actions for option in action.option_strings} | {
+            "--additions",
+            "--classes",
+            "--T",
+        }
         assert flag in known, flag

@@ -58,10 +58,14 @@ class DDPMRun:
         ``labels`` are what to draw, by default of a model with classes one after the other; ``sampler`` is one of
         `improved.SAMPLERS`, ``guidance`` the w of `improved.guided`, and ``guide`` what leads away from itself: "early"
         or "unlabelled". Default: `improved.best_sampler` or, for a sampler that is named, T steps and w = 0.
+
+        Raises ValueError.
         """
         T, additions = self.config["T"], self.config["additions"]
         default = improved.best_sampler(additions, T) if sampler is None else (sampler, T, 0.0)
         sampler, steps, w = (b if a is None else a for a, b in zip((sampler, steps, guidance), default, strict=True))
+        if labels is not None and not self.config["classes"]:
+            raise ValueError("expected no labels, this run was trained without --classes")
         if self.config["classes"] and labels is None:
             labels = np.arange(len(x_T)) % len(CLASSES)
         labels = [] if labels is None else [labels]

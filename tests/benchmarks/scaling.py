@@ -21,12 +21,9 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the run scripts
-
-import run_ddpm
 from scratchgen import denoisers, diffusion, improved, tree, vae
 from scratchgen.data import load_fashion_mnist, minibatches, scale
+from scratchgen.evaluate.samples import SHARD as SAMPLE_SHARD
 from scratchgen.gradients import in_parallel, sharded_training
 from scratchgen.machinery import plots, runtime
 from scratchgen.machinery.training import shard_size
@@ -52,7 +49,7 @@ MEASUREMENTS = {
 
 
 def train_images(count):
-    return load_fashion_mnist(ROOT / "data")["train_images"][:count]
+    return load_fashion_mnist(Path(__file__).parents[2] / "data")["train_images"][:count]
 
 
 class OneAfterTheOther:
@@ -151,7 +148,7 @@ def epoch(count):
 def sampling(T):
     rng, schedule, workers = np.random.default_rng(0), diffusion.make_schedule("linear", T), Workers(CORES)
     params, _, x_0_theta = default_unet(schedule, rng)
-    sharded = in_parallel(partial(x_0_theta, workers.share(params)), run_ddpm.SAMPLE_SHARD, workers)
+    sharded = in_parallel(partial(x_0_theta, workers.share(params)), SAMPLE_SHARD, workers)
     x_T = rng.standard_normal((SAMPLES, 28, 28, 1), dtype=np.float32)
     sharded(x_T, np.full(SAMPLES, T))  # the workers are there
     start = time.perf_counter()

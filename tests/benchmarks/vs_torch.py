@@ -31,6 +31,7 @@ environment = dict(os.environ)
 
 import run_ddpm
 from scratchgen import denoisers, diffusion, improved, muon, ops, tree, vae
+from scratchgen.evaluate.samples import SHARD as SAMPLE_SHARD
 from scratchgen.gradients import images_of, in_parallel, sharded_training, shards
 from scratchgen.layers import GROUPS, time_embedding
 from scratchgen.machinery import files, runtime
@@ -94,7 +95,11 @@ def global_block(p, name, x, time):
     units = linear(p, name + "/gather", flat)
     scale, shift = 1 + linear(p, name + "/time_scale", time), linear(p, name + "/time_shift", time)
     back = linear(p, name + "/scatter", F.silu(torch.addcmul(shift, units, scale)))
-    back = back.reshape(h.shape) if p["layout"] == "NCHW" else back.reshape(-1, 7, 7, h.shape[1]).permute(0, 3, 1, 2)
+    back = (
+        back.reshape(h.shape)
+        if p["layout"] == "NCHW"
+        else back.reshape(-1, *h.shape[2:], h.shape[1]).permute(0, 3, 1, 2)
+    )
     return x + pointwise(p, name + "/expand", back)
 
 
@@ -104,10 +109,12 @@ def unet(p, x, t):
         time = F.silu(linear(p, f"time/{i}", time))
     # pixel_unshuffle has all positions of one channel first; `space_to_depth`, and so the weights, all channels of one.
     patches = F.pixel_unshuffle(x, 2).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
-    skip = res_block(p, "down_blocks/0", conv(p, "conv_in", patches), time)
+    skip = global_block(p, "global_down/0", res_block(p, "down_blocks/0", conv(p, "conv_in", patches), time), time)
     h = pointwise(p, "down", skip)
     for i in range(2):
-        h = global_block(p, f"global_blocks/{i}", res_block(p, f"middle_blocks/{i}", h, time), time)
+        h = res_block(p, f"middle_blocks/{i}", h, time)
+        for j in range(2):
+            h = global_block(p, f"global_middle/{i}/{j}", h, time)
     h = F.pixel_shuffle(pointwise(p, "up", h), 2)
     h = res_block(p, "up_blocks/0", torch.cat([h, skip], dim=1), time)
     h = F.silu(norm(p, "norm_out", h))
@@ -182,10 +189,8 @@ def exchange(name, array, layout):
         array = swap(array, array.ndim - 1, 49, 64)
     if layer == "hidden" and weight and len(array) == 49 * 64 and layout == "NCHW":
         array = swap(array, 0, 49, 64)
-    if layer == "scatter" and layout == "NCHW":
-        array = swap(array, array.ndim - 1, 49, denoisers.GLOBAL_CHANNELS)
-    if layer == "gather" and weight and layout == "NCHW":
-        array = swap(array, 0, 49, denoisers.GLOBAL_CHANNELS)
+    if layout == "NCHW" and (layer == "scatter" or (layer == "gather" and weight)):
+        array = swap(array, 0 if layer == "gather" else array.ndim - 1, *((196, 4) if "down" in name else (49, 16)))
     if not weight:
         return array
     if layer == "down":
@@ -370,7 +375,7 @@ def unet_step(muon, workers, rng):
 
 def unet_sampling(workers, rng):
     schedule, params, (x_t, _, fresh), _, x_0_theta = unet_case(rng)
-    sharded = in_parallel(partial(x_0_theta, workers.share(params)), run_ddpm.SAMPLE_SHARD, workers)
+    sharded = in_parallel(partial(x_0_theta, workers.share(params)), SAMPLE_SHARD, workers)
     t = T // 2
     up_to_t = {name: values[: t + 1] for name, values in schedule.items()}  # so that sampling starts there
     given = SimpleNamespace(standard_normal=lambda *shape, **dtype: fresh)  # in place of rng: both add the same noise
