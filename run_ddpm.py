@@ -23,7 +23,7 @@ from scratchgen.optim import adam_step, cosine_decay, ema_step, init_moments
 
 import numpy as np
 
-EPOCHS = {"unet": 8, "mlp": 12}  # by default
+EPOCHS = {"unet": 7, "mlp": 12}  # by default
 SHARD = 32  # images that one worker measures at a time
 
 
@@ -91,7 +91,7 @@ def main(argv=None):
         for epoch in run.epochs():
             for step, (images, *labels) in run.minibatches():
                 batch = diffusion.draw_batch(schedule, scale(images, -1, 1), run.rng)  # Algorithm 1, lines 2 to 4
-                batch += tuple(improved.drop_some(classes, run.rng) for classes in labels)
+                batch += tuple(improved.drop_some(given, run.rng) for given in labels)  # with --classes
                 value, means = differentiate(batch)  # line 5: the gradient, and the step along it
                 take_step(step, cosine_decay(step, run.total_steps, args.lr))
                 run.record(value, means)

@@ -71,7 +71,7 @@ def train_and_measure(args, number, additions, seed):
     if not (folder / "metrics.json").exists():
         run(*train, *more, *(["--resume"] if (folder / "checkpoint.npz").exists() else []))
     rung = load_run(folder)
-    expected = {"additions": additions, "T": 200, "epochs": 8, "lr": 1e-2, "seed": seed, "classes": False}
+    expected = {"additions": additions, "T": 200, "epochs": 7, "lr": 1e-2, "seed": seed, "classes": False}
     if other := [name for name, value in expected.items() if rung.config[name] != value]:
         raise cli.UsageError(f"{folder}: expected the run of this rung, found one with another {other[0]}")
 

@@ -130,9 +130,9 @@ def measure_samples(args, model, data, workers, peer=None):
         return [draw(model, count, args.seed + number, workers, **how) for number in range(args.draws)]
 
     if args.samples:
-        ((_, how),) = args.ways.items()
-        images = draw(model, args.samples, args.seed, workers, **how)
-        write(args, save_images, args.run / "samples.npz", images[..., 0])
+        ((name, how),) = args.ways.items()
+        drawn = sets_of(model, max(N or 0, args.samples), **how)
+        write(args, save_images, args.run / "samples.npz", drawn[0][: args.samples, ..., 0])
     if not N:
         return
 
@@ -140,7 +140,7 @@ def measure_samples(args, model, data, workers, peer=None):
 
     def judge(name, sets, asked=None):
         """Add to ``numbers`` what the sets of images are like, and what the classifier takes them for."""
-        found = [likeness(features_of(images), real, ruler, asked) for images in sets]
+        found = [likeness(features_of(images[:N]), real, ruler, asked) for images in sets]
         distances = [one["distance"] for one in found]
         numbers[name] = {key: np.mean([one[key] for one in found], axis=0).round(4).tolist() for key in found[0]}
         remark = "precision {precision:.3f}, recall {recall:.3f}".format(**numbers[name])
@@ -158,12 +158,12 @@ def measure_samples(args, model, data, workers, peer=None):
         judge("VAE", sets_of(peer, N))
     asked = np.arange(N) % len(CLASSES) if model.config.get("classes") else None
     for name, how in args.ways.items():
-        judge(name, sets_of(model, N, **how), asked)
+        judge(name, drawn if args.samples else sets_of(model, N, **how), asked)
 
-    print(f"\nwhat the classifier takes them for, in % (in brackets, how sure it is): {', '.join(numbers)}")
+    print("what the classifier takes them for, in the order above, in %; in brackets, how sure it is")
     for k, name in enumerate(CLASSES):
-        columns = (f"{100 * one['share'][k]:7.1f} ({100 * one['confidence'][k]:.0f})" for one in numbers.values())
-        print(f"{name:<12}", *columns)
+        columns = (f"{each['share'][k]:8.1%} ({each['confidence'][k]:.0%})" for each in numbers.values())
+        print(f"    {name:<10}", *columns)
     curves, levels = {}, {name: one["distance"] for name, one in numbers.items() if name not in args.ways}
     for name, how in args.ways.items():
         kind = name.replace(f", {how.get('steps')} steps", "")
