@@ -20,7 +20,7 @@ from scratchgen.optim import adam_step, cosine_decay, init_moments
 
 import numpy as np
 
-EPOCHS = {"mlp": 17, "gated": 12, "conv": 7}  # by default
+EPOCHS = {"mlp": 22, "gated": 12, "conv": 7}  # by default
 OPTIMISER_STEP = {"mlp": adam_step, "gated": muon_step, "conv": muon_step}  # Muon does not help the dense ReLU network
 COLUMNS = [f"{part}_{name}" for part in ("train", "test") for name in ("elbo", "reconstruction", "kl")]  # of the log
 SHARD = 64  # test images that one worker measures at a time
