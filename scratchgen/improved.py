@@ -190,8 +190,8 @@ def guided(x_0_theta, x_0_guide, w):
     x_0 + w (x_0 - x_0_guide), clipped; where nothing is, that is eps + w (eps - eps_guide). The score of x_t is linear
     in eps, so if both are exact, for two densities p and q of x_t, the result is exact for p (p / q)^w, normalised.
 
-    The guide of "guide" is the network itself early in its training ("autoguidance", Karras et al. 2024): it errs where
-    the network does, only more. What leads away from its mistakes leads away from the network's.
+    The guide of "guide" is the network itself early in its training ("autoguidance", Karras et al. 2024, whose w is one
+    more): it errs where the network does, only more. What leads away from its mistakes leads away from the network's.
     Bought: ...
     The guide of Ho and Salimans 2022 is the network without the label: what is typical of the class comes out more.
     """
