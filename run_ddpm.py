@@ -59,6 +59,7 @@ def main(argv=None):
     optimiser_step = partial(muon_step, beta2=0.99) if "muon" in args.additions else adam_step
     eps_theta, _ = improved.denoiser(network, schedule, args.additions)
     model = ddpm_run(run.config, run.arrays)  # its weights are the moving average, in memory that all workers see
+    early_step = improved.early_step(run.total_steps)
 
     def loss(params, batch):  # batch is (x_0, t, eps), all drawn before, and with --classes the labels
         draws, prediction = batch[:3], improved.told(partial(eps_theta, params), *batch[3:])
@@ -73,7 +74,7 @@ def main(argv=None):
     def update(arrays, gradient, step, lr):  # of all the weights, or of those that one of several workers steps
         optimiser_step(arrays["params"], gradient, arrays["moments"], step, lr)
         ema_step(arrays["ema"], arrays["params"], step, args.ema)
-        if "early" in arrays and step == improved.early_step(run.total_steps):
+        if "early" in arrays and step == early_step:
             tree.map(np.copyto, arrays["early"], arrays["ema"])
 
     differentiate, take_step = sharded_training(loss, update, run.arrays, run.shard_size, workers)

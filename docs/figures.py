@@ -1,4 +1,4 @@
-"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in some thirty minutes on two cores,
+"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in an hour and a half on two cores,
 and the code that homework.md shows. (ddpm_ladder.png is made by ladder.py, scaling.png by tests/benchmarks/scaling.py.)
 
 The runs, from the folder of the run scripts:
@@ -6,6 +6,7 @@ The runs, from the folder of the run scripts:
   python run_vae.py --beta 0 --out runs/vae-beta-0
   python run_vae.py --beta 10 --out runs/vae-beta-10
   python run_ddpm.py --T 200
+  python run_ddpm.py --T 200 --classes --out runs/ddpm-classes
 """
 
 import argparse
@@ -31,7 +32,8 @@ ROOT, FIGURES = HERE.parent, HERE / "figures"
 BETAS = {0: "vae-beta-0", 1: "vae", 10: "vae-beta-10"}
 OF_RUN = {  # the run that a figure of docs/figures/ comes from -> its figures
     "vae": ("loss", "samples", "reconstructions", "latents", "interpolation", "latent_use"),
-    "ddpm": ("loss", "samples", "trajectory", "forward", "sampling", "bound", "steps"),
+    "ddpm": ("loss", "samples", "trajectory", "forward", "sampling", "bound", "steps", "guidance"),
+    "ddpm-classes": ("classes", "guidance"),
 }
 
 
@@ -51,7 +53,7 @@ def main(argv=None):
     if args.code:
         write_code()
         return
-    for run in (*BETAS.values(), "ddpm"):
+    for run in (*BETAS.values(), "ddpm", "ddpm-classes"):
         if not (args.runs / run / "checkpoint.npz").exists():
             raise cli.UsageError(f"{args.runs / run}: expected a finished run; --help says which command makes it")
     models = {beta: load_run(args.runs / run) for beta, run in BETAS.items()}
@@ -63,13 +65,17 @@ def main(argv=None):
     # A finished run that is resumed draws its figures again.
     again = ["--resume", "--data", args.data, "--workers", args.workers, "--out"]
     measure = ["-m", "scratchgen.evaluate", "--data", args.data, "--workers", args.workers]
-    steps = ["--frechet", 2048, "--sampler", "ddpm", "ddim", "dpm++", "sde-dpm++", "--sample-steps", 10, 20, 50, 200]
+    frechet, guides = ["--frechet", 10_000], ["--guide", "early", "unlabelled"]
+    steps = ["--sampler", "ddpm", "ddim", "dpm++", "sde-dpm++", "--sample-steps", 5, 10, 20, 50]
     for command in (
         [ROOT / "run_vae.py", *again, args.runs / "vae"],
         [ROOT / "run_ddpm.py", "--T", 200, *again, args.runs / "ddpm"],
         [*measure, args.runs / "vae"],
         [*measure, args.runs / "ddpm", "--bound", 100],
-        [*measure, args.runs / "ddpm", *steps],
+        [*measure, args.runs / "ddpm", *frechet, *steps],
+        [*measure, args.runs / "ddpm", *frechet, "--guidance", 0, 0.25, 0.5, 0.75, 1],
+        [ROOT / "run_ddpm.py", "--T", 200, "--classes", *again, args.runs / "ddpm-classes"],
+        [*measure, args.runs / "ddpm-classes", *frechet, "--guidance", 0, 0.25, 0.5, 1, 2, *guides],
     ):
         if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
             sys.exit(status)  # it has said what is wrong
@@ -77,7 +83,7 @@ def main(argv=None):
         for name in names:
             pattern = {"latents": "latents_*.png", "sampling": "sampling.gif"}.get(name, f"{name}.png")
             newest = max((args.runs / run).glob(pattern), key=lambda path: path.stat().st_mtime)
-            shutil.copyfile(newest, FIGURES / f"{run}_{name}{newest.suffix}")
+            shutil.copyfile(newest, FIGURES / f"{run.replace('-', '_')}_{name}{newest.suffix}")
     plots.save(beta_rows(models, scale(x_test[:10], 0, 1)), FIGURES / "homework_beta.png")
     plots.save(prior_kl(scale(x_test, -1, 1)), FIGURES / "homework_prior_kl.png")
     print(f"figures are in {FIGURES}")

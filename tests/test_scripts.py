@@ -15,7 +15,7 @@ from scratchgen import data, denoisers, diffusion, improved, tree, vae
 from scratchgen.data import load_idx, scale
 from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.evaluate.load import load_run
-from scratchgen.machinery import checkpoint, cli, plots, training
+from scratchgen.machinery import checkpoint, cli, plots, training, workers
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, cosine_decay
 
@@ -303,6 +303,22 @@ def test_classes_need_labels_and_a_network_that_knows_of_them(call, small_data, 
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(data.DataError, match="labels"):
         run_ddpm.main(["--classes", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.skipif(not workers.CAN_FORK, reason="workers are threads here")
+@pytest.mark.parametrize(
+    "flags", [(run_vae,), (run_ddpm, "--T", 5), (run_ddpm, "--T", 5, "--classes")], ids=["vae", "ddpm", "classes"]
+)
+def test_no_step_forks_the_workers_anew(flags, record, call, tmp_path):
+    """They would be forked if a function of the step referred to something that changes, such as the Run."""
+    forks, (module, *more) = record(workers, "fork"), flags
+    more += ["--batch-size", 16, "--epochs", 1, "--workers", 2, "--out", tmp_path]
+    counts = []
+    for images in (32, 128):
+        call(module, *more, "--train-images", images)
+        counts.append(len(forks))
+        forks.clear()
+    assert counts[0] == counts[1] > 0
 
 
 LOSSES = ["simple_loss", "weighted_loss"]
