@@ -192,7 +192,7 @@ def guided(x_0_theta, x_0_guide, w):
 
     The guide of "guide" is the network itself early in its training ("autoguidance", Karras et al. 2024, whose w is one
     more): it errs where the network does, only more. What leads away from its mistakes leads away from the network's.
-    Bought: ...
+    Bought: a Frechet distance of 3.1 (docs/quality.md); in a trial with 5,000 samples 2.4 instead of 7.7.
     The guide of Ho and Salimans 2022 is the network without the label: what is typical of the class comes out more.
     """
 
