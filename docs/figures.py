@@ -1,4 +1,4 @@
-"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in an hour and a half on two cores,
+"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in an hour on two cores,
 and the code that homework.md shows. (ddpm_ladder.png is made by ladder.py, scaling.png by tests/benchmarks/scaling.py.)
 
 The runs, from the folder of the run scripts:
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scratchgen import diffusion, vae  # before NumPy, whose threads it sets up
+from scratchgen import diffusion, improved, vae  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, scale
 from scratchgen.evaluate.load import load_run
 from scratchgen.machinery import cli, files, plots
@@ -66,16 +66,17 @@ def main(argv=None):
     again = ["--resume", "--data", args.data, "--workers", args.workers, "--out"]
     measure = ["-m", "scratchgen.evaluate", "--data", args.data, "--workers", args.workers]
     frechet, guides = ["--frechet", 10_000], ["--guide", "early", "unlabelled"]
-    steps = ["--sampler", "ddpm", "ddim", "dpm++", "sde-dpm++", "--sample-steps", 5, 10, 20, 50]
+    steps = ["--sampler", *improved.SAMPLERS, "--sample-steps", 5, 10, 20]
     for command in (
         [ROOT / "run_vae.py", *again, args.runs / "vae"],
         [ROOT / "run_ddpm.py", "--T", 200, *again, args.runs / "ddpm"],
         [*measure, args.runs / "vae"],
         [*measure, args.runs / "ddpm", "--bound", 100],
         [*measure, args.runs / "ddpm", *frechet, *steps],
-        [*measure, args.runs / "ddpm", *frechet, "--guidance", 0, 0.25, 0.5, 0.75, 1],
+        [*measure, args.runs / "ddpm", *frechet, "--sampler", "ddpm", "--sample-steps", 200],
+        [*measure, args.runs / "ddpm", *frechet, "--guidance", 0, 0.25, 0.5, 1],
         [ROOT / "run_ddpm.py", "--T", 200, "--classes", *again, args.runs / "ddpm-classes"],
-        [*measure, args.runs / "ddpm-classes", *frechet, "--guidance", 0, 0.25, 0.5, 1, 2, *guides],
+        [*measure, args.runs / "ddpm-classes", *frechet, "--guidance", 0, 0.5, 1, 2, *guides],
     ):
         if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
             sys.exit(status)  # it has said what is wrong
