@@ -130,17 +130,33 @@ def sample_times(T, steps):
     return [max(i, round(T * (i / steps) ** 1.3)) for i in range(steps, -1, -1)]
 
 
-def sample(x_0_theta, schedule, x_T, rng, steps=None, eta=1.0, order=1):
-    """A sampler that need not take all T steps, a generator: yield (s, x_s) for each s of `sample_times` after T.
+def move(schedule, x_t, x_0, t, s, eta=0.0, rng=None):
+    """x_s from x_t and the x_0 that is seen in it, at once (Song, Meng and Ermon 2021, Eqs. 12 and 16).
 
-    From x_t, any earlier x_s is drawn at once (Song, Meng and Ermon 2021, Eqs. 12 and 16): predict x_0, derive the eps
-    that leads from it to x_t, and put both into Eq. (4) of Ho et al. at time s,
+    Derive the eps that leads from x_0 to x_t, and put both into Eq. (4) of Ho et al. at time s,
 
         x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z,    z ~ N(0, I),
         sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s).
 
-    With eta = 1 and all T steps this is Algorithm 2 of Ho et al. once more. With eta = 0 nothing is random after x_T:
-    that is DDIM, and ``rng`` may be None.
+    With eta = 0 nothing is random, ``rng`` may be None, and s may be later than t as well as earlier.
+    """
+    # x_t = a_t x_0 + b_t eps. Entries of these arrays are float64, and would make images float64, too.
+    alpha_bar, a, b = (schedule[k] for k in ("alpha_bar", "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
+    eps = (x_t - np.float32(a[t]) * x_0) / np.float32(b[t])
+    variance = eta**2 * (1 - alpha_bar[s]) / (1 - alpha_bar[t]) * (1 - alpha_bar[t] / alpha_bar[s])
+    direction = math.sqrt(max(0.0, 1 - alpha_bar[s] - variance))
+    x_s = np.float32(a[s]) * x_0 + direction * eps
+    if variance > 0:
+        x_s += math.sqrt(variance) * rng.standard_normal(x_s.shape, dtype=np.float32)
+    return x_s
+
+
+def sample(x_0_theta, schedule, x_t, rng, steps=None, eta=1.0, order=1, start=None):
+    """A sampler that need not take all T steps, a generator: yield (s, x_s) for each s of `sample_times` after T.
+
+    Each step predicts x_0 and takes `move` to the next s. With eta = 1 and all T steps this is Algorithm 2 of Ho et al.
+    once more. With eta = 0 nothing is random after x_T: that is DDIM, and ``rng`` may be None. ``start`` is the t of
+    ``x_t``, by default T: from an image with some noise in it, those like it are drawn (Meng et al. 2022, SDEdit).
 
     With eta = 0 these are steps along the solution of a differential equation, and would be exact if the predicted x_0
     stayed the same from t to s. ``order`` = 2 allows for its change: it takes x_0 as it will be in the middle of the
@@ -150,14 +166,12 @@ def sample(x_0_theta, schedule, x_T, rng, steps=None, eta=1.0, order=1):
     SDE-DPM-Solver++(2M): fresh noise at each step covers up some of what the network got wrong before. Bought: in 20
     steps a Frechet distance of 11 (2,048 samples), where Algorithm 2 needs 200 for 8 and DDIM comes to 25.
     """
-    # x_t = a_t x_0 + b_t eps. Entries of these arrays are float64, and would make images float64, too.
-    alpha_bar, a, b = (schedule[k] for k in ("alpha_bar", "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
 
     def lam(t):
-        return math.log(a[t] / b[t])
+        return math.log(schedule["sqrt_alpha_bar"][t] / schedule["sqrt_one_minus_alpha_bar"][t])
 
-    T = len(alpha_bar) - 1
-    times, x, last = sample_times(T, T if steps is None else steps), x_T, None
+    start = len(schedule["alpha_bar"]) - 1 if start is None else start
+    times, x, last = sample_times(start, start if steps is None else steps), x_t, None
     for t, s in zip(times, times[1:], strict=False):
         x_0 = predicted = x_0_theta(x, np.full(len(x), t))
         if order == 2 and last is not None and s > 0:  # lambda is infinite at s = 0
@@ -165,12 +179,7 @@ def sample(x_0_theta, schedule, x_T, rng, steps=None, eta=1.0, order=1):
             half_a_step = (lam(s) - lam(t)) / 2 / (lam(t) - lam(before))  # as a fraction of the last step
             x_0 = np.clip(predicted + half_a_step * (predicted - predicted_before), -1, 1)
         last = t, predicted
-        eps = (x - np.float32(a[t]) * x_0) / np.float32(b[t])
-        variance = eta**2 * (1 - alpha_bar[s]) / (1 - alpha_bar[t]) * (1 - alpha_bar[t] / alpha_bar[s])
-        direction = math.sqrt(max(0.0, 1 - alpha_bar[s] - variance))
-        x = np.float32(a[s]) * x_0 + direction * eps
-        if variance > 0:
-            x += math.sqrt(variance) * rng.standard_normal(x.shape, dtype=np.float32)
+        x = move(schedule, x, x_0, t, s, eta, rng)
         yield s, x
 
 

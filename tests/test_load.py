@@ -5,15 +5,18 @@ from functools import partial
 
 import run_ddpm
 from scratchgen import denoisers, diffusion, improved, tree, vae
+from scratchgen.data import load_fashion_mnist, scale
+from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.evaluate import load as load_module
 from scratchgen.evaluate.classifier import load_classifier
-from scratchgen.evaluate.load import DDPMRun, VAERun, load_run
+from scratchgen.evaluate.load import DDPMRun, VAERun, load_run, load_trained
 from scratchgen.machinery import checkpoint
 from scratchgen.machinery.checkpoint import CheckpointError
+from scratchgen.ops import bernoulli_log_likelihood
 
 import numpy as np
 import pytest
-from conftest import T, load, main_of
+from conftest import ROOT, T, load, main_of, script
 
 
 def test_the_session_of_the_docstring_works_as_it_stands(small_data, tmp_path):
@@ -211,3 +214,64 @@ def test_a_run_that_never_finished_an_epoch(name, folder):
     checkpoint.save(path, arrays, state | {"log": []})
     with pytest.raises(CheckpointError, match="first epoch"):
         load_run(folder / name)
+
+
+# ---------------------------------------------------------------------------------------------- weights of the package
+
+
+@pytest.mark.parametrize("name", load_module.TRAINED)
+def test_the_weights_of_the_package_are_of_a_run_on_fashion_mnist(name):
+    model, data = load_trained(name), load_fashion_mnist(ROOT / "data")
+    evaluate.check_data(name, model, data, "data")  # those and no others
+    assert model.config["seed"] == 0 and model.config["model"] == name.split("-")[0]
+    assert model.config.get("classes", False) == (name == "ddpm-classes")
+    for leaf in tree.leaves(model.params):
+        assert leaf.dtype == np.float32 and not leaf.flags.writeable
+
+
+def test_the_weights_of_the_package_are_small_and_good():
+    sizes = [path.stat().st_size for path in load_module.TRAINED.values()]
+    assert sum(sizes) < 8e6
+    data = load_fashion_mnist(ROOT / "data")
+    x = scale(data["test_images"][:500], 0, 1)
+    model = load_trained("vae")
+    mu, log_var = model.encode(x)
+    assert (
+        -245 < (bernoulli_log_likelihood(model.decode(mu), x) - vae.kl_per_dimension(mu, log_var).sum(1)).mean() < -230
+    )
+    for name in ("ddpm", "ddpm-classes"):
+        model, labels = load_trained(name), [data["test_labels"][:100]] if name == "ddpm-classes" else []
+        t = np.arange(1, 201, 2)
+        _, _, eps = diffusion.draw_batch(
+            model.schedule, scale(data["test_images"][:100], -1, 1), np.random.default_rng(0)
+        )
+        x_t = diffusion.q_sample(model.schedule, scale(data["test_images"][:100], -1, 1), t, eps)
+        assert diffusion.squared_errors(eps, model.eps_theta(x_t, t, *labels)).mean() < 0.045
+        early = diffusion.squared_errors(x_t, model.x_0_early(x_t, t, *labels)).mean()
+        assert early != diffusion.squared_errors(x_t, model.x_0_theta(x_t, t, *labels)).mean()
+
+
+def test_packed_weights_are_those_of_the_run_but_for_rounding(small_data, tmp_path, monkeypatch):
+    pack = script("docs/pack.py")
+    monkeypatch.setattr(pack, "LARGE", 300)
+    params = {"w": np.random.default_rng(0).standard_normal((30, 20), dtype=np.float32), "b": np.float32([0.1, -2, 3])}
+    params["w"][:, 3] = 0
+    packed = dict(pack.pack("early", params))
+    assert packed.keys() == {"early/w", "early/w/scale", "early/b"}
+    assert packed["early/w"].dtype == np.int8 and packed["early/b"].dtype == np.float16
+    assert np.abs(packed["early/w"]).max(axis=0).tolist() == [8] * 3 + [0] + [8] * 16
+    error = np.abs(packed["early/w"] * packed["early/w/scale"].astype(np.float32) - params["w"])
+    assert np.all(error <= np.abs(params["w"]).max(axis=0) * 0.51 / 8)
+
+
+@pytest.mark.parametrize("damage", ["short", "changed", "missing"])
+def test_damaged_weights_of_the_package(damage, tmp_path, monkeypatch):
+    path = tmp_path / "vae.npz"
+    content = load_module.TRAINED["vae"].read_bytes()
+    if damage == "short":
+        path.write_bytes(content[:-1000])
+    elif damage == "changed":
+        path.write_bytes(content[:200_000] + bytes(1000) + content[201_000:])
+    monkeypatch.setitem(load_module.TRAINED, "vae", path)
+    with pytest.raises(CheckpointError, match=r"vae\.npz: expected a"):
+        load_trained("vae")

@@ -225,20 +225,6 @@ def test_likeness():
     assert found["distance"] == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("model", ["vae", "ddpm"])
-def test_samples(model, folder, measure, monkeypatch):
-    monkeypatch.setattr(samples, "SHARD", 4)
-    files = []
-    for workers in (1, 2):
-        measure(model, "--samples", 11, workers=workers)
-        with np.load(folder / model / "samples.npz") as file:
-            assert file.files == ["images"]
-            files.append(file["images"])
-    assert files[0].shape == (11, 28, 28) and files[0].dtype == np.uint8 and files[0].std() > 10
-    assert len(np.unique(files[0], axis=0)) == 11  # no two from the same noise
-    np.testing.assert_array_equal(*files)
-
-
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -250,15 +236,13 @@ def test_samples(model, folder, measure, monkeypatch):
         ("vae", ["--frechet", 5, "--sampler", "ddim"], "--sampler is for a diffusion model"),
         ("vae", ["--frechet", 5, "--vae", "elsewhere"], "--vae is for a diffusion model"),
         ("ddpm", ["--iwae", 5], "--iwae is for a VAE"),
-        ("ddpm", ["--samples", 5, "--sample-steps", T + 1], "out of range, T is 6"),
-        ("ddpm", ["--samples", 5, "--sample-steps", 2, 3], "--samples needs one"),
-        ("ddpm", ["--samples", 5, "--guidance", 0, 1], "--samples needs one"),
-        ("ddpm", ["--guidance", 1], "--guidance needs --frechet or --samples"),
-        ("ddpm", ["--samples", 5, "--guide", "unlabelled"], "--guide unlabelled is for a run with --classes"),
-        ("vae", ["--samples", 5, "--guidance", 1], "--guidance is for a diffusion model"),
-        ("ddpm", ["--sample-steps", 3], "--sample-steps needs --frechet or --samples"),
-        ("ddpm", ["--bound", 5, "--sampler", "ddim"], "--sampler needs --frechet or --samples"),
-        ("ddpm", ["--vae", "elsewhere"], "--vae needs --frechet or --samples"),
+        ("ddpm", ["--frechet", 5, "--sample-steps", T + 1], "ddpm: expected 1 to T = 6 steps, found 7"),
+        ("ddpm", ["--guidance", 1], "--guidance needs --frechet"),
+        ("ddpm", ["--frechet", 5, "--guide", "unlabelled"], "ddpm: expected no guide without labels"),
+        ("vae", ["--frechet", 5, "--guidance", 1], "--guidance is for a diffusion model"),
+        ("ddpm", ["--sample-steps", 3], "--sample-steps needs --frechet"),
+        ("ddpm", ["--bound", 5, "--sampler", "ddim"], "--sampler needs --frechet"),
+        ("ddpm", ["--vae", "elsewhere"], "--vae needs --frechet"),
         ("ddpm", ["--frechet", 201], "--frechet 201 is out of range, there are 200"),
         ("ddpm", ["--bound", 41], "--bound 41 is out of range, there are 40"),
         ("ddpm", ["--frechet", 10, "--vae", "nowhere"], "nowhere: expected a run of run_vae.py"),
@@ -280,9 +264,7 @@ def test_flags_that_do_not_fit_are_refused_before_any_work(model, flags, message
     assert before == {path: path.read_bytes() for path in (folder / model).iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("model", "flags"), [("vae", ("--iwae", 3)), ("ddpm", ("--bound", 2, "--frechet", 10, "--samples", 3))]
-)
+@pytest.mark.parametrize(("model", "flags"), [("vae", ("--iwae", 3)), ("ddpm", ("--bound", 2, "--frechet", 10))])
 def test_a_full_disk_loses_no_number(model, flags, folder, measure, monkeypatch, capsys):
     def full(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -297,6 +297,7 @@ def test_help_names_every_flag_and_shows_examples(model):
 def test_measuring_what_is_not_there_is_one_line(tmp_path):
     evaluate, no_data = ["-m", "scratchgen.evaluate"], ["--data", tmp_path / "none"]
     for program, flags in (
+        (["-m", "scratchgen.draw"], [tmp_path]),
         (evaluate, [tmp_path]),
         (evaluate, []),
         (["docs/train_classifier.py"], [*no_data, "--out", tmp_path / "weights"]),
@@ -314,22 +315,30 @@ def test_help_of_evaluate_teaches():
 
 
 @needs_limits
-def test_samples_on_a_full_disk_leave_what_was_there(whole_run, small_data):
-    """The limit on file size stands in for the disk: 20 images have room in it, 2,000 have not."""
+def test_drawn_images_on_a_full_disk_leave_what_was_there(whole_run, tmp_path):
+    """The limit on file size stands in for the disk: 20 images have room in it, 400 have not."""
     model, _, out, _, _ = whole_run
-    command = [sys.executable, "-m", "scratchgen.evaluate", str(out), "--data", str(small_data), "--workers", "1"]
-    status, _, stderr = finish([*command, "--samples", "20"], cwd=ROOT)
+    command = [
+        sys.executable,
+        "-m",
+        "scratchgen.draw",
+        str(out),
+        "--out",
+        str(tmp_path / "drawn.png"),
+        "--workers",
+        "1",
+    ]
+    status, _, stderr = finish([*command, "-n", "20"], cwd=ROOT)
     assert status == 0, stderr
-    before = (out / "samples.npz").read_bytes()
+    before = (tmp_path / "drawn.png").read_bytes()
 
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    status, _, stderr = finish([*command, "--samples", "2000"], cwd=ROOT, preexec_fn=small_files)
-    assert status == 1 and "samples.npz" in stderr.splitlines()[-1] and "Traceback" not in stderr
-    assert (out / "samples.npz").read_bytes() == before
-    (out / "samples.npz").unlink()
+    status, _, stderr = finish([*command, "-n", "400"], cwd=ROOT, preexec_fn=small_files)
+    assert status == 1 and "drawn.png" in stderr.splitlines()[-1] and "Traceback" not in stderr
+    assert (tmp_path / "drawn.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 # --------------------------------------------------------------------------------------------- the user's environment

@@ -50,9 +50,9 @@ class Sure:
     def sample(self, N, rng, labels, **how):
         return np.broadcast_to(labels.reshape(-1, 1, 1, 1) / 10, (N, 28, 28, 1))
 
-    def path(self, x_T, rng, labels, sampler, steps, w, guide):
-        assert rng is None and labels is None and steps == 5 and np.ptp(x_T, axis=0).max() == 0
-        yield 0, np.full_like(x_T, w / 8 if guide == "early" else -w / 8)
+    def path(self, x_T, rng, sampler, steps, guidance, guide):
+        assert rng is None and steps == 5 and np.ptp(x_T, axis=0).max() == 0
+        yield 0, np.full_like(x_T, guidance / 8 if guide == "early" else -guidance / 8)
 
 
 def test_classes_are_drawn_equally_often_and_shown_row_by_row(monkeypatch):

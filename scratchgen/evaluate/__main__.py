@@ -9,7 +9,6 @@ examples:
   python -m scratchgen.evaluate runs/ddpm --frechet 10000 --draws 3                   ... and how far draws differ
   python -m scratchgen.evaluate runs/ddpm --frechet 10000 --guidance 0 0.25 0.5 1     ... against w, with a figure
   python -m scratchgen.evaluate runs/ddpm --frechet 10000 --sampler ddpm ddim sde-dpm++ --sample-steps 10 20 50
-  python -m scratchgen.evaluate runs/ddpm --samples 10000   for a metric of your own
 
 Whatever is measured appears on the screen and, under "evaluation", in metrics.json of the run's folder, where figures
 go too.
@@ -23,7 +22,7 @@ from pathlib import Path
 from scratchgen.data import load_fashion_mnist
 from scratchgen.evaluate.load import VAERun, load_run
 from scratchgen.evaluate.reports import measure_bound, measure_samples, measure_vae
-from scratchgen.improved import SAMPLERS, best_sampler
+from scratchgen.improved import SAMPLERS
 from scratchgen.machinery import cli, files
 from scratchgen.machinery.checkpoint import fingerprint
 from scratchgen.machinery.workers import Workers
@@ -44,7 +43,6 @@ def parse_arguments(argv):
     )
     flag("--frechet", help, type=whole(4), metavar="N")
     flag("--draws", "draw that often, with the noise of seed, seed + 1, ..", type=whole(1), default=1, metavar="D")
-    flag("--samples", "write samples.npz, with images, uint8 (N, 28, 28)", type=whole(1), metavar="N")
     help = (
         "diffusion: ddpm adds noise at each step, ddim none; dpm++ and sde-dpm++ are ddim and ddpm of second order, "
         "for few steps (default: sde-dpm++, 20 steps, guided; T steps of ddpm for a run without additions)"
@@ -82,11 +80,9 @@ def measure(args):
         kind = "a diffusion model" if is_vae else "a VAE"
         raise cli.UsageError(f"{flag_name(wrong[0])} is for {kind}, which {args.run} is not")
     of_samples = [name for name in of_sampler if getattr(args, name)]
-    if of_samples and not (args.frechet or args.samples):
-        raise cli.UsageError(f"{flag_name(of_samples[0])} needs --frechet or --samples")
+    if of_samples and not args.frechet:
+        raise cli.UsageError(f"{flag_name(of_samples[0])} needs --frechet")
     args.ways = {"VAE": {}} if is_vae else ways_to_draw(args, model)
-    if args.samples and len(args.ways) > 1:
-        raise cli.UsageError("--samples needs one way to draw: one --sampler, one number of --sample-steps, one W")
     args.vae = args.vae or args.run.resolve().parent / "vae"
     peer = load_vae(args.vae) if args.frechet and not is_vae else None
     data, workers = load_fashion_mnist(args.data, labels=model.config.get("classes", False)), Workers(args.workers)
@@ -97,9 +93,9 @@ def measure(args):
         if (getattr(args, name) or 0) > len(images):
             raise cli.UsageError(f"--{name} {getattr(args, name)} is out of range, there are {len(images)} images")
 
-    if args.iwae or args.bound or not (args.frechet or args.samples):
+    if args.iwae or args.bound or not args.frechet:
         (measure_vae if is_vae else measure_bound)(args, model, data, workers)
-    if args.frechet or args.samples:
+    if args.frechet:
         measure_samples(args, model, data, workers, peer)
     if args.unwritten:
         raise args.unwritten[0]
@@ -107,18 +103,13 @@ def measure(args):
 
 def ways_to_draw(args, model):
     """{name: settings of `DDPMRun.path`}, one for each combination of the flags. Raises UsageError."""
-    config, T = model.config, model.config["T"]
-    sampler, steps, w = best_sampler(config["additions"], T)
-    samplers, some_steps = args.sampler or [sampler], args.sample_steps or [T if args.sampler else steps]
-    guidance, guides = args.guidance or [0.0 if args.sampler else w], args.guide or ["early"]
-    if max(some_steps) > T:
-        raise cli.UsageError(f"--sample-steps {max(some_steps)} is out of range, T is {T}")
-    if max(guidance) > 0 and "early" in guides and model.x_0_early is None:
-        raise cli.UsageError(f"--guidance: {args.run} was trained without the addition guide")
-    if "unlabelled" in guides and not config["classes"]:
-        raise cli.UsageError(f"--guide unlabelled is for a run with --classes, which {args.run} is not")
-    ways = {}
-    for sampler, steps, w, guide in itertools.product(samplers, some_steps, guidance, guides):
+    ways, guides = {}, args.guide or ["early"]
+    flags = [args.sampler or [None], args.sample_steps or [None], args.guidance or [None], guides]
+    for flags_of_one in itertools.product(*flags):
+        try:
+            sampler, steps, w, guide = model.way(*flags_of_one)
+        except ValueError as error:
+            raise cli.UsageError(f"{args.run}: {error}") from None
         name = f"{sampler}, {steps} steps" + (f", w = {w:g}" if w else "") + (f", {guide}" if len(guides) > 1 else "")
         ways[name] = {"sampler": sampler, "steps": steps, "guidance": w, "guide": guide}
     return ways

@@ -3,18 +3,19 @@
     from scratchgen.evaluate.load import load_run  # before NumPy, whose threads it sets up
     import numpy as np
 
-    model = load_run("runs/ddpm")
+    model = load_run("runs/ddpm")  # or load_trained("ddpm"), whose weights came with the package
     images = model.sample(4, np.random.default_rng(0))  # (4, 28, 28, 1) in [0, 1]
 
 Dimensions: N images, H = W = 28, one channel; D latent dimensions; T steps from image to noise.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from scratchgen import diffusion, improved, vae
+from scratchgen import diffusion, improved, tree, vae
 from scratchgen.data import CLASSES
 from scratchgen.denoisers import DENOISERS
 from scratchgen.diffusion import SCHEDULES, make_schedule
@@ -52,18 +53,28 @@ class DDPMRun:
     x_0_theta: Callable = field(repr=False)
     x_0_early: Callable | None = field(repr=False)
 
-    def path(self, x_T, rng, labels=None, sampler=None, steps=None, guidance=None, guide="early"):
-        """From the noise x_T, (N, H, W, 1), to images: yield (s, x_s) for each s after T at which the sampler stops.
-
-        ``labels`` are what to draw, by default of a model with classes one after the other; ``sampler`` is one of
-        `improved.SAMPLERS`, ``guidance`` the w of `improved.guided`, and ``guide`` what leads away from itself: "early"
-        or "unlabelled". Default: `improved.best_sampler` or, for a sampler that is named, T steps and w = 0.
-
-        Raises ValueError.
-        """
+    def way(self, sampler=None, steps=None, guidance=None, guide="early"):
+        """How to draw, (sampler, steps, w, guide). What is None is as in `improved.best_sampler` or, for a sampler that
+        is named, T steps and w = 0. Raises ValueError for what this model cannot do."""
         T, additions = self.config["T"], self.config["additions"]
         default = improved.best_sampler(additions, T) if sampler is None else (sampler, T, 0.0)
         sampler, steps, w = (b if a is None else a for a, b in zip((sampler, steps, guidance), default, strict=True))
+        if not 1 <= steps <= T:
+            raise ValueError(f"expected 1 to T = {T} steps, found {steps}")
+        if w > 0 and guide == "early" and self.x_0_early is None:
+            raise ValueError("expected no guidance, this run was trained without the addition guide")
+        if guide == "unlabelled" and not self.config["classes"]:
+            raise ValueError("expected no guide without labels, this run was trained without --classes")
+        return sampler, steps, w, guide
+
+    def path(self, x_T, rng, labels=None, **how):
+        """From the noise x_T, (N, H, W, 1), to images: yield (s, x_s) for each s after T at which the sampler stops.
+
+        ``labels`` are what to draw, by default of a model with classes one after the other; ``how`` is said as for
+        `way`: ``sampler`` is one of `improved.SAMPLERS`, ``guidance`` the w of `improved.guided`, and ``guide`` what
+        leads away from itself: "early" or "unlabelled". Raises ValueError.
+        """
+        T, additions, (sampler, steps, w, guide) = self.config["T"], self.config["additions"], self.way(**how)
         if labels is not None and not self.config["classes"]:
             raise ValueError("expected no labels, this run was trained without --classes")
         if self.config["classes"] and labels is None:
@@ -94,6 +105,7 @@ def ddpm_run(config, arrays):
     return DDPMRun(config, schedule, ema, partial(eps_theta, ema), partial(x_0_theta, ema), x_0_early)
 
 
+TRAINED = {name: Path(__file__).with_name(f"{name}.npz") for name in ("vae", "ddpm", "ddpm-classes")}
 SETTINGS = {  # that a network is built from, as the flags allow them
     "vae": {"arch": vae.VAES.__contains__, "latent_dim": checkpoint.whole(2, 10_000)},
     "ddpm": {
@@ -110,7 +122,32 @@ def load_run(folder):
     """The run in this folder: a VAERun, or a DDPMRun with the moving average of its weights. Raises CheckpointError."""
     path = Path(folder) / "checkpoint.npz"
     state = checkpoint.load_state(path)
-    config, rng = state["config"], np.random.default_rng(0)
+    run, arrays = run_to_fill(state["config"], path)
+    checkpoint.fill(arrays, path, constant=True)  # so that workers need not look for changes
+    if not state["log"]:
+        raise checkpoint.CheckpointError(f"{path}: expected a trained model, found one in its first epoch")
+    return run
+
+
+def load_trained(name):
+    """The run whose weights came with the package: one of TRAINED. Raises CheckpointError.
+
+    They are those of the default runs of seed 0, rounded so that they take a sixth of the space (docs/pack.py): to
+    float16, and in large matrices to whole numbers times one scale for each column.
+    """
+    path = TRAINED[name]
+    with checkpoint.opened(path), np.load(path) as file:
+        run, arrays = run_to_fill(json.loads(str(file["config"])), path)
+        for place, leaf in zip(tree.names(arrays), tree.leaves(arrays), strict=True):
+            scale = f"{place}/scale"
+            leaf[...] = file[place] * file[scale].astype(np.float32) if scale in file else file[place]
+            leaf.flags.writeable = False
+    return run
+
+
+def run_to_fill(config, path):
+    """A run with this configuration, and the tree of its arrays, to be filled. Raises CheckpointError, of ``path``."""
+    rng = np.random.default_rng(0)
     try:
         checkpoint.check(config, SETTINGS.get(config["model"], {}))
         if config["model"] == "vae":
@@ -129,7 +166,4 @@ def load_run(folder):
         raise checkpoint.CheckpointError(
             f"{path}: expected a run of this version, found this missing or invalid: {error}"
         ) from None
-    checkpoint.fill(arrays, path, constant=True)  # so that workers need not look for changes
-    if not state["log"]:
-        raise checkpoint.CheckpointError(f"{path}: expected a trained model, found one in its first epoch")
-    return run
+    return run, arrays

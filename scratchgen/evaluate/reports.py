@@ -9,7 +9,7 @@ from functools import partial
 from scratchgen.data import CLASSES, scale
 from scratchgen.diffusion import draw_batch, prior_kl
 from scratchgen.evaluate import classifier, metrics
-from scratchgen.evaluate.samples import draw, over_images, save_images
+from scratchgen.evaluate.samples import draw, over_images
 from scratchgen.gradients import in_parallel
 from scratchgen.machinery import cli, files, plots
 from scratchgen.machinery.training import rng_for
@@ -129,18 +129,11 @@ def measure_samples(args, model, data, workers, peer=None):
     def sets_of(model, count, **how):  # the same noise for all that is compared
         return [draw(model, count, args.seed + number, workers, **how) for number in range(args.draws)]
 
-    if args.samples:
-        ((name, how),) = args.ways.items()
-        drawn = sets_of(model, max(N or 0, args.samples), **how)
-        write(args, save_images, args.run / "samples.npz", drawn[0][: args.samples, ..., 0])
-    if not N:
-        return
-
     real, numbers = features_of(data["test_images"]), {}
 
     def judge(name, sets, asked=None):
         """Add to ``numbers`` what the sets of images are like, and what the classifier takes them for."""
-        found = [likeness(features_of(images[:N]), real, ruler, asked) for images in sets]
+        found = [likeness(features_of(images), real, ruler, asked) for images in sets]
         distances = [one["distance"] for one in found]
         numbers[name] = {key: np.mean([one[key] for one in found], axis=0).round(4).tolist() for key in found[0]}
         remark = "precision {precision:.3f}, recall {recall:.3f}".format(**numbers[name])
@@ -158,7 +151,7 @@ def measure_samples(args, model, data, workers, peer=None):
         judge("VAE", sets_of(peer, N))
     asked = np.arange(N) % len(CLASSES) if model.config.get("classes") else None
     for name, how in args.ways.items():
-        judge(name, drawn if args.samples else sets_of(model, N, **how), asked)
+        judge(name, sets_of(model, N, **how), asked)
 
     print("what the classifier takes them for, in the order above, in %; in brackets, how sure it is")
     for k, name in enumerate(CLASSES):

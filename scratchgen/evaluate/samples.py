@@ -72,7 +72,8 @@ def classes(model, seed, workers):
     x_T, steps, rows = np.repeat(noise, len(CLASSES), axis=0), min(20, model.config["T"]), {}
     for guide in ["early", "unlabelled"] if model.x_0_early else ["unlabelled"]:
         for w in (0, 0.5, 1, 2, 4):
-            *_, (_, x_0) = model.path(x_T, None, None, "dpm++", steps, w, guide)  # in which nothing else is random
+            # A sampler in which nothing else is random.
+            *_, (_, x_0) = model.path(x_T, None, sampler="dpm++", steps=steps, guidance=w, guide=guide)
             rows[f"{guide}, w = {w:g}"] = x_0
     of_each = images.reshape(-1, len(CLASSES), *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
     return plots.classes(of_each, CLASSES, rows)

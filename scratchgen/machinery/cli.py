@@ -72,13 +72,17 @@ def number(kind, low, high=math.inf, above=False):
     return parse
 
 
-def add_data_flags(parser):
-    """The flags of everything that computes on the data: --workers and --data."""
+def add_workers_flag(parser):
     help = (
         "parallel processes (threads on macOS and Windows); results do not depend on N, and 1 keeps everything in this "
         "process, for a debugger (default: all cores, here %(default)s)"
     )
     parser.flag("--workers", help, type=number(int, 1, high=256), default=runtime.available_cores(), metavar="N")
+
+
+def add_data_flags(parser):
+    """The flags of everything that computes on the data: --workers and --data."""
+    add_workers_flag(parser)
     help = "folder with the four FashionMNIST idx files, compressed or not (default: data/ beside the run scripts)"
     parser.flag("--data", help, type=Path, default=ROOT / "data", metavar="DIR")
 

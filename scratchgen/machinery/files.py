@@ -161,7 +161,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=let_go)  # or a worker that outlives its run would hold the folder on
 
 # What a run makes. The checkpoint is last: a move that was interrupted still finds it, and goes on.
-MADE = ("*.png", "*.gif", "samples.npz", "metrics.json", "log.csv", "checkpoint.npz")
+MADE = ("*.png", "*.gif", "metrics.json", "log.csv", "checkpoint.npz")
 
 
 def put_aside(folder):

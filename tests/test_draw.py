@@ -1,0 +1,160 @@
+"""The program that draws: from the weights of the package and from a run, what is asked for, and what is refused."""
+
+import re
+
+from scratchgen import draw
+from scratchgen.data import CLASSES
+from scratchgen.evaluate import samples
+from scratchgen.evaluate.load import load_run, load_trained
+from scratchgen.machinery import cli, plots
+from scratchgen.machinery.workers import Workers
+
+import numpy as np
+import pytest
+from conftest import T
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Call the program in an empty folder; what it wrote into the .npz, its title, and what the figure shows."""
+    monkeypatch.chdir(tmp_path)
+    grids = []
+    monkeypatch.setattr(plots, "grid", lambda *args, real=plots.grid: grids.append(args) or real(*args))
+
+    def call(*flags):
+        draw.main([*map(str, flags), "--samples"])
+        (npz,) = tmp_path.glob("*.npz")
+        with np.load(npz) as file:
+            images = file["images"]
+        npz.unlink()
+        shown, columns, title, *_ = grids[-1]
+        return images, title, shown, columns
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["vae", "ddpm"])
+def test_images_of_a_run_are_those_that_evaluation_would_draw(name, runs, drawn, tmp_path, capsys):
+    images, title, shown, columns = drawn(runs / name, "-n", 11, "--seed", 3, "--workers", 2)
+    expected = samples.draw(load_run(runs / name), 11, 3, Workers(1))
+    np.testing.assert_array_equal(images, expected[..., 0])
+    assert images.dtype == np.uint8 and images.shape == (11, 28, 28)
+    assert columns == 4 and len(shown) == 12 and shown[11].max() == 0  # 3 rows of 4
+    np.testing.assert_array_equal(shown[:11], expected)
+    assert "seed 3" in title and ("w = 0.5" in title) == (name == "ddpm")
+    assert capsys.readouterr().out.splitlines() == ["wrote drawn.png", "wrote 11 images to drawn.npz"]
+    assert (tmp_path / "drawn.png").stat().st_size > 1000
+
+
+def test_the_sampler_is_the_one_that_is_asked_for(runs, drawn):
+    images, title, *_ = drawn(runs / "ddpm", "-n", 5, "--sampler", "ddim", "--steps", 3, "--out", "elsewhere.png")
+    expected = samples.draw(load_run(runs / "ddpm"), 5, 0, Workers(1), sampler="ddim", steps=3)
+    np.testing.assert_array_equal(images, expected[..., 0])
+    assert title == "ddim, 3 steps, seed 0"
+    guided, *_ = drawn(runs / "ddpm", "-n", 5, "--sampler", "ddim", "--steps", 3, "--guidance", 1)
+    assert np.any(guided != images)
+
+
+def test_no_more_images_than_one_can_see_are_shown(runs, drawn):
+    images, _, shown, columns = drawn(runs / "vae", "-n", 405)
+    assert len(images) == 405 and len(shown) == 400 and columns == 20
+
+
+# ------------------------------------------------------------------------------------------------------ of the package
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"), [((), "ddpm"), (("--model", "vae"), "vae"), (("--class", "boot"), "ddpm-classes")]
+)
+def test_the_weights_of_the_package(flags, name, drawn, monkeypatch):
+    used = []
+    monkeypatch.setattr(draw, "load_trained", lambda name: used.append(name) or load_trained(name))
+    images, *_ = drawn(*flags, "-n", 4, *([] if name == "vae" else ["--steps", 2]))
+    assert used == [name] and images.shape == (4, 28, 28) and images.std() > 30
+
+
+@pytest.mark.parametrize(
+    ("asked", "labels"),
+    [(["boot"], [9] * 7), (["2", "T-SHIRT"], [2] * 4 + [0] * 3), (["bag", "bag", "1"], [8] * 5 + [1] * 2)],
+)
+def test_classes_take_turns_row_by_row(asked, labels, drawn, monkeypatch):
+    class Model:
+        config = {"classes": True, "T": 200}
+
+        def way(self, **how):
+            return "ddim", 1, 0, "early"
+
+        def sample(self, N, rng, labels, **how):
+            return np.broadcast_to(labels.reshape(-1, 1, 1, 1) / 255, (N, 28, 28, 1))
+
+    monkeypatch.setattr(draw, "load_trained", lambda name: Model())
+    images, *_ = drawn("--class", *asked, "-n", 7)
+    assert images[:, 0, 0].tolist() == labels
+
+
+def test_every_class_has_a_name_and_a_number():
+    for label, name in enumerate(CLASSES):
+        assert draw.a_class(name) == draw.a_class(name.upper()) == draw.a_class(str(label)) == label
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["RUNS/ddpm", "--model", "ddpm"], "--model is for the weights of the package"),
+        (["RUNS/ddpm", "--class", "boot"], "ddpm was trained without --classes"),
+        (["RUNS/ddpm", "--steps", T + 1], f"ddpm: expected 1 to T = {T} steps, found {T + 1}"),
+        (["RUNS/vae", "--steps", 5], "--steps is for a diffusion model, which"),
+        (["RUNS/vae", "--class", "boot"], "--class is for a diffusion model, which"),
+        (
+            ["--model", "vae", "--guidance", 0],
+            "--guidance is for a diffusion model, which the vae of the package is not",
+        ),
+        (["--model", "vae", "--sampler", "ddim"], "--sampler is for a diffusion model"),
+    ],
+)
+def test_flags_that_do_not_fit(flags, message, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(draw, "draw", None)
+    with pytest.raises(cli.UsageError, match=re.escape(message)):
+        draw.main([str(flag).replace("RUNS", str(runs)) for flag in flags])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_guide_is_asked_for_none(runs, monkeypatch):
+    model = load_run(runs / "ddpm")
+    object.__setattr__(model, "x_0_early", None)
+    monkeypatch.setattr(draw, "load_run", lambda folder: model)
+    with pytest.raises(cli.UsageError, match="trained without the addition guide"):
+        draw.main([str(runs / "ddpm"), "--guidance", "1"])
+
+
+@pytest.mark.parametrize(
+    "flags", [["--class", "hat"], ["--class", "10"], ["--class", "-1"], ["-n", "0"], ["--steps", "0"]]
+)
+def test_values_out_of_range(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        draw.main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and flags[0] in error
+
+
+def test_a_disk_that_is_full_keeps_the_figure_that_was_there(runs, tmp_path, monkeypatch):
+    (tmp_path / "drawn.png").write_bytes(b"before")
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(OSError, match="No space"):
+        draw.main([str(runs / "vae"), "-n", "4", "--out", str(tmp_path / "drawn.png")])
+    assert (tmp_path / "drawn.png").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_help_names_the_classes(capsys):
+    with pytest.raises(SystemExit):
+        draw.main(["--help"])
+    text = capsys.readouterr().out
+    assert "9 boot" in text and "{" not in text.split("examples:")[1].split("positional")[0]
