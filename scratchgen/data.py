@@ -45,7 +45,14 @@ CLASSES = (
 SOURCE = f"--data names the folder of {', '.join(FASHION_MNIST)} (.gz), from github.com/zalandoresearch/fashion-mnist"
 
 
-class DataError(ValueError):
+class UserError(ValueError):
+    """What a user can put right; the message says it in one line, and a notebook shows that line and no traceback."""
+
+    def _render_traceback_(self):  # IPython asks for it
+        return [f"{type(self).__name__}: {self}"]
+
+
+class DataError(UserError):
     """A data file is missing, damaged or not what its place demands; the message names it and what was found."""
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from reprlib import repr as short
 
 from scratchgen import tree
+from scratchgen.data import UserError
 from scratchgen.machinery.files import replacing
 
 import numpy as np
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or of another run than this one; the message names it in one line."""
 
 

@@ -15,36 +15,43 @@ from contextlib import suppress
 from pathlib import Path
 
 from scratchgen import tree
-from scratchgen.data import DataError
+from scratchgen.data import UserError
 from scratchgen.machinery import plots, runtime
-from scratchgen.machinery.checkpoint import CheckpointError
-from scratchgen.machinery.files import FolderInUse
 
 import numpy as np
-from tqdm import tqdm
+
+with warnings.catch_warnings():  # a notebook without widgets gets a bar of text, which is fine
+    warnings.simplefilter("ignore")
+    from tqdm.auto import tqdm
 
 tqdm.monitor_interval = 0  # no thread to watch the bars: workers are forked, and a fork should find no thread at work
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 ROOT = Path(__file__).parents[2]  # of the project, where the run scripts and the data are
 
 
-class UsageError(ValueError):
-    """Flags that contradict each other or the data; the message says it in one line."""
+class UsageError(UserError):
+    """Flags that contradict each other or the data."""
 
 
-class Diverged(ArithmeticError):
+class Diverged(UserError):
     """The loss is no longer a finite number."""
 
 
 class Stopped(Exception):
     """The run was asked to stop by this signal, and has saved what it had."""
 
+    def _render_traceback_(self):  # as of a `UserError`
+        return [STOPPED]
+
 
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line, without the whole usage above it."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message} (--help explains every flag)\n")
+        message += " (--help explains every flag)"
+        if in_notebook():
+            raise UsageError(message)
+        self.exit(2, f"{self.prog}: {message}\n")
 
     def flag(self, name, help, **options):
         """A flag whose help ends in its default value, if it has one and the help does not name it."""
@@ -118,15 +125,24 @@ def first_images(images, count):
 
 
 def progress(total, done=0, description=None):
-    """A tqdm bar of images on a terminal, nothing elsewhere: a log file wants only what `tqdm.write` prints."""
-    options = {"unit": " images", "unit_scale": True, "dynamic_ncols": True, "disable": not sys.stderr.isatty()}
+    """A tqdm bar of images where somebody looks; a log file wants only what `tqdm.write` prints."""
+    options = {"unit": " images", "unit_scale": True, "dynamic_ncols": True, "disable": nobody_looks()}
     return tqdm(desc=description, total=total, initial=done, **options)
 
 
 def progress_over(steps, total, description):
-    return tqdm(steps, description, total, unit=" steps", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    return tqdm(steps, description, total, unit=" steps", dynamic_ncols=True, disable=nobody_looks())
 
 
+def nobody_looks():
+    return not (sys.stderr.isatty() or in_notebook())
+
+
+def in_notebook():
+    return "ipykernel" in sys.modules
+
+
+STOPPED = "stopped and saved: the same command with --resume continues"
 RESUMABLE = "stopped: the same command with --resume continues from the last checkpoint, if there is one"
 
 
@@ -151,12 +167,10 @@ def run(main, when_stopped=RESUMABLE):
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # of a loss that is not finite `Run` says all, and once
             main()
-    except (UsageError, DataError, CheckpointError, FolderInUse) as error:
-        status, message = 2, str(error)
-    except Diverged as error:
-        status, message = 1, str(error)
+    except UserError as error:
+        status, message = 1 if isinstance(error, Diverged) else 2, str(error)
     except Stopped as stop:
-        status, message = 128 + stop.args[0], "stopped and saved: the same command with --resume continues"
+        status, message = 128 + stop.args[0], STOPPED
     except KeyboardInterrupt as stop:
         status, message = 128 + next(iter(stop.args), signal.SIGINT), when_stopped
     except OSError as error:  # a full disk, a folder that may not be written

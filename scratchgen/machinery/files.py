@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scratchgen import tree
+from scratchgen.data import UserError
 
 fcntl = msvcrt = None
 with suppress(ImportError):  # Windows has none
@@ -101,7 +102,7 @@ LOCK = ".lock"
 held = set()  # the open lock files of this process
 
 
-class FolderInUse(ValueError):
+class FolderInUse(UserError):
     """Another program of ours is at work in this folder."""
 
 

@@ -23,7 +23,6 @@ from scratchgen.data import minibatches
 from scratchgen.machinery import checkpoint, cli, files, runtime
 
 import numpy as np
-from tqdm import tqdm
 
 INIT, NOISE, ORDER, TEST, SAMPLES, PREVIEW = range(6)  # what random numbers are for
 SAVE_SECONDS = 60  # between two checkpoints: what a kill or a power cut can cost
@@ -175,7 +174,7 @@ class Run:
         self.log.append({"epoch": len(self.log) + 1, "step": self.step} | row | {"seconds": self.seconds})
         self.write_log()
         self.save()
-        tqdm.write(f"epoch {len(self.log)}/{self.args.epochs}  {summary}  {self.seconds:.0f} s")
+        cli.tqdm.write(f"epoch {len(self.log)}/{self.args.epochs}  {summary}  {self.seconds:.0f} s")
 
     def stop_if_asked(self):
         if self.stop.received is not None:
@@ -185,7 +184,7 @@ class Run:
         try:
             files.write_log(self.args.out / "log.csv", self.log)
         except PermissionError as error:  # on Windows, a spreadsheet that shows it; the checkpoint has it all
-            tqdm.write(f"warning: log.csv stays as it was ({error.strerror}); it is written again later")
+            cli.tqdm.write(f"warning: log.csv stays as it was ({error.strerror}); it is written again later")
 
     def write_metrics(self, numbers, params):
         """``metrics.json``: the model's own numbers, and what it took to get them."""

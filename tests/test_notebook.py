@@ -1,0 +1,71 @@
+"""The programs in a notebook: one kernel, whatever happens in its cells; and the tour, executed."""
+
+import os
+import sys
+import time
+
+from scratchgen.machinery import cli
+
+import pytest
+from conftest import ROOT
+from jupyter_client.manager import start_new_kernel
+
+pytestmark = pytest.mark.filterwarnings("default")  # of the programs that talk to the kernel
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    """Run a cell in a kernel that starts in an empty folder: how it ended, its error in one text, and what it printed.
+
+    The kernel is interrupted as soon as it has printed the text ``interrupt_at``, as by the notebook's stop button."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # where the run scripts are
+    manager, client = start_new_kernel(cwd=str(tmp_path), env=environment)
+
+    def run(code, interrupt_at=None, timeout=90):
+        printed, request, until = "", client.execute(code), time.monotonic() + timeout
+        while True:
+            message = client.get_iopub_msg(timeout=until - time.monotonic())
+            if message["parent_header"].get("msg_id") != request:
+                continue
+            content = message["content"]
+            printed += content.get("text", "")
+            if interrupt_at and interrupt_at in printed:
+                manager.interrupt_kernel()
+                interrupt_at = None
+            if content.get("execution_state") == "idle":
+                break
+        reply = client.get_shell_msg(timeout=until - time.monotonic())["content"]
+        return reply["status"], "\n".join(reply.get("traceback", [])), printed
+
+    yield run
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+TRAIN = "run_vae.main('--data {} --train-images 128 --batch-size 32 --workers 2 --out run {}'.split())"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its kernels are interrupted in another way")
+def test_a_cell_that_is_interrupted_can_be_run_again(kernel, small_data):
+    status, error, _ = kernel("import numpy\nimport run_vae")  # in the wrong order, as somebody will
+    assert (status, error) == ("ok", "")
+    status, error, printed = kernel(TRAIN.format(small_data, "--epochs 100000"), interrupt_at="epoch 2/")
+    assert (status, error) == ("error", cli.STOPPED), printed
+    status, error, printed = kernel(TRAIN.format(small_data, "--epochs 2"))  # the folder is free, and kept apart
+    assert (status, error) == ("ok", "") and "kept the earlier run as run/earlier-1" in printed
+    assert "figures and numbers are in run" in printed
+    status, error, printed = kernel(TRAIN.format(small_data, "--epochs 2 --resume"))  # figures again
+    assert (status, error) == ("ok", "")
+    for flags, words in (
+        ("--epochs 0", "0 is out of range"),
+        ("--train-images 1000", "the data has 200 training images"),
+    ):
+        status, error, _ = kernel(TRAIN.format(small_data, flags))
+        assert status == "error" and error.startswith("UsageError: ") and words in error and "\n" not in error
+    status, error, printed = kernel("from scratchgen import draw\ndraw.main(['run', '-n', '4', '--workers', '2'])")
+    assert (status, error) == ("ok", "") and "wrote drawn.png" in printed
+
+
+def test_a_bar_shows_how_far_it_is(kernel, small_data):
+    status, error, printed = kernel("import run_vae\n" + TRAIN.format(small_data, "--epochs 2"))
+    assert (status, error) == ("ok", "") and "images/s" in printed
