@@ -18,7 +18,6 @@ from scratchgen.machinery.files import FolderInUse
 
 import numpy as np
 import pytest
-from tqdm import tqdm
 
 MODULES = {"vae": run_vae, "ddpm": run_ddpm}
 
@@ -167,7 +166,7 @@ def test_a_bar_starts_no_thread_that_a_fork_would_lose(monkeypatch):
     before = threading.active_count()
     with cli.progress(10) as bar:
         bar.update(5)
-        assert threading.active_count() == before and tqdm.monitor_interval == 0
+        assert threading.active_count() == before and cli.tqdm.monitor_interval == 0
 
 
 def test_a_message_with_line_ends_in_it_is_one_line_still(finish):
