@@ -6,9 +6,11 @@ import time
 
 from scratchgen.machinery import cli
 
+import nbformat
 import pytest
 from conftest import ROOT
 from jupyter_client.manager import start_new_kernel
+from nbclient import NotebookClient
 
 pytestmark = pytest.mark.filterwarnings("default")  # of the programs that talk to the kernel
 
@@ -69,3 +71,34 @@ def test_a_cell_that_is_interrupted_can_be_run_again(kernel, small_data):
 def test_a_bar_shows_how_far_it_is(kernel, small_data):
     status, error, printed = kernel("import run_vae\n" + TRAIN.format(small_data, "--epochs 2"))
     assert (status, error) == ("ok", "") and "images/s" in printed
+
+
+# ------------------------------------------------------------------------------------------------------------- the tour
+
+TOUR = ROOT / "docs" / "tour.ipynb"
+
+
+def test_the_tour_runs_from_the_top():
+    """Its cells are run again, and say of the data and of the tape what is stored beside them."""
+    stored, again = (nbformat.read(TOUR, as_version=4) for _ in range(2))
+    began = time.monotonic()
+    NotebookClient(again, timeout=300, coalesce_streams=True, resources={"metadata": {"path": TOUR.parent}}).execute()
+    assert time.monotonic() - began < 300  # one minute on two quiet cores
+    same = 0
+    for before, after in zip(stored.cells, again.cells, strict=True):
+        if before.cell_type == "code":
+            kinds = [
+                [out.output_type for out in cell.outputs if out.get("name") != "stderr"] for cell in (before, after)
+            ]
+            assert kinds[0] == kinds[1]
+            texts = [[out.text for out in cell.outputs if out.get("name") == "stdout"] for cell in (before, after)]
+            same += bool(texts[0]) and texts[0] == texts[1]
+    assert same >= 4  # the bytes, the shapes, the tape, `backward`
+
+
+def test_the_tour_is_stored_with_its_pictures_and_not_large():
+    cells = [cell for cell in nbformat.read(TOUR, as_version=4).cells if cell.cell_type == "code"]
+    assert cells[0].source.startswith("from scratchgen import")  # before NumPy
+    assert sum("image/png" in out.get("data", {}) for cell in cells for out in cell.outputs) >= 12
+    assert TOUR.stat().st_size < 1.5e6
+    assert str(ROOT) not in TOUR.read_text(encoding="utf-8")
