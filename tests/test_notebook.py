@@ -68,6 +68,12 @@ def test_a_cell_that_is_interrupted_can_be_run_again(kernel, small_data):
     assert (status, error) == ("ok", "") and "wrote drawn.png" in printed
 
 
+def test_a_process_that_only_imports_the_kernels_modules_is_no_notebook():
+    import ipykernel.kernelapp  # noqa: F401  (as the finder of kernels does)
+
+    assert not cli.in_notebook()
+
+
 def test_a_bar_shows_how_far_it_is(kernel, small_data):
     status, error, printed = kernel("import run_vae\n" + TRAIN.format(small_data, "--epochs 2"))
     assert (status, error) == ("ok", "") and "images/s" in printed

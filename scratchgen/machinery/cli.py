@@ -139,7 +139,9 @@ def nobody_looks():
 
 
 def in_notebook():
-    return "ipykernel" in sys.modules
+    """Whether this process is a notebook's kernel, not one that has only imported its modules."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 STOPPED = "stopped and saved: the same command with --resume continues"
