@@ -113,9 +113,10 @@ def sharded_training(loss, update, arrays, shard_size, workers):
         room["batch"] = workers.share(tree.map(np.copy, batch))
         room["gradients"] = [workers.share(tree.map(np.zeros_like, params)) for _ in range(count)]
         n = min(workers.count, count)
-        rank = np.argsort(np.argsort([leaf.size for leaf in tree.leaves(params)]))  # of each leaf by size
+        owner, number = workers.ranks.shares(params)
+        mine = owner == workers.ranks.rank
         everything = arrays, room["gradients"]  # all trees like params, one after the other: hence `cycle`
-        parts[:] = [tree.part(everything, cycle(rank % n == k)) for k in range(n)]  # each gets some large, some small
+        parts[:] = [tree.part(everything, cycle(mine & (number % n == k))) for k in range(n)]
 
     def differentiate_shard(job):
         number, images, N = job
@@ -146,7 +147,9 @@ def sharded_training(loss, update, arrays, shard_size, workers):
         update(some_arrays, gradient, *numbers)
 
     def step(*numbers):
-        workers.map(step_part, [(part, count, numbers) for part in range(len(parts))])
+        workers.ranks.to_owners(room["gradients"][:count])
+        workers.map_here(step_part, [(part, count, numbers) for part in range(len(parts))])
+        workers.ranks.from_owners(params, params)
 
     return differentiate, step
 

@@ -15,7 +15,8 @@ FLOORS = [  # from the ground up: a module may import from the floors below its 
     {"improved"},
     {"editing"},
     {"vae", "denoisers"},
-    {"machinery.runtime", "machinery.files"},
+    {"machinery.runtime", "machinery.ranks"},
+    {"machinery.files"},
     {"machinery.workers"},
     {"machinery.checkpoint", "machinery.plots"},
     {"machinery.cli"},
@@ -123,5 +124,6 @@ def test_the_package_stays_one_that_is_read_in_a_weekend():
 
     What keeps a run from getting lost, and bad files out, took another 284, the weights in the bound's figure 12;
     classes, guidance, and precision, recall and a table by class in the evaluation another 305.
-    What one can do with a trained model at once, `draw.py` and `editing.py`, another LINES."""
-    assert sum(map(lines, PACKAGE.rglob("*.py"))) <= 4120
+    What one can do with a trained model at once, `draw.py` and `editing.py`, another 215, and
+    several ranks (`machinery/ranks.py`) 190."""
+    assert sum(map(lines, PACKAGE.rglob("*.py"))) <= 4200

@@ -14,7 +14,7 @@ TIMES = (1, 0.5, 0.25, 0.1, 0.05, 0)  # of the strips, as parts of T: 200, 100, 
 
 def over_images(f, arrays, shard, workers, description):
     """``f(*arrays)`` as `in_parallel` computes it, but in steps, for a progress bar."""
-    parallel, N, step, results = in_parallel(f, shard, workers), len(arrays[0]), shard * workers.count, []
+    parallel, N, step, results = in_parallel(f, shard, workers), len(arrays[0]), shard * workers.total, []
     with cli.progress(N, description=description) as bar:
         for start in range(0, N, step):
             results.append(parallel(*(array[start : start + step] for array in arrays)))

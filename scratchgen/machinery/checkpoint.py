@@ -17,6 +17,7 @@ from reprlib import repr as short
 
 from scratchgen import tree
 from scratchgen.data import UserError
+from scratchgen.machinery import ranks
 from scratchgen.machinery.files import replacing
 
 import numpy as np
@@ -168,6 +169,7 @@ def fill(arrays, path, constant=False):
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} has numbers that are not finite")
             found.append(array)
+    ranks.world().agree(path, fingerprint(found))
     for leaf, array in zip(leaves, found, strict=True):
         leaf[...] = array
         leaf.flags.writeable = not constant

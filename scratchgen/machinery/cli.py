@@ -10,13 +10,14 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
 from scratchgen import tree
 from scratchgen.data import UserError
-from scratchgen.machinery import plots, runtime
+from scratchgen.machinery import plots, ranks, runtime
 
 import numpy as np
 
@@ -82,9 +83,10 @@ def number(kind, low, high=math.inf, above=False):
 def add_workers_flag(parser):
     help = (
         "parallel processes (threads on macOS and Windows); results do not depend on N, and 1 keeps everything in this "
-        "process, for a debugger (default: all cores, here %(default)s)"
+        "process, for a debugger (default: all cores, here %(default)s; of mpiexec each rank has N, by default its part)"
     )
-    parser.flag("--workers", help, type=number(int, 1, high=256), default=runtime.available_cores(), metavar="N")
+    default = max(1, runtime.available_cores() // ranks.world().on_this_machine)
+    parser.flag("--workers", help, type=number(int, 1, high=256), default=default, metavar="N")
 
 
 def add_data_flags(parser):
@@ -168,6 +170,7 @@ def run(main, when_stopped=RESUMABLE):
     status, message = 0, None
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # of a loss that is not finite `Run` says all, and once
+            ranks.begin(STOP_SIGNALS)
             main()
     except UserError as error:
         status, message = 1 if isinstance(error, Diverged) else 2, str(error)
@@ -180,13 +183,17 @@ def run(main, when_stopped=RESUMABLE):
         status, message = 1, f"{where}{error.strerror or error}"
     except MemoryError:
         status, message = 1, "out of memory: try fewer --workers"
+    except Exception:  # a fault of ours
+        if ranks.world().count > 1:
+            ranks.end(1, traceback.format_exc())
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if message:
         program, message = Path(sys.argv[0]), " ".join(message.split())[:2000]  # a path may have line ends in it
         with suppress(OSError):  # a terminal that was closed
-            print(f"{program.parent.name if program.stem == '__main__' else program.name}: {message}", file=sys.stderr)
+            ranks.end(status, f"{program.parent.name if program.stem == '__main__' else program.name}: {message}")
     sys.exit(status)
 
 

@@ -12,9 +12,11 @@ import os
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from scratchgen import tree
 from scratchgen.data import UserError
+from scratchgen.machinery import ranks
 
 fcntl = msvcrt = None
 with suppress(ImportError):  # Windows has none
@@ -30,6 +32,10 @@ def replacing(path):
     When it does not, whatever was at ``path`` is still there, and the temporary file is not.
     """
     path = Path(path)
+    if ranks.world().rank:  # rank 0 writes the same
+        with TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere, path.name)
+        return
     temporary = path.with_name(f".{path.stem}.part-{os.getpid()}{path.suffix}")  # savez and savefig go by the suffix
     try:
         yield temporary
@@ -113,7 +119,7 @@ def holding(folder):
     A file is locked, not the folder, since network file systems want one that is open for writing. Where nothing can be
     written, or nothing locked, the block goes ahead without. Raises FolderInUse.
     """
-    lock, owner = locked(Path(folder) / LOCK), os.getpid()
+    lock, owner = None if ranks.world().rank else locked(Path(folder) / LOCK), os.getpid()
     try:
         if lock is not None:
             held.add(lock)
@@ -167,7 +173,7 @@ MADE = ("*.png", "*.gif", "metrics.json", "log.csv", "checkpoint.npz")
 
 def put_aside(folder):
     """Move what an earlier run left in a folder into a folder in it: nothing is lost, or taken for the new run's."""
-    if not (folder / "checkpoint.npz").exists():
+    if ranks.world().rank or not (folder / "checkpoint.npz").exists():
         return
     made = [path for pattern in MADE for path in sorted(folder.glob(pattern))]
     folders = (folder / f"earlier-{number}" for number in itertools.count(1))

@@ -58,12 +58,15 @@ class Run:
         self.steps_per_epoch = math.ceil(self.count / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.arrays, self.rng = workers.share(arrays), rng_for(args.seed, NOISE)
+        self.ranks = workers.ranks
         settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
         self.config = {"model": model} | settings
         self.config["train_images"] = checkpoint.fingerprint(self.images)
         self.config["test_images"] = checkpoint.fingerprint(test_images)
         self.step, self.epoch_means, self.log, seconds = 0, {}, [], 0.0
-        self.shard_size = shard_size(args.batch_size, runtime.available_cores())
+        self.shard_size = self.ranks.told_by_0(shard_size(args.batch_size, runtime.available_cores()))
+
+        self.ranks.agree(f"the images in {args.data}", f"{self.config['train_images']}, {self.config['test_images']}")
 
         self.path = args.out / "checkpoint.npz"
         args.out.mkdir(parents=True, exist_ok=True)
@@ -138,17 +141,24 @@ class Run:
             self.epoch_means = {}
         # The order depends on seed and epoch alone: a run that resumes inside the epoch skips what it has seen.
         order = rng_for(self.args.seed, ORDER, epoch)
+        self.stop.in_step = True  # until the script's step is done, the state is not whole
         for images in minibatches(self.images, self.args.batch_size, order, skip=done):
             size = len(tree.leaves(images)[0])
             self.weight = size / self.count  # of this minibatch in the means of the epoch
-            self.stop.in_step = True  # until the script's step is done, the state is not whole
             yield self.step + 1, images
             self.step += 1
-            self.stop.in_step = False
-            self.stop_if_asked()
-            if time.monotonic() - self.saved_at > SAVE_SECONDS:
+            if self.ranks.told_by_0(bool(self.stop.received) or time.monotonic() - self.saved_at > SAVE_SECONDS):
+                self.collect()
+                self.stop_if_asked()
                 self.save()
             self.bar.update(size)
+        self.collect()
+        self.stop.in_step = False
+        self.stop_if_asked()
+
+    def collect(self):
+        """Let all ranks have the whole state. In the steps only the weights travel, the rest stays with its owners."""
+        self.ranks.from_owners(self.arrays["params"], self.arrays)
 
     def record(self, loss, means):
         """Add a minibatch's means to ``epoch_means``, which is whole when the epoch ends.

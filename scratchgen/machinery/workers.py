@@ -18,7 +18,7 @@ from multiprocessing.util import Finalize
 from types import CodeType, FunctionType, ModuleType
 
 from scratchgen import tree
-from scratchgen.machinery import runtime
+from scratchgen.machinery import ranks, runtime
 
 import numpy as np
 
@@ -27,7 +27,7 @@ CAN_FORK = sys.platform == "linux"  # macOS has fork, but its BLAS does not surv
 
 
 class Workers:
-    """``count`` workers: the caller, and ``count`` - 1 processes.
+    """``count`` workers: the caller, and ``count`` - 1 processes. All ranks of an mpiexec have ``total``.
 
     Threads would do the same sums, but each that comes back from one of a step's thousand short calls waits for the
     others to let go of the interpreter: a U-Net step takes 1.17 times as long, a VAE step 1.4 times. Where a process
@@ -36,7 +36,10 @@ class Workers:
     """
 
     def __init__(self, count):
-        self.count = count if runtime.ONE_BLAS_THREAD and not current_process().daemon else 1
+        in_a_pool = current_process().daemon
+        self.count = count if runtime.ONE_BLAS_THREAD and not in_a_pool else 1
+        self.ranks = ranks.Ranks() if in_a_pool else ranks.world()
+        self.total = sum(self.ranks.gather([self.count], self.ranks.count))
         self.owner = os.getpid()
         self.functions, self.surroundings = [], []  # what the processes know; what each of it referred to at the fork
         self.processes = []  # pairs of a process and our end of the pipe to it
@@ -57,10 +60,15 @@ class Workers:
         return arrays if self.count == 1 or self.threads else tree.map(in_shared_memory, arrays)
 
     def map(self, f, items):
-        """[f(item) for item in items]; of n processes the k-th takes items k, k + n, k + 2 n, ...
+        """[f(item) for item in items], of which each rank computes a part and hands it to the others.
 
         An error in f arrives here, whoever computed it. One map at a time, so f may not call another.
         """
+        items = list(items)
+        return self.ranks.gather(self.map_here(f, self.ranks.mine(items)), len(items))
+
+    def map_here(self, f, items):
+        """[f(item) for item in items] by the workers of this rank: of n the k-th takes items k, k + n, k + 2 n, ..."""
         items = list(items)
         n = min(self.count, len(items))
         if n < 2:
