@@ -83,7 +83,7 @@ def number(kind, low, high=math.inf, above=False):
 def add_workers_flag(parser):
     help = (
         "parallel processes (threads on macOS and Windows); results do not depend on N, and 1 keeps everything in this "
-        "process, for a debugger (default: all cores, here %(default)s; of mpiexec each rank has N, by default its part)"
+        "process, for a debugger (default: all cores, here %(default)s; of mpiexec each rank has N, by default a part)"
     )
     default = max(1, runtime.available_cores() // ranks.world().on_this_machine)
     parser.flag("--workers", help, type=number(int, 1, high=256), default=default, metavar="N")
@@ -106,7 +106,8 @@ def run_parser(prog, description, epochs, batch_size, lr, out):
     whole, positive = number(int, 1, high=10**9), number(float, 0, high=1e30, above=True)
     p.flag("--arch", "the network", choices=epochs, default=next(iter(epochs)))
     p.flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
-    p.flag("--batch-size", "images per gradient step", type=whole, default=batch_size, metavar="N")
+    help = "images per gradient step, cut into shards for the workers; on several machines take more (performance.md)"
+    p.flag("--batch-size", help, type=whole, default=batch_size, metavar="N")
     p.flag("--lr", "peak learning rate: a short rise, then half a cosine down to 0", type=positive, default=lr)
     help = "decides every random number: on one machine the same seed gives the same bits, elsewhere nearly the same"
     p.flag("--seed", help, type=number(int, 0), default=0)
