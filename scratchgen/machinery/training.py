@@ -147,14 +147,12 @@ class Run:
             self.weight = size / self.count  # of this minibatch in the means of the epoch
             yield self.step + 1, images
             self.step += 1
-            if self.ranks.told_by_0(bool(self.stop.received) or time.monotonic() - self.saved_at > SAVE_SECONDS):
-                self.collect()
-                self.stop_if_asked()
-                self.save()
+            self.stop_if_asked()
             self.bar.update(size)
         self.collect()
         self.stop.in_step = False
-        self.stop_if_asked()
+        if self.stop.received is not None:  # since the last step
+            raise cli.Stopped(self.stop.received)
 
     def collect(self):
         """Let all ranks have the whole state. In the steps only the weights travel, the rest stays with its owners."""
@@ -187,8 +185,13 @@ class Run:
         cli.tqdm.write(f"epoch {len(self.log)}/{self.args.epochs}  {summary}  {self.seconds:.0f} s")
 
     def stop_if_asked(self):
-        if self.stop.received is not None:
-            raise cli.Stopped(self.stop.received)
+        """Between two steps: stop, or save if it is time to. Rank 0 decides, but needs all ranks for the whole state."""
+        due = self.stop.received is not None or time.monotonic() - self.saved_at > SAVE_SECONDS
+        if self.ranks.told_by_0(due):
+            self.collect()
+            if self.stop.received is not None:
+                raise cli.Stopped(self.stop.received)
+            self.save()
 
     def write_log(self):
         try:
