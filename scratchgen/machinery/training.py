@@ -185,7 +185,7 @@ class Run:
         cli.tqdm.write(f"epoch {len(self.log)}/{self.args.epochs}  {summary}  {self.seconds:.0f} s")
 
     def stop_if_asked(self):
-        """Between two steps: stop, or save if it is time to. Rank 0 decides, but needs all ranks for the whole state."""
+        """Between two steps: stop, or save if it is time to. Rank 0 decides, and needs all ranks for the state."""
         due = self.stop.received is not None or time.monotonic() - self.saved_at > SAVE_SECONDS
         if self.ranks.told_by_0(due):
             self.collect()
