@@ -109,14 +109,19 @@ def test_evaluation_and_drawing_by_ranks(alone, tmp_path, small_data):
 
 
 def test_a_mistake_is_one_line_and_one_rank_that_fails_ends_all(alone, small_data, tmp_path):
-    status, _, error = finish(start(2, ROOT / "run_vae.py", "--data", tmp_path / "none", "--out", tmp_path / "out"))
-    assert status == 2 and error.count("\n") == 1 and error.startswith("run_vae.py: ")
+    for _ in range(3):  # a line that ends the program may be lost on its way through mpiexec, but not every time
+        process = start(2, ROOT / "run_vae.py", "--data", tmp_path / "none", "--out", tmp_path / "out")
+        _, error = process.communicate(timeout=120)  # all of it: MPI has nothing to say where all ranks fail
+        assert process.returncode == 2 and error.count("\n") == 1 and error.startswith("run_vae.py: ")
     status, _, error = finish(start(2, ROOT / "run_vae.py", "--epochs", 0))
     assert status == 2 and error.count("\n") == 1 and "out of range" in error
     fails = "from scratchgen.machinery import cli, ranks\ndef main():\n    w = ranks.world()\n"
     fails += "    if w.rank == 1: raise OSError(28, 'No space left on device')\n    w.told_by_0(0)\ncli.run(main)"
     status, _, error = finish(start(2, "-c", fails))
     assert status == 1 and error.count("\n") == 1 and error.startswith("rank 1 on ") and "No space left" in error
+    both = fails.replace("w.rank == 1", "w.rank < 2").replace("OSError", "ValueError")
+    status, _, error = finish(start(2, "-c", both))
+    assert status == 1 and error.count("Traceback") == 1  # a fault of ours is said once, too
 
 
 def test_a_folder_that_ranks_do_not_share_is_noticed(alone, small_data, tmp_path):

@@ -187,6 +187,7 @@ def run(main, when_stopped=RESUMABLE):
     except Exception:  # a fault of ours
         if ranks.world().count > 1:
             ranks.end(1, traceback.format_exc())
+            sys.exit(1)
         raise
     finally:
         for number, handler in before.items():

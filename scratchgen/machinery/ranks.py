@@ -49,6 +49,7 @@ class Ranks:
 
     def __init__(self, comm=None, on_this_machine=1):
         self.comm, self.on_this_machine = comm, on_this_machine
+        self.failed = comm.Dup() if comm else None  # apart from what the others may be waiting for in comm
         self.rank, self.count = (comm.rank, comm.size) if comm else (0, 1)
 
     def mine(self, items):
@@ -72,6 +73,13 @@ class Ranks:
         if self.count > 1 and len(values := set(self.comm.allgather(value))) > 1:
             words = "ranks found different ones; all machines must see the same folders and files"
             raise UserError(f"{what}: {words} ({', '.join(sorted(map(str, values)))})")
+
+    def all_fail(self, within):
+        """Whether all ranks call this before so many seconds are over."""
+        everyone, end = self.failed.Ibarrier(), time.monotonic() + within
+        while not (done := everyone.Test()) and time.monotonic() < end:
+            time.sleep(0.01)
+        return done
 
     # ---------------------------------------------------------------------------- of a training step, leaf by leaf
 
@@ -140,14 +148,16 @@ def begin(signals):
 
 
 def end(status, message):
-    """Print the message of a failure, and end the ranks: they wait for one that will not come. For one alone, print."""
+    """Print the message of a failure: once, if all ranks have failed. One that fails alone ends the others, too, which
+    wait for it."""
     try:
         ranks = world()
     except UserError:
         ranks = Ranks()
+    print(message, file=sys.stderr, flush=True)  # rank 0
+    if ranks.count == 1 or ranks.all_fail(within=2):
+        return
     if ranks.rank:
-        time.sleep(1)  # if rank 0 has failed in the same way it says so, and has ended us meanwhile
-        sys.stderr, message = sys.__stderr__, f"rank {ranks.rank} on {platform.node()}: {message}"
-    print(message, file=sys.stderr, flush=True)
-    if ranks.count > 1:
-        ranks.comm.Abort(status)
+        print(f"rank {ranks.rank} on {platform.node()}: {message}", file=sys.__stderr__, flush=True)
+        time.sleep(2)  # Abort loses what mpiexec has not yet read
+    ranks.comm.Abort(status)
