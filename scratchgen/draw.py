@@ -43,9 +43,8 @@ def parse_arguments(argv):
     classes = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
     parser = cli.OneLineParser(prog, description=__doc__.format(classes=classes), formatter_class=formatter)
     flag, whole = parser.flag, cli.number(int, 1)
-    flag(
-        "run", "the --out of a run script (default: weights of the package)", type=Path, nargs="?", metavar="RUN_FOLDER"
-    )
+    help = "the --out of a run script (default: weights of the package)"
+    flag("run", help, type=Path, nargs="?", metavar="RUN_FOLDER")
     flag("--model", "which weights of the package (default: ddpm)", choices=["vae", "ddpm"])
     help = "diffusion: what to draw, by name or number; of a run of your own, if it was trained with --classes"
     flag("--class", help, type=a_class, nargs="+", metavar="NAME", dest="classes")
@@ -53,12 +52,8 @@ def parse_arguments(argv):
     flag("--guidance", help, type=cli.number(float, 0, high=100), metavar="W")
     help = "diffusion: ddpm, ddim, or of second order dpm++, sde-dpm++ (default: sde-dpm++; ddpm without additions)"
     flag("--sampler", help, choices=SAMPLERS)
-    flag(
-        "--steps",
-        "diffusion: of the sampler (default: 20, and T for a --sampler that is named)",
-        type=whole,
-        metavar="S",
-    )
+    help = "diffusion: of the sampler (default: 20, and T for a --sampler that is named)"
+    flag("--steps", help, type=whole, metavar="S")
     flag("--seed", "decides every random number", type=cli.number(int, 0), default=0)
     flag("-n", "how many images", type=whole, default=64, metavar="N")
     flag("--out", "the figure", type=Path, default=Path("drawn.png"), metavar="FILE")
@@ -72,9 +67,8 @@ def main(argv=None):
     if args.run and args.model:
         raise cli.UsageError(f"--model is for the weights of the package, and {args.run} has its own")
     name = args.model or "ddpm"
-    model = (
-        load_run(args.run) if args.run else load_trained("ddpm-classes" if args.classes and name == "ddpm" else name)
-    )
+    trained = "ddpm-classes" if args.classes and name == "ddpm" else name
+    model = load_run(args.run) if args.run else load_trained(trained)
     how = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
     source, title = args.run or f"the {name} of the package", f"seed {args.seed}"
     if isinstance(model, VAERun):

@@ -194,7 +194,7 @@ def run(main, when_stopped=RESUMABLE):
             signal.signal(number, handler)
     if message:
         program, message = Path(sys.argv[0]), " ".join(message.split())[:2000]  # a path may have line ends in it
-        with suppress(OSError):  # a terminal that was closed
+        with suppress(OSError, UserError):  # a terminal that was closed; no MPI, which the message says
             ranks.end(status, f"{program.parent.name if program.stem == '__main__' else program.name}: {message}")
     sys.exit(status)
 

@@ -34,9 +34,7 @@ def world():
     except (ImportError, RuntimeError) as error:  # not there; or it finds no MPI
         raise UserError(f'mpiexec needs mpi4py (pip install "scratchgen[mpi]"), and that says: {error}') from None
     if MPI.COMM_WORLD.size != wanted:
-        raise UserError(
-            f"mpiexec started {wanted} ranks, mpi4py finds {MPI.COMM_WORLD.size}: they are of different MPIs"
-        )
+        raise UserError(f"mpiexec started {wanted} ranks, mpi4py finds {MPI.COMM_WORLD.size}: two different MPIs")
     return Ranks(MPI.COMM_WORLD, MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED).size)
 
 
@@ -149,12 +147,9 @@ def begin(signals):
 
 def end(status, message):
     """Print the message of a failure: once, if all ranks have failed. One that fails alone ends the others, too, which
-    wait for it."""
-    try:
-        ranks = world()
-    except UserError:
-        ranks = Ranks()
+    wait for it. Raises UserError, as `world` does, when it has printed."""
     print(message, file=sys.stderr, flush=True)  # rank 0
+    ranks = world()
     if ranks.count == 1 or ranks.all_fail(within=2):
         return
     if ranks.rank:
