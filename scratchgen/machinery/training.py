@@ -186,11 +186,12 @@ class Run:
 
     def stop_if_asked(self):
         """Between two steps: stop, or save if it is time to. Rank 0 decides, and needs all ranks for the state."""
-        due = self.stop.received is not None or time.monotonic() - self.saved_at > SAVE_SECONDS
-        if self.ranks.told_by_0(due):
+        due = time.monotonic() - self.saved_at > SAVE_SECONDS
+        asked, due = self.ranks.told_by_0((self.stop.received, due))
+        if asked is not None or due:
             self.collect()
-            if self.stop.received is not None:
-                raise cli.Stopped(self.stop.received)
+            if asked is not None:
+                raise cli.Stopped(asked)
             self.save()
 
     def write_log(self):
