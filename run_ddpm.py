@@ -1,10 +1,10 @@
 """Train a denoising diffusion model on FashionMNIST, measure how well it predicts noise, and draw samples with it.
 
 examples:
-  python run_ddpm.py                          T = 200: eight to twelve minutes on two cores
+  python run_ddpm.py                          T = 200: eight to ten minutes on two cores
   python run_ddpm.py --additions none         as in Ho et al. 2020: the network predicts eps, L_simple, Adam
   python run_ddpm.py --classes                the same, told what each image shows: samples of a class that one asks for
-  python run_ddpm.py --train-images 6000      a first look in two minutes; samples are still rough
+  python run_ddpm.py --train-images 12000     a first look in two minutes; samples are still rough
 """
 
 from functools import partial
@@ -28,7 +28,7 @@ SHARD = 32  # images that one worker measures at a time
 
 
 def parse_arguments(argv):
-    parser = cli.run_parser("run_ddpm.py", __doc__, EPOCHS, batch_size=64, lr=1e-2, out="runs/ddpm")
+    parser = cli.run_parser("run_ddpm.py", __doc__, EPOCHS, batch_size=128, lr=1e-2, out="runs/ddpm")
     parser.flag("--T", "steps from image to noise", type=cli.number(int, 1, high=100_000), default=200)
     parser.flag("--schedule", "how beta_t grows with t", choices=diffusion.SCHEDULES, default="linear")
     help, names = improved.help_for_additions(), ["none", "all", *improved.ADDITIONS]

@@ -1,30 +1,30 @@
 """Climb from the paper to the default, one addition at a time: train each rung three times, measure, show samples.
 
 For each rung and seed this runs, from the folder of the run scripts (here for the third, with seed 1):
-  python run_ddpm.py --T 200 --additions v black --seed 1 --out runs/ladder-2-1
+  python run_ddpm.py --T 200 --batch-size 64 --additions v black --seed 1 --out runs/ladder-2-1
   python -m scratchgen.evaluate runs/ladder-2-1 --bound 100 --frechet 10000 --sampler sde-dpm++ --sample-steps 20
 
-The last addition, guide, changes no training: the last run is measured without and with it. A finished run is not
-trained again, and one that was stopped is resumed; `python run_vae.py` must have been run. Three hours and a half or so
-on two cores. Prints the table of quality.md, the mean over the seeds and how far they differ, and writes
-ddpm_ladder.png.
+The last addition, guide, changes no training: the sixth run is measured without and with it. The seventh is the default
+run: that with minibatches of 128 images. A finished run is not trained again, and one that was stopped is resumed;
+`python run_vae.py` must have been run. Four hours or so on two cores. Prints the table of quality.md, the mean over the
+seeds and how far they differ, and writes ddpm_ladder.png.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 from scratchgen import improved  # before NumPy, whose threads it sets up
 from scratchgen.evaluate.load import load_run
-from scratchgen.machinery import cli, plots
+from scratchgen.machinery import cli, files, plots
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINED = [list(improved.ADDITIONS)[:count] for count in (0, 1, 2, 3, 4, 6)]
-GUIDED = f"sde-dpm++, 20 steps, w = {improved.GUIDANCE:g}"
+TRAINED = [list(improved.ADDITIONS)[:count] for count in (0, 1, 2, 3, 4, 6, 6)]
+BATCH_SIZE = [64, 64, 64, 64, 64, 64, 128]
+UNGUIDED, GUIDED = "sde-dpm++, 20 steps", f"sde-dpm++, 20 steps, w = {improved.GUIDANCE:g}"
 COLUMNS = ("test loss", "bits per dimension", "Frechet distance", "precision", "recall")
 
 
@@ -36,16 +36,17 @@ def main(argv=None):
     parser.flag("--seeds", "train each rung with these", type=cli.number(int, 0), nargs="+", default=[0, 1, 2])
     cli.add_data_flags(parser)
     args = parser.parse_args(argv)
+    args.runs = args.runs.resolve()  # the scripts are started from another folder
     if not (args.runs / "vae" / "checkpoint.npz").exists():
         raise cli.UsageError(f"{args.runs / 'vae'}: expected a finished run of run_vae.py to compare with")
     measured = {}  # (rung, seed) -> what metrics.json has
     for seed in args.seeds:  # whoever stops early has all rungs of the first seeds
-        for number, additions in enumerate(TRAINED):
-            measured[number, seed] = train_and_measure(args, number, additions, seed)
+        for number in range(len(TRAINED)):
+            measured[number, seed] = train_and_measure(args, number, seed)
 
-    names = ["none", *(f"+ {name}" for name in improved.ADDITIONS)]
-    rows = [[numbers_of(measured[number, seed], "sde-dpm++, 20 steps") for seed in args.seeds] for number in range(6)]
-    rows.append([numbers_of(measured[5, seed], GUIDED) for seed in args.seeds])
+    names = ["none", *(f"+ {name}" for name in improved.ADDITIONS), "+ 128 images a minibatch"]
+    drawn = [*((number, UNGUIDED) for number in range(6)), (5, GUIDED), (6, GUIDED)]
+    rows = [[numbers_of(measured[number, seed], way) for seed in args.seeds] for number, way in drawn]
     print(f"| additions | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|", sep="\n")
     for name, row in zip(names, rows, strict=True):
         print(f"| {name} | {' | '.join(map(mean_and_spread, zip(*row, strict=True), (4, 2, 1, 3, 3)))} |")
@@ -53,54 +54,45 @@ def main(argv=None):
         found = measured[0, args.seeds[0]]["evaluation"]["frechet_10000"][peer]
         print(f"| {peer} | | | {found['distance']:.1f} | {found['precision']:.3f} | {found['recall']:.3f} |")
 
-    images, models = [], [load_run(folder_of(args, number, args.seeds[0])) for number in range(6)]
-    for model, w in zip([*models, models[-1]], [0, 0, 0, 0, 0, 0, improved.GUIDANCE], strict=True):
-        how = {"sampler": "sde-dpm++", "steps": 20, "guidance": w}
+    images = []
+    for number, way in drawn:
+        how = {"sampler": "sde-dpm++", "steps": 20, "guidance": improved.GUIDANCE * (way == GUIDED)}
+        model = load_run(folder_of(args, number, args.seeds[0]))
         images.append(model.sample(10, np.random.default_rng(0), **how))  # for each rung from the same noise
     plots.save(plots.grid(np.concatenate(images), 10, "samples by additions", row_labels=names), args.figure)
 
 
 def folder_of(args, number, seed):
-    return args.runs.resolve() / f"ladder-{number}-{seed}"
+    return args.runs / f"ladder-{number}-{seed}"
 
 
-def train_and_measure(args, number, additions, seed):
+def train_and_measure(args, number, seed):
     """What metrics.json has of this rung, trained and measured as far as it is not yet."""
     folder, more = folder_of(args, number, seed), ["--data", args.data.resolve(), "--workers", args.workers]
-    train = [ROOT / "run_ddpm.py", "--T", 200, "--additions", *(additions or ["none"]), "--seed", seed, "--out", folder]
+    additions, batch_size = TRAINED[number], BATCH_SIZE[number]
+    train = [ROOT / "run_ddpm.py", "--T", 200, "--batch-size", batch_size, "--additions", *(additions or ["none"])]
+    train += ["--seed", seed, "--out", folder]
     if not (folder / "metrics.json").exists():
         run(*train, *more, *(["--resume"] if (folder / "checkpoint.npz").exists() else []))
     rung = load_run(folder)
-    expected = {"additions": additions, "T": 200, "epochs": 7, "lr": 1e-2, "seed": seed, "classes": False}
+    expected = {"additions": additions, "batch_size": batch_size, "T": 200, "epochs": 7, "lr": 1e-2, "seed": seed}
+    expected |= {"classes": False}
     if other := [name for name, value in expected.items() if rung.config[name] != value]:
         raise cli.UsageError(f"{folder}: expected the run of this rung, found one with another {other[0]}")
 
     def metrics():
-        return json.loads((folder / "metrics.json").read_text())
+        found = files.read_metrics(path := folder / "metrics.json", rung.params)
+        if "test_loss" not in found:
+            raise cli.UsageError(f"{path}: expected the numbers of this run; run_ddpm.py --resume writes them again")
+        return found
 
-    how = [
-        "--sampler",
-        "sde-dpm++",
-        "--sample-steps",
-        20,
-        *(["--guidance", 0, improved.GUIDANCE] if number == 5 else []),
-    ]
-    wanted = {"sde-dpm++, 20 steps"} | ({GUIDED} if number == 5 else set())
+    wanted, how = {UNGUIDED}, ["--sampler", "sde-dpm++", "--sample-steps", 20]
+    if "guide" in additions:
+        wanted, how = {UNGUIDED, GUIDED}, [*how, "--guidance", 0, improved.GUIDANCE]
     evaluation = metrics().get("evaluation", {})
     if not wanted <= evaluation.get("frechet_10000", {}).keys() or "bound_exact_100" not in evaluation:
-        run(
-            "-m",
-            "scratchgen.evaluate",
-            folder,
-            "--bound",
-            100,
-            "--frechet",
-            10000,
-            "--vae",
-            args.runs / "vae",
-            *how,
-            *more,
-        )
+        measure = ["-m", "scratchgen.evaluate", folder, "--bound", 100, "--frechet", 10000]
+        run(*measure, "--vae", args.runs / "vae", *how, *more)
     return metrics()
 
 

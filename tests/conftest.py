@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import signal
 import struct
 import warnings
 from pathlib import Path
@@ -33,6 +34,14 @@ def load(path):
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     return arrays, json.loads(str(arrays.pop("state")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_arrive():
+    """Started by nohup, or by a script in the background, pytest and all that it starts would ignore some of them."""
+    for number in cli.STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture

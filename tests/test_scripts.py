@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import run_ddpm
 import run_vae
@@ -23,7 +24,7 @@ import autograd.numpy as anp
 import numpy as np
 import pytest
 from autograd import grad
-from conftest import load, main_of
+from conftest import load, main_of, script
 
 
 @pytest.fixture
@@ -414,3 +415,35 @@ def test_every_rung_stops_resumes_and_is_measured_alike(additions, call, finish,
     measured = [metrics(folder)["evaluation"] for folder in (whole, stopped)]
     assert measured[0] == measured[1] and measured[0].keys() == {"bound_estimate", "bound_exact_2"}
     assert 0 < measured[0]["bound_exact_2"]["bits_per_dimension"] < 100
+
+
+def test_a_damaged_metrics_json_is_one_line_of_the_ladder(monkeypatch, tmp_path):
+    ladder, seed = script("docs/ladder.py"), 3
+    rung = {"additions": [], "batch_size": 64, "T": 200, "epochs": 7, "lr": 1e-2, "seed": seed, "classes": False}
+    run = SimpleNamespace(config=rung, params={"w": np.zeros(2)})
+    monkeypatch.setattr(ladder, "load_run", lambda folder: run)
+    args = SimpleNamespace(runs=tmp_path, data=tmp_path, workers=1)
+    (tmp_path / "ladder-0-3").mkdir()
+    for damaged in ("{", "[]", '{"weights": "CRC-32 00000000"}'):
+        (tmp_path / "ladder-0-3" / "metrics.json").write_text(damaged)
+        with pytest.raises(cli.UsageError, match="expected the numbers of this run"):
+            ladder.train_and_measure(args, 0, seed)
+    run.config |= {"batch_size": 128}
+    with pytest.raises(cli.UsageError, match="another batch_size"):
+        ladder.train_and_measure(args, 0, seed)
+
+
+def test_the_ladder_may_be_started_from_any_folder(monkeypatch, tmp_path):
+    (tmp_path / "runs" / "vae").mkdir(parents=True)
+    (tmp_path / "runs" / "vae" / "checkpoint.npz").touch()
+    ladder, seen = script("docs/ladder.py"), []
+
+    def train_and_measure(args, *rung):
+        seen.append(args.runs)
+        raise cli.UsageError("seen")
+
+    monkeypatch.setattr(ladder, "train_and_measure", train_and_measure)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cli.UsageError, match="seen"):
+        ladder.main(["--runs", "runs"])  # what it starts works in the project's folder
+    assert seen == [tmp_path.resolve() / "runs"]
