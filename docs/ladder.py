@@ -44,7 +44,7 @@ def main(argv=None):
         for number in range(len(TRAINED)):
             measured[number, seed] = train_and_measure(args, number, seed)
 
-    names = ["none", *(f"+ {name}" for name in improved.ADDITIONS), "+ 128 images a minibatch"]
+    names = ["none", *(f"+ {name}" for name in improved.ADDITIONS), "+ batch of 128"]
     drawn = [*((number, UNGUIDED) for number in range(6)), (5, GUIDED), (6, GUIDED)]
     rows = [[numbers_of(measured[number, seed], way) for seed in args.seeds] for number, way in drawn]
     print(f"| additions | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|", sep="\n")

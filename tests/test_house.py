@@ -27,7 +27,7 @@ FLOORS = [  # from the ground up: a module may import from the floors below its 
     {"run_vae", "run_ddpm"},
     {"docs.figures", "docs.handout", "docs.ladder", "docs.pack", "docs.published_protocol", "docs.train_classifier"},
 ]
-FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in sorted(floor)}
 WINGS = ("machinery", "evaluate")
 MODELS = {"ops", "layers", "vae", "denoisers", "diffusion", "improved", "muon", "optim", "gradients"}
 
