@@ -93,44 +93,37 @@ class Ranks:
         if self.count == 1:
             return
         owner, _ = self.shares(gradients[0])
-
-        def leaves(source, target):  # that travel from one rank to another
-            shards = gradients[source :: self.count] if source != target else []
-            return [leaf for shard in shards for leaf in tree.leaves(tree.part(shard, iter(owner == target)))]
-
-        sent = [leaves(self.rank, other) for other in range(self.count)]
-        received = [leaves(other, self.rank) for other in range(self.count)]
-        buffer = room_for(received)
-        self.comm.Alltoallv([pack(sent), sizes(sent)], [buffer, sizes(received)])
-        unpack(buffer, received)
+        self.copy(
+            (leaf, number % self.count, target)
+            for number, gradient in enumerate(gradients)
+            for leaf, target in zip(tree.leaves(gradient), owner, strict=True)
+        )
 
     def from_owners(self, params, arrays):
         """Copy the leaves of ``arrays``, trees like ``params``, in place from their owners to all."""
         if self.count == 1:
             return
         owner, _ = self.shares(params)
-        of = [tree.leaves(tree.part(arrays, cycle(owner == rank))) for rank in range(self.count)]
-        buffer = room_for(of)
-        self.comm.Allgatherv(pack(of[self.rank : self.rank + 1]), [buffer, sizes(of)])
-        unpack(buffer, of)
+        self.copy(
+            (leaf, source, target)
+            for leaf, source in zip(tree.leaves(arrays), cycle(owner), strict=False)
+            for target in range(self.count)
+        )
 
+    def copy(self, journeys):
+        """Copy arrays in place, all at once: triples of an array, the rank that has it and the rank that wants it.
 
-def sizes(groups):
-    return [sum(array.size for array in group) for group in groups]
-
-
-def room_for(groups):
-    return np.empty(sum(sizes(groups)), np.float32)
-
-
-def pack(groups):
-    """One array with all arrays of all groups, one after the other."""
-    return np.concatenate([room_for([]), *(array.ravel() for group in groups for array in group)])
-
-
-def unpack(buffer, groups):
-    for array in [array for group in groups for array in group]:
-        array[...], buffer = buffer[: array.size].reshape(array.shape), buffer[array.size :]
+        Each is read and written where it lies. As one long message, packed and unpacked, a run of the VAE on two ranks
+        took 1.14 times that of two workers; so 1.06.
+        """
+        requests = []
+        for array, source, target in journeys:  # in the same order everywhere, which is how MPI tells them apart
+            if self.rank == source != target:
+                requests.append(self.comm.Isend(array, target))
+            elif self.rank == target != source:
+                requests.append(self.comm.Irecv(array, source))
+        for request in requests:
+            request.Wait()
 
 
 # -------------------------------------------------------------------------------- a program of which there are several
