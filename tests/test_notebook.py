@@ -108,3 +108,4 @@ def test_the_tour_is_stored_with_its_pictures_and_not_large():
     assert sum("image/png" in out.get("data", {}) for cell in cells for out in cell.outputs) >= 12
     assert TOUR.stat().st_size < 1.5e6
     assert str(ROOT) not in TOUR.read_text(encoding="utf-8")
+    assert not any("/tmp" in out.get("text", "") for cell in cells for out in cell.outputs)  # nor what is gone
