@@ -1,9 +1,9 @@
 """What a trained diffusion model can do besides drawing from noise. None of it needs training.
 
-Dimensions: N images, (N, H, W, 1) in [-1, 1]. x_0_theta(x_t, t) predicts x_0, with t an array (N,): `load.DDPMRun` has
-one, `improved.guided` makes one of two, `improved.told` one of a model that takes labels. ``how`` goes to
-`improved.sample`: steps, eta, order. An image in which t already says how much noise there is needs none of this file:
-`improved.sample` with ``start`` draws images like it.
+Dimensions: N images, (N, H, W, 1) in [-1, 1], or a little beyond if they are drawn. x_0_theta(x_t, t) predicts x_0,
+with t an array (N,): `load.DDPMRun` has one, `improved.guided` makes one of two, `improved.told` one of a model that
+takes labels. ``how`` goes to `improved.sample`: steps, eta, order. An image in which t already says how much noise
+there is needs none of this file: `improved.sample` with ``start`` draws images like it.
 """
 
 import math

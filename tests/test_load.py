@@ -64,10 +64,12 @@ def test_samples_of_a_diffusion_model_are_those_of_its_sampler_in_0_to_1(runs, h
     rng = np.random.default_rng(3)
     x_T = rng.standard_normal((5, 28, 28, 1), dtype=np.float32)
     steps = how.get("steps", T)  # which is below 20
-    x_0_theta = improved.guided(model.x_0_theta, model.x_0_early, w)
+    x_0_theta = improved.guided(model.x_0_theta, model.x_0_early, w) if w else model.x_0_theta
     path = list(improved.sample(x_0_theta, model.schedule, x_T, rng, steps, eta, order))
     assert len(path) == steps
-    np.testing.assert_allclose(images, (path[-1][1] + 1) / 2, atol=1e-6)
+    x_0 = path[-1][1]
+    assert (np.abs(x_0).max() > 1) == (w == 0)  # what is guided is clipped at each step
+    np.testing.assert_allclose(images, np.clip((x_0 + 1) / 2, 0, 1), atol=1e-6)
 
 
 def test_a_model_without_classes_is_asked_for_none(runs):
@@ -103,7 +105,10 @@ def test_a_model_with_classes_draws_what_is_asked_for(small_data, tmp_path):
         np.testing.assert_array_equal(end(guidance=0, guide=guide), end())
         assert np.abs(end(guidance=3, guide=guide) - end()).max() > 0
     nothing = np.full(11, -1)
-    np.testing.assert_allclose(end(nothing, guidance=3, guide="unlabelled"), end(nothing), atol=1e-5)
+    clipped = lambda x_t, t: np.clip(model.x_0_theta(x_t, t, nothing), -1, 1)  # noqa: E731
+    *_, (_, expected) = improved.sample(clipped, model.schedule, x_T, None, eta=0, order=2)
+    led_by_itself = end(nothing, guidance=3, guide="unlabelled")  # nowhere, but it is clipped
+    np.testing.assert_allclose(led_by_itself, expected, atol=1e-5)
 
 
 def test_samples_of_a_vae_are_decoded_from_the_prior(runs):

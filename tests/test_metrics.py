@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from scratchgen import diffusion, vae
+from scratchgen import diffusion, improved, vae
 from scratchgen.diffusion import make_schedule
 from scratchgen.evaluate import metrics
 from scratchgen.ops import bernoulli_log_likelihood
@@ -124,6 +124,18 @@ def test_terms_between_are_the_general_gaussian_divergence(rng, schedule):
         log_ratio = ((x - p_mean) ** 2 - (x - q_mean) ** 2) / (2 * variance)
         values = log_ratio.sum(axis=(1, 2, 3))
         assert found == pytest.approx(values.mean(), abs=5 * values.std() / 400_000**0.5 + 1e-4 * found)
+
+
+def test_without_a_clip_a_term_is_the_weighted_squared_error(rng, schedule):
+    """L_{t-1} = w_t ||eps - eps_theta||^2, for an eps_theta that is made of v: its x_0 is far beyond [-1, 1]."""
+    x_0, eps = images(rng, 3), rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
+    v, t = 3 * rng.standard_normal(x_0.shape, dtype=np.float32), np.array([20, 57, 199])
+    eps_theta, x_0_theta = improved.denoiser(lambda params, x_t, t: v, schedule, ["v"])
+    x_t = diffusion.q_sample(schedule, x_0, t, eps)
+    assert np.abs(x_0_theta(None, x_t, t)).max(axis=(1, 2, 3)).min() > 1.1
+    errors = ((eps - eps_theta(None, x_t, t)).astype(float) ** 2).sum(axis=(1, 2, 3))
+    found = metrics.bound_terms(partial(x_0_theta, None), schedule, x_0, t, eps)
+    np.testing.assert_allclose(found, metrics.loss_weights(schedule)[t - 2] * errors, rtol=1e-3)
 
 
 def test_a_perfect_network_leaves_only_the_decoder(rng, schedule):

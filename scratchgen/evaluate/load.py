@@ -70,6 +70,7 @@ class DDPMRun:
     def path(self, x_T, rng, labels=None, **how):
         """From the noise x_T, (N, H, W, 1), to images: yield (s, x_s) for each s after T at which the sampler stops.
 
+        Those at the end, s = 0, may still be a little beyond [-1, 1], where `sample` clips them.
         ``labels`` are what to draw, by default of a model with classes one after the other; ``how`` is said as for
         `way`: ``sampler`` is one of `improved.SAMPLERS`, ``guidance`` the w of `improved.guided`, and ``guide`` what
         leads away from itself: "early" or "unlabelled". Raises ValueError.
@@ -90,10 +91,10 @@ class DDPMRun:
         return improved.sample(x_0_theta, self.schedule, x_T, rng, steps, *improved.SAMPLERS[sampler])
 
     def sample(self, N, rng, labels=None, **how):
-        """Images from noise that ``rng`` draws; ``how`` is said as for `path`. (N, H, W, 1) in [0, 1]."""
+        """Images from noise that ``rng`` draws; ``how`` is said as for `path`. (N, H, W, 1), clipped to [0, 1]."""
         x_T = rng.standard_normal((N, 28, 28, 1), dtype=np.float32)
         *_, (_, x_0) = self.path(x_T, rng, labels, **how)
-        return (x_0 + 1) / 2
+        return np.clip((x_0 + 1) / 2, 0, 1)
 
 
 def ddpm_run(config, arrays):

@@ -46,9 +46,9 @@ def active_units(mu, threshold=0.01):
 #
 #     L_{t-1} = D_KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) for t > 1,    L_0 = -log p_theta(x_0 | x_1).
 #
-# The model is exactly what `diffusion.p_sample` draws from: its mean is Eq. (7) of x_0_theta(x_t, t), the predicted and
-# clipped x_0, and its variance beta~_t. Only beta~_1 = 0 has to be replaced, by beta~_2, or a pixel that is off by one
-# grey level would cost infinitely much.
+# The model is exactly what Algorithm 2 draws from: its mean is Eq. (7) of x_0_theta(x_t, t), the predicted x_0, and its
+# variance beta~_t. Only beta~_1 = 0 has to be replaced, by beta~_2, or a pixel that is off by one grey level would cost
+# infinitely much.
 
 
 def gaussian_kl(mean, variance, mean_theta, variance_theta):

@@ -392,7 +392,7 @@ def unet_sampling(workers, rng):
 
         @torch.inference_mode()
         def step():  # Algorithm 2
-            x_0 = (signal * x - noise * predict_v(peer.p, signal, noise, x, times)).clamp_(-1, 1)
+            x_0 = signal * x - noise * predict_v(peer.p, signal, noise, x, times)
             mean = constant["posterior_x_0"] * x_0 + constant["posterior_x_t"] * x
             return mean.add_(extra, alpha=constant["posterior_variance"] ** 0.5)
 
