@@ -14,17 +14,16 @@ from scratchgen.data import CLASSES, load_fashion_mnist, scale
 from scratchgen.denoisers import DENOISERS
 from scratchgen.evaluate.load import ddpm_run
 from scratchgen.evaluate.samples import classes, draw, draw_paths
-from scratchgen.gradients import in_parallel, sharded_training
 from scratchgen.machinery import cli, plots
+from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
 from scratchgen.machinery.training import INIT, TEST, Run, rng_for
-from scratchgen.machinery.workers import Workers
 from scratchgen.muon import muon_step
-from scratchgen.optim import adam_step, cosine_decay, ema_step, init_moments
+from scratchgen.optim import adam_step, cosine_decay, ema_step, flush_denormals, init_moments
 
 import numpy as np
 
 EPOCHS = {"unet": 7, "mlp": 12}  # by default
-SHARD = 32  # images that one worker measures at a time
+SHARD = 32  # images that one rank measures at a time
 
 
 def parse_arguments(argv):
@@ -45,7 +44,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    data, workers = load_fashion_mnist(args.data, labels=args.classes), Workers(args.workers)
+    data, ranks = load_fashion_mnist(args.data, labels=args.classes), ranks_for(args.workers)
     kinds = ["images", "labels"] if args.classes else ["images"]
     train, test = ([data[f"{part}_{kind}"] for kind in kinds] for part in ("train", "test"))
     train, x_test = cli.first_images(train, args.train_images), scale(test[0], -1, 1)
@@ -55,10 +54,12 @@ def main(argv=None):
     params = improved.init_denoiser(init, rng_for(args.seed, INIT), args.additions, len(CLASSES) * args.classes)
     averages = ("ema", "early")[: 1 + ("guide" in args.additions)]  # of the weights, and that as it was early on
     arrays = {"params": params, "moments": init_moments(params)} | {k: tree.map(np.copy, params) for k in averages}
-    run = Run("ddpm", args, (train, test), arrays, workers, ("train_loss", "test_loss"))
+    run = Run("ddpm", args, (train, test), arrays, ranks, ("train_loss", "test_loss"))
+    arrays = run.arrays  # in memory that all ranks see
+    params, moments = arrays["params"], arrays["moments"]
     optimiser_step = partial(muon_step, beta2=0.99) if "muon" in args.additions else adam_step
     eps_theta, _ = improved.denoiser(network, schedule, args.additions)
-    model = ddpm_run(run.config, run.arrays)  # its weights are the moving average, in memory that all workers see
+    model = ddpm_run(run.config, arrays)  # its weights are the moving average
     early_step = improved.early_step(run.total_steps)
 
     def loss(params, batch):  # batch is (x_0, t, eps), all drawn before, and with --classes the labels
@@ -71,14 +72,8 @@ def main(argv=None):
     def errors(x_0, t, eps, *labels):  # (N, H, W, 1), (N,), (N, H, W, 1) -> (N,)
         return diffusion.squared_errors(eps, model.eps_theta(diffusion.q_sample(schedule, x_0, t, eps), t, *labels))
 
-    def update(arrays, gradient, step, lr):  # of all the weights, or of those that one of several workers steps
-        optimiser_step(arrays["params"], gradient, arrays["moments"], step, lr)
-        ema_step(arrays["ema"], arrays["params"], step, args.ema)
-        if "early" in arrays and step == early_step:
-            tree.map(np.copyto, arrays["early"], arrays["ema"])
-
-    differentiate, take_step = sharded_training(loss, update, run.arrays, run.shard_size, workers)
-    evaluate = in_parallel(errors, SHARD, workers)
+    value_and_grad = sharded(loss, ranks, params, run.shard_size, args.batch_size)
+    evaluate = in_parallel(errors, SHARD, ranks)
     t_test = 1 + np.arange(len(x_test)) * args.T // len(x_test)  # not at random, but evenly from 1 to T
     test_batch = (x_test, t_test, rng_for(args.seed, TEST).standard_normal(x_test.shape, dtype=np.float32), *test[1:])
 
@@ -88,18 +83,23 @@ def main(argv=None):
     if prior_kl > 0.5:
         print("warning: x_T still shows the image, but sampling starts from pure noise: expect poor samples")
 
-    with run:
+    with ranks, run:  # from here on, each of several ranks runs the same lines
         for epoch in run.epochs():
             for step, (images, *labels) in run.minibatches():
                 batch = diffusion.draw_batch(schedule, scale(images, -1, 1), run.rng)  # Algorithm 1, lines 2 to 4
                 batch += tuple(improved.drop_some(given, run.rng) for given in labels)  # with --classes
-                value, means = differentiate(batch)  # line 5: the gradient, and the step along it
-                take_step(step, cosine_decay(step, run.total_steps, args.lr))
-                run.record(value, means)
+                value, terms, gradient = value_and_grad(params, batch)  # line 5: the gradient, and the step along it
+                if step % 100 == 0:
+                    flush_denormals(ranks.own(moments))
+                optimiser_step(params, gradient, moments, step, cosine_decay(step, run.total_steps, args.lr))
+                ema_step(ranks.own(arrays["ema"]), params, step, args.ema)
+                if step == early_step and "early" in arrays:
+                    tree.map(np.copyto, ranks.own(arrays["early"]), arrays["ema"])
+                run.record(value, terms)
 
             test_loss = float(evaluate(*(part[::5] for part in test_batch)).mean(dtype=np.float64))  # of a fifth
             summary = f"loss: train {run.epoch_means['loss']:.5f}, test {test_loss:.5f}"
-            x = draw(model, 32, args.seed, workers, guidance=0)  # from the same noise each time, and as samples.png
+            x = draw(model, 32, args.seed, ranks, guidance=0)  # from the same noise each time, and as samples.png
             plots.save(plots.grid(x, 8, f"preview after epoch {epoch}", 0, 255), args.out / "preview.png")
             run.end_epoch({"train": run.epoch_means, "test": {"loss": test_loss}}, summary)
 
@@ -110,9 +110,9 @@ def main(argv=None):
         plots.save(plots.ddpm_loss(run.log, t_test, test_errors, args.T), args.out / "loss.png")
 
         draw_paths(model, x_test[:1], args.seed, args.out)
-        plots.save(plots.grid(draw(model, 64, args.seed, workers), 8, "samples", 0, 255), args.out / "samples.png")
+        plots.save(plots.grid(draw(model, 64, args.seed, ranks), 8, "samples", 0, 255), args.out / "samples.png")
         if args.classes:
-            plots.save(classes(model, args.seed, workers), args.out / "classes.png")
+            plots.save(classes(model, args.seed, ranks), args.out / "classes.png")
         print(f"figures and numbers are in {args.out}")
 
 

@@ -11,19 +11,18 @@ from functools import partial
 
 from scratchgen import tree, vae  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, scale
-from scratchgen.gradients import in_parallel, sharded_training
 from scratchgen.machinery import cli, plots
+from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
 from scratchgen.machinery.training import INIT, SAMPLES, TEST, Run, rng_for
-from scratchgen.machinery.workers import Workers
 from scratchgen.muon import muon_step
-from scratchgen.optim import adam_step, cosine_decay, init_moments
+from scratchgen.optim import adam_step, cosine_decay, flush_denormals, init_moments
 
 import numpy as np
 
 EPOCHS = {"mlp": 22, "gated": 12, "conv": 7}  # by default
 OPTIMISER_STEP = {"mlp": adam_step, "gated": muon_step, "conv": muon_step}  # Muon does not help the dense ReLU network
 COLUMNS = [f"{part}_{name}" for part in ("train", "test") for name in ("elbo", "reconstruction", "kl")]  # of the log
-SHARD = 64  # test images that one worker measures at a time
+SHARD = 64  # test images that one rank measures at a time
 
 
 def parse_arguments(argv):
@@ -42,7 +41,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    data, workers = load_fashion_mnist(args.data, labels=False), Workers(args.workers)
+    data, ranks = load_fashion_mnist(args.data, labels=False), ranks_for(args.workers)
     train_images = cli.first_images(data["train_images"], args.train_images)
     x_test = scale(data["test_images"], 0, 1)
     eps_test = rng_for(args.seed, TEST).standard_normal((len(x_test), args.latent_dim), dtype=np.float32)
@@ -50,8 +49,9 @@ def main(argv=None):
     init, encode, decode = vae.VAES[args.arch]
     params = init(rng_for(args.seed, INIT), args.latent_dim)
     arrays = {"params": params, "moments": init_moments(params)}
-    run = Run("vae", args, (train_images, data["test_images"]), arrays, workers, COLUMNS)
-    params, optimiser_step = run.arrays["params"], OPTIMISER_STEP[args.arch]  # in memory that all workers see
+    run = Run("vae", args, (train_images, data["test_images"]), arrays, ranks, COLUMNS)
+    params, moments = run.arrays["params"], run.arrays["moments"]  # in memory that all ranks see
+    optimiser_step = OPTIMISER_STEP[args.arch]
 
     def loss(params, batch):  # batch is (x, eps): every random number is drawn before, so that the loss is pure
         return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, args.beta)
@@ -59,21 +59,20 @@ def main(argv=None):
     def both_terms(x, eps):  # -> (N, 2)
         return np.stack(vae.elbo_terms(partial(encode, params), partial(decode, params), (x, eps)), axis=1)
 
-    def update(arrays, gradient, step, lr):  # of all the weights, or of those that one of several workers steps
-        optimiser_step(arrays["params"], gradient, arrays["moments"], step, lr)
-
-    differentiate, take_step = sharded_training(loss, update, run.arrays, run.shard_size, workers)
-    evaluate = in_parallel(both_terms, SHARD, workers)
+    value_and_grad = sharded(loss, ranks, params, run.shard_size, args.batch_size)
+    evaluate = in_parallel(both_terms, SHARD, ranks)
 
     print(f"VAE {args.arch}: {tree.size(params):,} parameters, {len(train_images):,} training images")
-    with run:
+    with ranks, run:  # from here on, each of several ranks runs the same lines
         for _epoch in run.epochs():
             for step, images in run.minibatches():
                 x = scale(images, 0, 1)
                 eps = run.rng.standard_normal((len(x), args.latent_dim), dtype=np.float32)
-                value, means = differentiate((x, eps))
-                take_step(step, cosine_decay(step, run.total_steps, args.lr))
-                run.record(value, means)
+                value, terms, gradient = value_and_grad(params, (x, eps))
+                if step % 100 == 0:
+                    flush_denormals(ranks.own(moments))
+                optimiser_step(params, gradient, moments, step, cosine_decay(step, run.total_steps, args.lr))
+                run.record(value, terms)
 
             reconstruction, kl = evaluate(x_test, eps_test).mean(axis=0, dtype=np.float64).tolist()
             train = {"elbo": run.epoch_means["reconstruction"] - run.epoch_means["kl"]} | run.epoch_means
@@ -97,7 +96,7 @@ def main(argv=None):
         plots.save(plots.interpolation(images_from, mu[:8], mu[8:16]), args.out / "interpolation.png")
         z = rng_for(args.seed, SAMPLES).standard_normal((100, args.latent_dim), dtype=np.float32)
         plots.save(plots.grid(images_from(z), 10, "decoded from z ~ N(0, I)"), args.out / "samples.png")
-        kl = in_parallel(lambda x: vae.kl_per_dimension(*encode(params, x)), SHARD, workers)(x_test).mean(axis=0)
+        kl = in_parallel(lambda x: vae.kl_per_dimension(*encode(params, x)), SHARD, ranks)(x_test).mean(axis=0)
         i, j = args.latents or sorted(np.argsort(kl)[-2:].tolist())
         plots.save(plots.plot_latents(images_from, args.latent_dim, i, j), args.out / f"latents_{i}_{j}.png")
         print(f"figures and numbers are in {args.out}")

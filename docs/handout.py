@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = {  # question -> file and the functions in it that are to be written, in a good order
     4: [
         ("scratchgen/vae.py", ["reparameterise", "kl_per_dimension", "elbo_terms", "mlp_encode", "mlp_decode"]),
-        ("scratchgen/ops.py", ["bernoulli_log_likelihood_vjp"]),
+        ("scratchgen/ops.py", ["bernoulli_log_likelihood"]),
     ],
     5: [("scratchgen/vae.py", ["negative_elbo"])],
     6: [("scratchgen/machinery/plots.py", ["plot_latents"])],

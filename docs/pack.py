@@ -20,7 +20,7 @@ from scratchgen import tree  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, scale
 from scratchgen.evaluate import classifier, load, metrics, samples
 from scratchgen.machinery import checkpoint, cli, files
-from scratchgen.machinery.workers import Workers
+from scratchgen.machinery.parallel import ranks_for
 
 import numpy as np
 
@@ -44,19 +44,20 @@ def main(argv=None):
         with files.replacing(target) as temporary:
             np.savez_compressed(temporary, config=np.array(json.dumps(config)), **packed)
 
-    test, workers = load_fashion_mnist(args.data)["test_images"], Workers(args.workers)
+    test, ranks = load_fashion_mnist(args.data)["test_images"], ranks_for(args.workers)
     features = partial(classifier.features, classifier.load_classifier())
 
     def features_of(images):
-        return samples.over_images(lambda x: features(scale(x, 0, 1)), [images], 32, workers, "features")
+        return samples.over_images(lambda x: features(scale(x, 0, 1)), [images], 32, ranks, "features")
 
-    real = features_of(test)
-    for name in load.TRAINED:
-        before, after = (
-            metrics.frechet_distance(features_of(samples.draw(model, len(test), 0, workers)), real)
-            for model in (load.load_run(args.runs / name), load.load_trained(name))
-        )
-        print(f"{name:<14} Frechet distance of {len(test):,}: {before:.2f} as trained, {after:.2f} rounded")
+    with ranks:
+        real = features_of(test)
+        for name in load.TRAINED:
+            before, after = (
+                metrics.frechet_distance(features_of(samples.draw(model, len(test), 0, ranks)), real)
+                for model in (load.load_run(args.runs / name), load.load_trained(name))
+            )
+            print(f"{name:<14} Frechet distance of {len(test):,}: {before:.2f} as trained, {after:.2f} rounded")
 
 
 def pack(kind, params):

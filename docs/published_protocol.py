@@ -16,17 +16,16 @@ from scratchgen import tree, vae  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, scale
 from scratchgen.evaluate.metrics import active_units
 from scratchgen.evaluate.reports import importance_weighted_bound
-from scratchgen.gradients import in_parallel, sharded_training
 from scratchgen.machinery import cli, plots
+from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
 from scratchgen.machinery.training import INIT, TEST, Run, rng_for
-from scratchgen.machinery.workers import Workers
 from scratchgen.muon import muon_step
-from scratchgen.optim import cosine_decay, init_moments
+from scratchgen.optim import cosine_decay, flush_denormals, init_moments
 
 import numpy as np
 
 EPOCHS = {"gated": 700, "mlp": 700, "conv": 700}  # by default
-SHARD = 64  # images that one worker measures at a time
+SHARD = 64  # images that one rank measures at a time
 HELD_OUT = 5  # what random numbers are for, beside those of `training`
 
 
@@ -67,7 +66,7 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    data, workers = load_fashion_mnist(args.data, labels=False), Workers(args.workers)
+    data, ranks = load_fashion_mnist(args.data, labels=False), ranks_for(args.workers)
     train_images = cli.first_images(data["train_images"], args.train_images)
     if args.hold_out >= len(train_images):
         raise cli.UsageError(f"--hold-out {args.hold_out} leaves none of {len(train_images)} images to train on")
@@ -80,21 +79,18 @@ def main(argv=None):
     arrays = {"params": params, "moments": init_moments(params), "best": tree.map(np.copy, params)}
     columns = [f"{part}_{name}" for part in ("train", "test") for name in ("elbo", "reconstruction", "kl")]
     columns += ["held_out_elbo"]
-    run = Run("vae on binarised pixels", args, (train_images, data["test_images"]), arrays, workers, columns)
-    params, best = run.arrays["params"], run.arrays["best"]
-    beta = workers.share(np.ones(1, np.float32))  # of the warm-up: it changes, and the workers must see it
+    run = Run("vae on binarised pixels", args, (train_images, data["test_images"]), arrays, ranks, columns)
+    params, moments, best = (run.arrays[name] for name in ("params", "moments", "best"))
+    beta = np.float32(1)  # of the warm-up
 
     def loss(params, batch):
-        return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, beta[0])
+        return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, beta)
 
     def both_terms(x, eps):  # -> (N, 2)
         return np.stack(vae.elbo_terms(partial(encode, params), partial(decode, params), (x, eps)), axis=1)
 
-    def update(arrays, gradient, step, lr):  # of all the weights, or of those that a worker steps
-        muon_step(arrays["params"], gradient, arrays["moments"], step, lr, args.weight_decay)
-
-    differentiate, take_step = sharded_training(loss, update, run.arrays, run.shard_size, workers)
-    evaluate = in_parallel(both_terms, SHARD, workers)
+    value_and_grad = sharded(loss, ranks, params, run.shard_size, args.batch_size)
+    evaluate = in_parallel(both_terms, SHARD, ranks)
 
     def means(x):  # with the same eps after each epoch
         eps = rng_for(args.seed, TEST).standard_normal((len(x), args.latent_dim), dtype=np.float32)
@@ -103,14 +99,17 @@ def main(argv=None):
 
     print(f"VAE {args.arch}, binarised pixels: {tree.size(params):,} parameters")
     print(f"{len(train_images):,} training images, {args.hold_out:,} held out")
-    with run:
+    with ranks, run:
         for _epoch in run.epochs():
             for step, images in run.minibatches():
                 x = binarise(images, run.rng)
                 eps = run.rng.standard_normal((len(x), args.latent_dim), dtype=np.float32)
-                beta[0] = min(1, step / max(1, args.warm_up * run.steps_per_epoch))
-                value, terms = differentiate((x, eps))
-                take_step(step, cosine_decay(step, run.total_steps, args.lr))
+                beta = np.float32(min(1, step / max(1, args.warm_up * run.steps_per_epoch)))
+                value, terms, gradient = value_and_grad(params, (x, eps))
+                if step % 100 == 0:
+                    flush_denormals(ranks.own(moments))
+                lr = cosine_decay(step, run.total_steps, args.lr)
+                muon_step(params, gradient, moments, step, lr, args.weight_decay)
                 run.record(value, terms)
 
             train = {"elbo": run.epoch_means["reconstruction"] - run.epoch_means["kl"]} | run.epoch_means
@@ -128,7 +127,7 @@ def main(argv=None):
         numbers = {name: row[f"test_{name}"] for name in ("elbo", "reconstruction", "kl")} | {"active_units": active}
         run.write_metrics(numbers, best)  # before what takes ten minutes
         networks = partial(encode, best), partial(decode, best)
-        bound = importance_weighted_bound(*networks, x_test, args.iwae, args.seed, workers)
+        bound = importance_weighted_bound(*networks, x_test, args.iwae, args.seed, ranks)
         run.write_metrics(numbers | {f"iwae_{args.iwae}": bound}, best)
         print(f"{active} of {args.latent_dim} latent dimensions active")
         print(f"log p(x) is at least {bound:.2f} nats: the importance-weighted bound, {args.iwae:,} samples an image")

@@ -13,11 +13,10 @@ from pathlib import Path
 from scratchgen import tree  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, minibatches, scale
 from scratchgen.evaluate.classifier import WEIGHTS, init_classifier, logits
-from scratchgen.gradients import in_parallel, sharded_training
 from scratchgen.machinery import checkpoint, cli
+from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
 from scratchgen.machinery.training import check_finite, rng_for
-from scratchgen.machinery.workers import Workers
-from scratchgen.optim import adam_step, cosine_decay, init_moments
+from scratchgen.optim import adam_step, cosine_decay, flush_denormals, init_moments
 
 import autograd.numpy as np
 from autograd.tracer import getval
@@ -32,7 +31,8 @@ def cross_entropy(params, batch):
     scores = logits(params, x)
     scores = scores - getval(scores).max(axis=1, keepdims=True)  # changes no difference, and exp cannot overflow
     log_p = scores - np.log(np.sum(np.exp(scores), axis=1, keepdims=True))
-    return np.sum(log_p[np.arange(len(labels)), labels]) * (-1 / len(labels))
+    loss = np.sum(log_p[np.arange(len(labels)), labels]) * (-1 / len(labels))
+    return loss, {}
 
 
 def main(argv=None):
@@ -44,28 +44,27 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.out.is_dir():
         parser.error(f"--out {args.out} is a folder")
-    data, workers = load_fashion_mnist(args.data), Workers(args.workers)
+    data, ranks = load_fashion_mnist(args.data), ranks_for(args.workers)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     images, labels = data["train_images"], data["train_labels"]
     x_test, labels_test = scale(data["test_images"], 0, 1), data["test_labels"]
 
     params = init_classifier(rng_for(args.seed, 0))
-    arrays = workers.share({"params": params, "moments": init_moments(params)})
-    params = arrays["params"]
-
-    def update(arrays, gradient, step, lr):  # of all the weights, or of those that a worker steps
-        adam_step(arrays["params"], gradient, arrays["moments"], step, lr)
-
-    differentiate, take_step = sharded_training(cross_entropy, update, arrays, SHARD, workers)
-    logits_of = in_parallel(partial(logits, params), SHARD, workers)
+    params, moments = ranks.share((params, init_moments(params)))
+    value_and_grad = sharded(cross_entropy, ranks, params, SHARD, BATCH)
+    logits_of = in_parallel(partial(logits, params), SHARD, ranks)
     total_steps, step, began = EPOCHS * math.ceil(len(images) / BATCH), 0, time.monotonic()
-    with cli.progress(EPOCHS * len(images)) as bar:
+    with ranks, cli.progress(EPOCHS * len(images)) as bar:
         for epoch in range(EPOCHS):
             for rows in minibatches(np.arange(len(images)), BATCH, rng_for(args.seed, 1, epoch)):
                 step += 1
-                loss = differentiate((scale(images[rows], 0, 1), labels[rows]))
+                loss, _, gradient = value_and_grad(params, (scale(images[rows], 0, 1), labels[rows]))
                 check_finite(loss, step)
-                take_step(step, cosine_decay(step, total_steps, LR))
+                if step % 100 == 0:
+                    flush_denormals(ranks.own(moments))
+                adam_step(params, gradient, moments, step, cosine_decay(step, total_steps, LR))
+                ranks.from_owners(params)
+                ranks.barrier()
                 bar.update(len(rows))
             accuracy = (logits_of(x_test).argmax(axis=1) == labels_test).mean()
             seconds = time.monotonic() - began

@@ -10,6 +10,8 @@ Dimensions: N images, H height, W width, C channels. Images are (N, H, W, C) in 
 eps_theta(x_t, t) is any function that predicts the noise in x_t. Equation numbers are the paper's.
 """
 
+from scratchgen.ops import mean
+
 import autograd.numpy as np  # NumPy with functions that autograd can record
 
 # ------------------------------------------------------------------------------------------------------------ schedules
@@ -100,8 +102,7 @@ def simple_loss(eps_theta, schedule, batch):
     """L_simple of Eq. (14) for a batch (x_0, t, eps), per pixel: predicting zero gives 1 on average."""
     x_0, t, eps = batch
     x_t = q_sample(schedule, x_0, t, eps)
-    errors = squared_errors(eps, eps_theta(x_t, t))
-    return np.sum(errors) * (1 / len(errors))  # not np.mean, which would turn float32 into float64 under autograd
+    return mean(squared_errors(eps, eps_theta(x_t, t)))
 
 
 def squared_errors(eps, prediction):

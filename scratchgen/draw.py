@@ -22,7 +22,7 @@ from scratchgen.evaluate.load import VAERun, load_run, load_trained
 from scratchgen.evaluate.samples import draw, save_images
 from scratchgen.improved import SAMPLERS
 from scratchgen.machinery import cli, plots
-from scratchgen.machinery.workers import Workers
+from scratchgen.machinery.parallel import ranks_for
 
 import numpy as np
 
@@ -86,7 +86,8 @@ def main(argv=None):
         title = f"{sampler}, {steps} steps" + (f", w = {w:g}" if w else "") + f", {title}"
 
     labels = None if args.classes is None else np.array(args.classes)[np.arange(args.n) * len(args.classes) // args.n]
-    images = draw(model, args.n, args.seed, Workers(args.workers), labels, **how)
+    with ranks_for(args.workers) as ranks:
+        images = draw(model, args.n, args.seed, ranks, labels, **how)
     shown, columns = images[:SHOWN], math.ceil(math.sqrt(min(args.n, SHOWN)))
     shown = np.pad(shown, [(0, -len(shown) % columns), (0, 0), (0, 0), (0, 0)])  # the last row is black at its end
     plots.save(plots.grid(shown, columns, title, 0, 255), args.out)

@@ -14,6 +14,7 @@ import warnings
 from functools import partial
 
 from scratchgen.diffusion import at, predict_x_0, q_sample, squared_errors
+from scratchgen.ops import mean
 
 import autograd.numpy as np  # NumPy with functions that autograd can record
 
@@ -115,7 +116,7 @@ def weighted_loss(eps_theta, schedule, batch):
     x_t = q_sample(schedule, x_0, t, eps)
     errors = squared_errors(eps, eps_theta(x_t, t))
     weights = (1 / schedule["sqrt_alpha_bar"][t]).astype(np.float32)
-    return np.sum(weights * errors) * (1 / len(t)), {"loss": np.sum(errors) * (1 / len(t))}
+    return mean(weights * errors), {"loss": mean(errors)}
 
 
 # -------------------------------------------------------------------------------------------- samplers with fewer steps

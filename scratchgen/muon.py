@@ -5,7 +5,7 @@ and what steps the gated and the convolutional VAE. Bought: a Frechet distance o
 import math
 
 from scratchgen import tree
-from scratchgen.optim import adam_step, flush
+from scratchgen.optim import adam_step
 
 import numpy as np
 
@@ -31,18 +31,17 @@ def muon_step(params, gradient, moments, step, lr, weight_decay=0.0, momentum=0.
     only a few images call for decays.
     """
 
-    def update(p, g, m, v):
+    def update(g, p, m, v):
         if weight_decay and p.ndim >= 2:
             p *= 1 - lr * weight_decay
         if p.ndim < 2 or min(p.size // p.shape[-1], p.shape[-1]) not in MUON_SIDES:
             return adam_step(p, g, {"m": m, "v": v}, step, lr, beta2=beta2)  # an array is a tree of one leaf
-        flush(step, m)
         m *= momentum
         m += g
         direction = orthogonalise((g + momentum * m).reshape(-1, p.shape[-1]))
         p -= lr * 0.2 * math.sqrt(max(direction.shape)) * direction.reshape(p.shape)
 
-    tree.map(update, params, gradient, moments["m"], moments["v"])
+    tree.map(update, gradient, params, moments["m"], moments["v"])
 
 
 def orthogonalise(G, iterations=5):

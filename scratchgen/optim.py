@@ -25,8 +25,7 @@ def adam_step(params, gradient, moments, step, lr, beta1=0.9, beta2=0.999, epsil
     correction = math.sqrt(1 - beta2**step)  # of v, taken out of the square root: so it costs no pass over memory
     rate = lr * correction / (1 - beta1**step)
 
-    def update(p, g, m, v):
-        flush(step, m, v)
+    def update(g, p, m, v):
         change = g - m  # m + (1 - beta1) (g - m) is the same average, in fewer passes; all in one temporary array
         change *= 1 - beta1
         m += change
@@ -40,18 +39,18 @@ def adam_step(params, gradient, moments, step, lr, beta1=0.9, beta2=0.999, epsil
         change *= rate
         p -= change
 
-    tree.map(update, params, gradient, moments["m"], moments["v"])
+    tree.map(update, gradient, params, moments["m"], moments["v"])
 
 
-def flush(step, *moments):
-    """Set to 0 what is below 1.2e-38, the smallest of float32's normal numbers; every hundredth step is often enough.
+def flush_denormals(arrays):
+    """Set to 0, in place, what is below 1.2e-38, the smallest of float32's normal numbers.
 
     The gradient of a weight behind a ReLU that is off for all images stays 0, and its moments decay to denormal numbers
     and remain there. A processor can take a hundred cycles for one of those, and whole layers of them halve the speed.
+    Once every hundred steps is often enough.
     """
-    if step % 100 == 0:
-        for moment in moments:
-            moment[np.abs(moment) < np.finfo(np.float32).tiny] = 0
+    for array in tree.leaves(arrays):
+        array[np.abs(array) < np.finfo(np.float32).tiny] = 0
 
 
 def cosine_decay(step, total_steps, peak):

@@ -1,11 +1,14 @@
 """Trees: nested dicts, lists and tuples whose leaves are arrays (or anything else that is not a container).
 
-Parameters, gradients, optimiser moments and minibatches are all trees, so that one ``map`` serves them all.
+Parameters, gradients, optimiser moments and minibatches are all trees, so that one ``map`` serves them all. None is a
+tree without leaves.
 """
 
 
 def leaves(tree):
     """The leaves in order: dicts in insertion order, lists and tuples by position."""
+    if tree is None:
+        return []
     if isinstance(tree, dict):
         return [leaf for child in tree.values() for leaf in leaves(child)]
     if isinstance(tree, (list, tuple)):
@@ -15,15 +18,19 @@ def leaves(tree):
 
 def map(f, tree, *others):  # noqa: A001  always called as tree.map
     """``f`` applied to each leaf of ``tree`` and the leaves at the same place in ``others``; same structure."""
+    if tree is None:
+        return None
     if isinstance(tree, dict):
-        return {key: map(f, child, *(other[key] for other in others)) for key, child in tree.items()}
+        return {key: map(f, child, *[other[key] for other in others]) for key, child in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map(f, *children) for children in zip(tree, *others, strict=True))
+        return type(tree)([map(f, *children) for children in zip(tree, *others, strict=True)])
     return f(tree, *others)
 
 
 def names(tree, prefix=""):
     """The path of each leaf, in the order of ``leaves``: ``{"w": a, "b": [c, d]}`` -> ``["w", "b/0", "b/1"]``."""
+    if tree is None:
+        return []
     if isinstance(tree, dict):
         children = tree.items()
     elif isinstance(tree, (list, tuple)):
@@ -31,15 +38,6 @@ def names(tree, prefix=""):
     else:
         return [prefix]
     return [name for key, child in children for name in names(child, f"{prefix}/{key}" if prefix else str(key))]
-
-
-def part(tree, wanted):
-    """The tree without those leaves for which ``wanted``, an iterator of truth values, is false."""
-    if isinstance(tree, dict):
-        return {key: kept for key, child in tree.items() if (kept := part(child, wanted)) is not None}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(kept for child in tree if (kept := part(child, wanted)) is not None)
-    return tree if next(wanted) else None
 
 
 def size(tree):

@@ -15,7 +15,7 @@ First the bound, which takes encoder and decoder as functions; below it the pair
 from functools import partial
 
 from scratchgen.layers import conv, dense, init_conv, init_dense, init_mlp, mlp
-from scratchgen.ops import bernoulli_log_likelihood, depth_to_space, glu, relu, sigmoid, space_to_depth
+from scratchgen.ops import bernoulli_log_likelihood, depth_to_space, glu, mean, relu, sigmoid, space_to_depth
 
 import autograd.numpy as np  # NumPy with functions that autograd can record
 
@@ -50,9 +50,7 @@ def negative_elbo(encode, decode, batch, beta=1.0):
     below 1 no bound at all.
     """
     reconstruction, kl = elbo_terms(encode, decode, batch)
-    N = len(kl)
-    # A sum times 1 / N, here and elsewhere, since the gradient of autograd's mean turns float32 into float64.
-    reconstruction, kl = np.sum(reconstruction) * (1 / N), np.sum(kl) * (1 / N)
+    reconstruction, kl = mean(reconstruction), mean(kl)
     return beta * kl - reconstruction, {"reconstruction": reconstruction, "kl": kl}
 
 

@@ -12,7 +12,7 @@ import run_ddpm
 import run_vae
 from scratchgen import diffusion
 from scratchgen.data import load_fashion_mnist
-from scratchgen.machinery import cli
+from scratchgen.machinery import cli, parallel
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def load(path):
 @pytest.fixture(scope="session", autouse=True)
 def signals_arrive():
     """Started by nohup, or by a script in the background, pytest and all that it starts would ignore some of them."""
-    for number in cli.STOP_SIGNALS:
+    for number in parallel.STOP_SIGNALS:
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 

@@ -34,8 +34,16 @@ MODULES = {  # file -> the tests tried first
     "scratchgen/improved.py": ("improved",),
     "scratchgen/evaluate/metrics.py": ("metrics", "answers"),
     "scratchgen/optim.py": ("optim",),
-    "scratchgen/gradients.py": ("gradients", "workers"),
+    "scratchgen/muon.py": ("muon", "optim"),
+    "scratchgen/gradients.py": ("gradients",),
     "scratchgen/ops.py": ("ops", "layers"),
+    "scratchgen/machinery/blas.py": ("blas", "ops"),
+    "scratchgen/machinery/parallel.py": ("parallel", "gradients"),
+}
+FUNCTIONS = {  # of these files, which do other things besides, only what computes, or divides up what is computed
+    "scratchgen/machinery/blas.py": {"has_small_kernels", "tile", "product"},
+    "scratchgen/machinery/parallel.py": {"map", "divide", "owners", "own"}
+    | {"shards", "images_of", "sharded", "in_parallel"},
 }
 OTHERS = (*(Path(file).stem for file in MODULES), "homework", "answers", "muon", "layers", "denoisers")  # and then
 SECONDS = 300  # for the tests of one mutant
@@ -49,22 +57,19 @@ EQUIVALENT = {  # module, beginning of the change ("" for any), beginning of its
     ("metrics", "0 -> 1", "flip ="): "the same",
     ("metrics", "x ", "above[x > 1 - half]"): "no grey level lies just there",
     ("gradients", "0 -> 1", "TRACE ="): "any number will do",
-    ("gradients", "0 -> 1", "room, parts, count ="): "count is set before it is read",
     ("gradients", "False -> True", "outgrads ="): "nothing is ever added to the gradient of the end itself",
     ("gradients", "True -> False", "for "): "both are equally long; strict is there in case they are not",
-    ("gradients", "parts[part] ->", "some_arrays,"): "all parts are stepped, in whatever order",
-    ("ops", "K < 32", "if not SMALL_KERNELS or"): FASTER,
-    ("ops", "32 -> 33", "if not SMALL_KERNELS or"): FASTER,
-    ("ops", "", "limit = min("): FASTER,
-    ("ops", "", "sizes ="): FASTER,
-    ("ops", "", "transposed ="): FASTER,
-    ("ops", "", "if transposed and M > 512"): FASTER,
-    ("ops", "", "b, transposed = np.ascontiguousarray"): FASTER,
+    ("blas", "K < 32", "if not SMALL_KERNELS or"): FASTER,
+    ("blas", "32 -> 33", "if not SMALL_KERNELS or"): FASTER,
+    ("blas", "", "limit = min("): FASTER,
+    ("blas", "", "sizes ="): FASTER,
+    ("blas", "", "transposed ="): FASTER,
+    ("blas", "", "if transposed and M > 512"): FASTER,
+    ("blas", "", "b, transposed = np.ascontiguousarray"): FASTER,
     ("ops", "np.ascontiguousarray", "dk ="): FASTER,
     ("ops", "", "y += along_row(b"): BROADCAST,
     ("ops", "", "return np.repeat("): BROADCAST,
     ("ops", "2 -> 3", "strips ="): "room that no window reaches",
-    ("ops", "0 -> 1", "if k.shape[0] != k.shape[1] or"): "the two are equal there",
 }
 
 SWAPS = {
@@ -74,8 +79,10 @@ SWAPS = {
 }  # fmt: skip
 
 
-def changes(source):
-    """Every (start, end, text) of a source that makes a mutant: the characters to replace, and by what."""
+def changes(source, functions=None):
+    """Every (start, end, text) of a source that makes a mutant: the characters to replace, and by what.
+
+    With ``functions``, only in functions and methods of these names."""
     starts = [0]
     for line in source.encode().splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -125,7 +132,10 @@ def changes(source):
                 yield *span(child.test), f"not ({text(child.test)})"
             yield from visit(child)
 
-    yield from visit(ast.parse(source))
+    module = ast.parse(source)
+    for node in ast.walk(module) if functions else [module]:
+        if node is module and not functions or isinstance(node, ast.FunctionDef) and node.name in functions:
+            yield from visit(node)
 
 
 def mutants(only, every):
@@ -136,7 +146,7 @@ def mutants(only, every):
             continue
         source = (ROOT / file).read_bytes()
         seen = {}
-        for start, end, new in changes(source.decode()):
+        for start, end, new in changes(source.decode(), FUNCTIONS.get(file)):
             line = source[source.rfind(b"\n", 0, start) + 1 :].split(b"\n")[0].decode().strip()
             old = " ".join(source[start:end].decode().split())
             name = f"{Path(file).stem}: {old} -> {' '.join(new.split())} | {line}"

@@ -87,7 +87,7 @@ def test_question_1_beta_trades_one_term_for_the_other(rng):
         moments = init_moments(params)
         for step in range(1, 301):
             batch = x, noise.standard_normal((64, 2), dtype=np.float32)
-            (_, parts), gradient = value_and_grad(small_vae)(params, batch, beta)
+            _, parts, gradient = value_and_grad(small_vae)(params, batch, beta)
             adam_step(params, gradient, moments, step, 0.02)
         terms.append((parts["kl"], parts["reconstruction"]))
     (kl_0, first_0), (kl_1, first_1), (kl_20, first_20) = terms

@@ -12,7 +12,7 @@ from pathlib import Path
 import run_ddpm
 import run_vae
 from scratchgen.data import DataError
-from scratchgen.machinery import cli
+from scratchgen.machinery import cli, parallel
 from scratchgen.machinery.checkpoint import CheckpointError
 from scratchgen.machinery.files import FolderInUse
 
@@ -169,12 +169,20 @@ def test_a_bar_starts_no_thread_that_a_fork_would_lose(monkeypatch):
         assert threading.active_count() == before and cli.tqdm.monitor_interval == 0
 
 
+def test_only_rank_0_shows_a_bar(monkeypatch):
+    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", rank)
+        with cli.progress(10) as bar:
+            assert bar.disable == (rank > 0)
+
+
 def test_a_message_with_line_ends_in_it_is_one_line_still(finish):
     status, stderr = finish(raising(cli.UsageError("a folder\nnamed\r\nso: found nothing")))
     assert status == 2 and stderr.count("\n") == 1 and "a folder named so: found nothing" in stderr
 
 
-@pytest.mark.parametrize("number", cli.STOP_SIGNALS)
+@pytest.mark.parametrize("number", parallel.STOP_SIGNALS)
 def test_every_program_ends_in_one_line_when_it_is_told_to_and_cleans_up(number, finish):
     usual, cleaned = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL, []
     before = signal.signal(number, usual)

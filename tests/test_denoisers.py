@@ -4,8 +4,8 @@ from functools import partial
 
 from scratchgen import diffusion, improved, tree
 from scratchgen.denoisers import DENOISERS, init_mlp_denoiser, init_unet, mlp_denoiser, unet
-from scratchgen.gradients import in_parallel, sharded_training, value_and_grad
-from scratchgen.machinery.workers import Workers
+from scratchgen.gradients import value_and_grad
+from scratchgen.machinery.parallel import Ranks, in_parallel, sharded
 from scratchgen.optim import adam_step, init_moments
 
 import numpy as np
@@ -75,7 +75,9 @@ def test_each_image_is_treated_on_its_own(rng, arch, additions):
     init, network = DENOISERS[arch]
     params, (x, t) = shaken(rng, improved.init_denoiser(init, rng, additions)), what_it_sees(rng, 6, additions)
     f = partial(network, params)
-    np.testing.assert_allclose(in_parallel(f, 2, Workers(2))(x, t), f(x, t), rtol=1e-3, atol=1e-4)
+    with Ranks(2) as ranks:
+        found = in_parallel(f, 2, ranks)(x, t)
+    np.testing.assert_allclose(found, f(x, t), rtol=1e-3, atol=1e-4)
 
 
 @each_network
@@ -130,21 +132,22 @@ def test_the_unet_uses_both_halves_of_its_joins(rng, half):
     assert np.abs(unet(params, x, t) - before).max() > 1e-3
 
 
-def test_unet_gradient_has_the_same_bits_for_any_number_of_workers(rng):
-    def keep(arrays, gradient):
-        tree.map(np.copyto, arrays["gradient"], gradient)
+def test_unet_gradient_has_the_same_bits_for_any_number_of_ranks(rng):
+    def loss(params, batch):
+        return loss_of(unet)(params, batch), {}
 
     params, batch, results = shaken(rng, init_unet(rng, **WHOLE_UNET)), make_batch(rng, 11), []
     for n in (1, 2, 3):
-        workers = Workers(n)
-        arrays = workers.share({"params": params, "gradient": tree.map(np.zeros_like, params)})
-        differentiate, step = sharded_training(loss_of(unet), keep, arrays, 4, workers)
-        value = differentiate(batch)
-        step()
-        results.append((value, arrays["gradient"]))
-    for other in results[1:]:
-        for a, b in zip(tree.leaves(results[0]), tree.leaves(other), strict=True):
-            np.testing.assert_array_equal(a, b)
+        value_and_gradient = sharded(loss, ranks := Ranks(n), params, 4, 11)
+        with ranks:
+            value, _, gradient = value_and_gradient(params, batch)
+            owned = ranks.all_gather(dict(zip(tree.names(gradient), tree.leaves(gradient), strict=True)))
+        assert len(owned) == n and sum(map(len, owned)) == len(tree.leaves(params))  # each leaf is one rank's
+        results.append((value, {name: leaf for part in owned for name, leaf in part.items()}))
+    for value, gradient in results[1:]:
+        assert value == results[0][0]
+        for name in tree.names(params):
+            np.testing.assert_array_equal(gradient[name], results[0][1][name])
 
 
 @pytest.mark.parametrize("additions", [[], EVERYTHING["unet"]], ids=["none", "all"])

@@ -7,7 +7,7 @@ from scratchgen.data import CLASSES
 from scratchgen.evaluate import samples
 from scratchgen.evaluate.load import load_run, load_trained
 from scratchgen.machinery import cli, plots
-from scratchgen.machinery.workers import Workers
+from scratchgen.machinery.parallel import Ranks
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def drawn(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["vae", "ddpm"])
 def test_images_of_a_run_are_those_that_evaluation_would_draw(name, runs, drawn, tmp_path, capsys):
     images, title, shown, columns = drawn(runs / name, "-n", 11, "--seed", 3, "--workers", 2)
-    expected = samples.draw(load_run(runs / name), 11, 3, Workers(1))
+    expected = samples.draw(load_run(runs / name), 11, 3, Ranks(1))
     np.testing.assert_array_equal(images, expected[..., 0])
     assert images.dtype == np.uint8 and images.shape == (11, 28, 28)
     assert columns == 4 and len(shown) == 12 and shown[11].max() == 0  # 3 rows of 4
@@ -48,7 +48,7 @@ def test_images_of_a_run_are_those_that_evaluation_would_draw(name, runs, drawn,
 
 def test_the_sampler_is_the_one_that_is_asked_for(runs, drawn):
     images, title, *_ = drawn(runs / "ddpm", "-n", 5, "--sampler", "ddim", "--steps", 3, "--out", "elsewhere.png")
-    expected = samples.draw(load_run(runs / "ddpm"), 5, 0, Workers(1), sampler="ddim", steps=3)
+    expected = samples.draw(load_run(runs / "ddpm"), 5, 0, Ranks(1), sampler="ddim", steps=3)
     np.testing.assert_array_equal(images, expected[..., 0])
     assert title == "ddim, 3 steps, seed 0"
     guided, *_ = drawn(runs / "ddpm", "-n", 5, "--sampler", "ddim", "--steps", 3, "--guidance", 1)

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from scratchgen import tree
-from scratchgen.machinery import files
+from scratchgen.evaluate import samples
+from scratchgen.machinery import checkpoint, files, parallel, plots
 from scratchgen.machinery.files import FolderInUse
 
 import numpy as np
@@ -54,6 +55,48 @@ def test_the_log_is_one_row_an_epoch(tmp_path):
     assert (tmp_path / "log.csv").read_bytes() == b"epoch,test_elbo\n1,-240.25\n2,-239.5\n"
 
 
+def test_the_other_ranks_leave_it_to_rank_0_to_write(monkeypatch):
+    written = []
+
+    @files.by_rank_0
+    def write(name, number):
+        """A docstring."""
+        written.append((name, number))
+
+    for rank in (1, 0, 2):
+        monkeypatch.setattr(parallel, "rank", rank)
+        write("log", rank)
+    assert written == [("log", 0)] and write.__name__ == "write" and write.__doc__ == "A docstring."
+
+
+def test_nothing_is_written_moved_or_locked_but_by_rank_0(tmp_path, params, monkeypatch):
+    image = np.zeros((4, 28, 28, 1), np.float32)
+    writers = {
+        "log.csv": lambda path: files.write_log(path, [{"epoch": 1}]),
+        "metrics.json": lambda path: files.write_metrics(path, {"elbo": -240.0}, params),
+        "evaluation.json": lambda path: files.add_evaluation(path, params, "bound", {"bits": 4.0}, 0),
+        "checkpoint.npz": lambda path: checkpoint.save(path, params, {}),
+        "grid.png": lambda path: plots.save(plots.grid(image, 2, "grid"), path),
+        "sampling.gif": lambda path: plots.save_gif([image] * 2, 2, path),
+        "drawn.npz": lambda path: samples.save_images(path, image),
+    }
+    (tmp_path / "checkpoint.npz").write_bytes(b"an earlier run")
+    monkeypatch.setattr(parallel, "rank", 1)
+    with files.holding(tmp_path):
+        for name, write in writers.items():
+            write(tmp_path / name)
+        files.put_aside(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.npz"]
+    assert (tmp_path / "checkpoint.npz").read_bytes() == b"an earlier run"
+
+    monkeypatch.setattr(parallel, "rank", 0)
+    with files.holding(tmp_path):
+        files.put_aside(tmp_path)
+        for name, write in writers.items():
+            write(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {*writers, "earlier-1"}
+
+
 # -------------------------------------------------------------------------------------------------------- metrics.json
 
 
@@ -95,7 +138,7 @@ WEIGHTS = '{"weights": "%s", "evaluation": '
 @pytest.mark.parametrize(
     "content",
     [None, "", "[1]", "{}", '{"weights": "CRC-32 00000000"}', "7", "[" * 100_000, '{"weights": [], "a": NaN}']
-    + [WEIGHTS + '{}, "x": ' + "[" * 1200 + "]" * 1200 + "}"]
+    + [WEIGHTS + '{}, "x": ' + "[" * 200_000 + "]" * 200_000 + "}"]
     + [WEIGHTS + value for value in ("[]}", "7}", "null}", '{"iwae_50": []}}', '{"iwae_50": 7}}')],
 )
 def test_a_metrics_file_that_is_not_ours_counts_as_none(tmp_path, params, content):
@@ -103,6 +146,16 @@ def test_a_metrics_file_that_is_not_ours_counts_as_none(tmp_path, params, conten
     if content is not None:
         path.write_text(content.replace("%s", files.read_metrics(path, params)["weights"]))
     assert files.read_metrics(path, params).keys() == {"weights"}
+    files.add_evaluation(path, params, "iwae_50", {"log_likelihood": -235.0}, seed=0)
+    assert json.loads(path.read_text())["evaluation"]["iwae_50"] == {"log_likelihood": -235.0, "seed": 0}
+
+
+@pytest.mark.parametrize("depth", [500, 900, 1200, 3000])
+def test_however_deep_a_metrics_file_is_nested_what_is_measured_can_be_added(tmp_path, params, depth):
+    """Which depth can be read, and which of these be written, depends on Python: 3.12 reads 1200 and writes 900."""
+    path = tmp_path / "metrics.json"
+    text = WEIGHTS + '{}, "x": ' + "[" * depth + "]" * depth + "}"
+    path.write_text(text.replace("%s", files.read_metrics(path, params)["weights"]))
     files.add_evaluation(path, params, "iwae_50", {"log_likelihood": -235.0}, seed=0)
     assert json.loads(path.read_text())["evaluation"]["iwae_50"] == {"log_likelihood": -235.0, "seed": 0}
 
@@ -213,11 +266,11 @@ def test_a_folder_that_another_process_holds_is_refused(tmp_path):
 
 @needs_locks
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_worker_does_not_hold_the_folder_on(tmp_path):
+def test_a_forked_rank_does_not_hold_the_folder_on(tmp_path):
     reader, writer = os.pipe()
     with files.holding(tmp_path):
         pid = os.fork()
-        if pid == 0:  # the worker, which outlives the run
+        if pid == 0:  # the rank, which outlives the run
             os.close(writer)
             os.read(reader, 1)
             os._exit(0)

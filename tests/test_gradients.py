@@ -1,16 +1,11 @@
-"""Differentiation over trees, against autograd's own, and its parallel version, bit for bit."""
+"""Differentiation over trees, against autograd's own, and `op`, which makes primitives for it."""
 
-import os
+import threading
 from functools import partial
-from types import SimpleNamespace
 
-from scratchgen import denoisers, diffusion, improved, muon, ops, tree, vae
-from scratchgen.gradients import in_parallel, sharded_training, shards, value_and_grad
+from scratchgen import denoisers, diffusion, gradients, improved, ops, tree, vae
+from scratchgen.gradients import op, value_and_grad
 from scratchgen.layers import init_mlp, mlp
-from scratchgen.machinery import workers as workers_module
-from scratchgen.machinery.workers import Workers
-from scratchgen.muon import muon_step
-from scratchgen.optim import adam_step, init_moments
 
 import autograd
 import autograd.numpy as anp
@@ -18,6 +13,7 @@ import numpy as np
 import pytest
 from autograd.core import VJPNode
 from autograd.tracer import isbox
+from finite_differences import assert_gradients
 
 
 def mean_square(params, batch):
@@ -63,8 +59,9 @@ def test_further_numbers_come_back_as_plain_values(problem):
         value = mean_square(params, batch)
         return value, {"twice": 2 * value}
 
-    (value, more), _ = value_and_grad(loss)(*problem)
-    assert type(value) is np.float32 and more["twice"] == 2 * value
+    value, more, gradient = value_and_grad(loss)(*problem)
+    assert type(value) is np.float32 and type(more["twice"]) is np.float32 and more["twice"] == 2 * value
+    assert_same_bits((value, gradient), value_and_grad(mean_square)(*problem))
 
 
 @pytest.mark.parametrize("loss", [lambda p: p, lambda p: 1.0, lambda p: anp.float64(2.0)])
@@ -102,14 +99,19 @@ def test_nothing_on_the_tape_of_a_training_step_is_float64(model, arch, addition
             loss_of = improved.weighted_loss if additions else diffusion.simple_loss
             return loss_of(partial(eps_theta, p), schedule, batch)
 
-    seen, init_node = set(), VJPNode.__init__
+    seen, init_node, new_box = set(), VJPNode.__init__, gradients.new_box
 
-    def record(node, value, *rest):
+    def record(node, value, *rest):  # of autograd's own primitives
         seen.add(value.dtype)
         init_node(node, value, *rest)
 
+    def record_box(value, *rest):  # of parameters and ours
+        seen.add(value.dtype)
+        return new_box(value, *rest)
+
     monkeypatch.setattr(VJPNode, "__init__", record)
-    _, gradient = value_and_grad(loss)(params, batch)
+    monkeypatch.setattr(gradients, "new_box", record_box)
+    *_, gradient = value_and_grad(loss)(params, batch)
     assert seen | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
 
 
@@ -155,181 +157,140 @@ def test_weight_multiplies_the_gradient_and_not_the_value(problem):
     assert_same_bits(weighted, tree.map(lambda g: np.float32(0.25) * g, gradient))
 
 
-def test_shards_cover_the_images_in_order():
-    assert shards(13, 4) == [slice(0, 4), slice(4, 8), slice(8, 12), slice(12, 13)]
-
-
-def trainer(loss, params, shard_size, workers, update=None):
-    """(differentiate, step, arrays); without another ``update``, a step leaves the gradient in arrays["gradient"]."""
-
-    def keep(arrays, gradient):
-        tree.map(np.copyto, arrays["gradient"], gradient)
-
-    arrays = {"params": params, "gradient": tree.map(np.zeros_like, params), "moments": init_moments(params)}
-    arrays = Workers.share(workers, tree.map(np.copy, arrays))
-    return *sharded_training(loss, update or keep, arrays, shard_size, workers), arrays
-
-
-def sharded_value_and_grad(loss, params, batch, shard_size, workers):
-    differentiate, step, arrays = trainer(loss, params, shard_size, Workers(workers))
-    value = differentiate(batch)
-    step()
-    return value, arrays["gradient"]
-
-
-def test_sharded_gradient_is_the_whole_one_up_to_rounding(problem):
-    value, gradient = value_and_grad(mean_square)(*problem)
-    found_value, found = sharded_value_and_grad(mean_square, *problem, 4, 1)  # 4 + 4 + 4 + 1 images
-    np.testing.assert_allclose(found_value, value, rtol=1e-6)
-    for a, b in zip(tree.leaves(found), tree.leaves(gradient), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("workers", [2, 3, 8])
-def test_any_number_of_workers_gives_the_same_bits(problem, workers):
-    expected = sharded_value_and_grad(mean_square, *problem, 4, 1)
-    differentiate, step, arrays = trainer(mean_square, problem[0], 4, Workers(workers))
-    for _ in range(20):
-        value = differentiate(problem[1])
-        step()
-        assert_same_bits((value, arrays["gradient"]), expected)
-
-
-@pytest.mark.parametrize("optimiser_step", [adam_step, muon_step])
-@pytest.mark.parametrize("workers", [1, 2, 3, 8])
-def test_steps_shared_by_workers_are_those_of_one_optimiser(problem, optimiser_step, workers, monkeypatch):
-    """Of two minibatches, the second smaller and of other images; each compared with a plain loop over all weights."""
-    monkeypatch.setattr(muon, "MUON_SIDES", range(2, 65))  # these matrices are so small
-
-    def update(arrays, gradient, step, lr):
-        optimiser_step(arrays["params"], gradient, arrays["moments"], step, lr)
-
-    params, batch = problem
-    differentiate, take_step, arrays = trainer(mean_square, params, 4, Workers(workers), update)
-    params, moments = tree.map(np.copy, params), init_moments(params)
-    for step, images in enumerate((slice(None), slice(7, None)), 1):
-        part = tree.map(lambda array, images=images: array[images], batch)
-        gradient = sharded_value_and_grad(mean_square, params, part, 4, 1)[1]
-        optimiser_step(params, gradient, moments, step, 0.1)
-        differentiate(part)
-        take_step(step, 0.1)
-        assert_same_bits(arrays["params"], params)
-        assert_same_bits(arrays["moments"], moments)
-
-
-def test_every_tree_of_arrays_must_be_like_params(problem):
-    arrays = {"params": problem[0], "steps": np.zeros(1)}
-    with pytest.raises(ValueError, match="trees like params"):
-        sharded_training(mean_square, None, arrays, 4, Workers(2))
-
-
-def test_a_minibatch_of_another_dtype_is_not_rounded_to_the_first_ones(problem):
-    params, batch = problem
-    differentiate, _, _ = trainer(mean_square, params, 4, Workers(2))
-    differentiate(batch)
-    doubles = tree.map(lambda a: a.astype(np.float64) + 1e-9, batch)
-    assert differentiate(doubles) == sharded_value_and_grad(mean_square, params, doubles, 4, 1)[0]
-
-
-def test_a_larger_minibatch_finds_room(problem):
-    params, batch = problem
-    differentiate, step, arrays = trainer(mean_square, params, 4, Workers(2))
-    for images in (slice(5), slice(None), slice(6, None)):
-        part = tree.map(lambda array, images=images: array[images], batch)
-        value = differentiate(part)
-        step()
-        assert_same_bits((value, arrays["gradient"]), sharded_value_and_grad(mean_square, params, part, 4, 1))
-
-
-def test_room_is_made_for_images_of_another_shape_and_for_larger_minibatches_alone(rng, monkeypatch):
-    def loss(params, batch):
-        return anp.sum((batch[0] - params["w"]) ** 2) * (1 / len(batch[0]))
-
-    params, workers, shared = {"w": np.ones(1)}, Workers(1), []
-    monkeypatch.setattr(workers, "share", lambda arrays: shared.append(arrays) or arrays)
-    differentiate, _ = sharded_training(loss, None, {"params": params}, 4, workers)
-    for shape, made in (
-        ((4, 2), True),
-        ((4, 2), False),
-        ((3, 2), False),
-        ((4, 3), True),
-        ((5, 3), True),
-        ((4, 3), False),
-    ):
-        before, batch = len(shared), (rng.standard_normal(shape),)
-        assert differentiate(batch) == pytest.approx(loss(params, batch), rel=1e-12)
-        assert (len(shared) > before) == made
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_every_leaf_is_one_workers_and_none_gets_all_the_work(count):
-    params = [np.zeros(size) for size in (100_000, 10, 100_000, 10, 20, 20)]  # weights and biases alternate
-    taken = []
-
-    def loss(params, batch):
-        return anp.sum(params[0]) * anp.sum(batch)
-
-    def update(arrays, gradient, who):
-        taken.append([leaf.size for leaf in arrays["params"]])
-        assert [leaf.size for leaf in gradient] == taken[-1]
-
-    def each(f, items):
-        return [f(item) for item in items]
-
-    in_one_process = SimpleNamespace(
-        count=count, share=lambda arrays: arrays, map=each, map_here=each, ranks=Workers(1).ranks
-    )
-    differentiate, step = sharded_training(loss, update, {"params": params}, 1, in_one_process)
-    differentiate(np.ones(4))
-    step("anybody")
-    assert len(taken) == count and sorted(size for sizes in taken for size in sizes) == [10, 10, 20, 20, *[100_000] * 2]
-    assert count == 1 or all(sum(sizes) < 110_000 for sizes in taken)
-
-
-def test_a_loss_that_changes_between_minibatches_is_the_new_one_for_all_workers(problem):
-    params, batch = problem
-    factor = 1.0
-
-    def loss(params, batch):
-        return factor * mean_square(params, batch)
-
-    differentiate, _, _ = trainer(loss, params, 4, Workers(2))
-    before, factor = differentiate(batch), 3.0
-    assert differentiate(batch) == pytest.approx(3 * before)
-
-
-def test_one_worker_stays_in_the_calling_thread(problem):
-    import threading
-
-    seen = set()
-
-    def loss(params, batch):
-        seen.add(threading.current_thread())
-        return mean_square(params, batch)
-
-    sharded_value_and_grad(loss, *problem, 4, 1)
-    assert seen == {threading.current_thread()}
-
-
-def test_an_error_in_a_worker_reaches_the_caller(problem):
-    def loss(params, batch):
-        raise ZeroDivisionError("in a shard")
-
-    with pytest.raises(ZeroDivisionError, match="in a shard"):
-        sharded_value_and_grad(loss, *problem, 4, 2)
-
-
-def test_in_parallel_returns_the_images_in_order(rng):
-    x, y = rng.standard_normal((13, 2)), rng.standard_normal((13, 2))
-    np.testing.assert_array_equal(in_parallel(lambda a, b: a - b, 4, Workers(3))(x, y), x - y)
-
-
-@pytest.mark.skipif(not workers_module.CAN_FORK, reason="workers are threads here")
-def test_in_parallel_gives_every_worker_its_part():
-    who = in_parallel(lambda x: np.full(len(x), os.getpid()), 2, Workers(2))(np.zeros(8))
-    assert who[0] == os.getpid() != who[2] and who.tolist() == [who[0], who[0], who[2], who[2]] * 2
-
-
 def test_a_function_that_returns_several_arrays_has_its_place_on_the_tape():
     value, gradient = value_and_grad(lambda x: anp.sum(anp.split(x, 2)[0] ** 2))(np.arange(4.0))
     assert value == 1 and gradient.tolist() == [0, 2, 0, 0]
+
+
+def test_gradients_in_several_threads_at_once_do_not_mix(problem):
+    """As where ranks are threads: each has its own tape, although all boxes carry the same trace number."""
+    params, batch = problem
+    jobs = [(tree.map(lambda p, k=k: p * np.float32(k), params), batch) for k in range(1, 5)]
+    expected, found = [value_and_grad(mean_square)(*job) for job in jobs], [None] * 4
+    barrier = threading.Barrier(4, timeout=10)
+
+    def differentiate(number):
+        barrier.wait()
+        for _ in range(20):
+            found[number] = value_and_grad(mean_square)(*jobs[number])
+
+    threads = [threading.Thread(target=differentiate, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same_bits(found, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------- op
+
+
+@pytest.fixture
+def product_of_three():
+    """x y z as an op, and what it does: each answer that it gives, and each gradient that it works out."""
+    done = []
+
+    @op
+    def triple(x, y, z, factor=1):
+        """A docstring."""
+        done.append("answer")
+
+        def vjp(g):
+            def dx():
+                done.append("dx")
+                return factor * g * y * z
+
+            def dy():
+                done.append("dy")
+                return factor * g * x * z
+
+            return dx, dy, factor * g * x * y
+
+        return factor * x * y * z, vjp
+
+    return triple, done
+
+
+def test_an_op_has_the_gradients_of_finite_differences_for_whichever_arguments_are_boxed(rng, product_of_three):
+    triple, _ = product_of_three
+    x, y, z = rng.standard_normal((3, 2, 4))
+    assert_gradients(triple, [x, y, z])
+    assert_gradients(lambda x, y, z: triple(x, y, z, 3), [x, y, z])
+    assert_gradients(lambda x, z: triple(x, y, z, 3), [x, z])
+    assert_gradients(lambda z, y: triple(x, y, z), [z, y])
+    assert_gradients(lambda y: triple(x, y, z), [y])
+    assert_gradients(lambda x: triple(x, x, anp.sin(x)), [x])  # its shares add up
+
+
+def test_a_gradient_given_as_a_function_is_called_where_it_is_needed_and_once(rng, product_of_three):
+    triple, done = product_of_three
+    x, y, z = rng.standard_normal((3, 2, 4))
+    for boxed, expected in (({"x"}, ["dx"]), ({"y"}, ["dy"]), ({"z"}, []), ({"x", "y", "z"}, ["dx", "dy"])):
+        arrays = {"x": x, "y": y, "z": z}
+        done.clear()
+        _, gradient = value_and_grad(lambda p, arrays=arrays: anp.sum(triple(*(arrays | p).values())))(
+            {name: arrays[name] for name in arrays if name in boxed}
+        )
+        assert done == ["answer", *expected] and gradient.keys() == boxed
+        for name, found in gradient.items():
+            np.testing.assert_allclose(found, x * y * z / arrays[name], rtol=1e-12)
+
+
+def test_an_op_of_plain_arrays_is_a_plain_function(rng, product_of_three):
+    triple, done = product_of_three
+    x, y, z = rng.standard_normal((3, 2, 4))
+    answer = triple(x, y, z, 3)
+    assert type(answer) is np.ndarray and done == ["answer"]
+    np.testing.assert_array_equal(answer, 3 * x * y * z)
+    assert triple.__name__ == "triple" and triple.__doc__ == "A docstring."
+    with pytest.raises(TypeError):
+        triple(x, y, z, factor=3)  # arguments are positional
+    answer, vjp = triple.__wrapped__(x, y, z)  # as it was written
+    np.testing.assert_array_equal(answer, x * y * z)
+    np.testing.assert_array_equal(vjp(np.ones_like(x))[2], x * y)
+
+
+def test_the_node_of_an_op_prints_its_name_and_its_boxed_arguments(rng, product_of_three):
+    triple, _ = product_of_three
+    x, nodes = rng.standard_normal((2, 4)), []
+
+    def loss(p):
+        y = triple(p["a"], x, p["b"] ** 2)
+        nodes.append(y._node)
+        return anp.sum(y)
+
+    value_and_grad(loss)({"a": x, "b": x})
+    assert repr(nodes[0]) == "triple (2, 4) <- (parameter a (2, 4), power (2, 4))"
+
+
+def test_an_op_works_inside_autograds_own_grad_and_beside_its_primitives(rng, product_of_three):
+    triple, _ = product_of_three
+    x, w = rng.standard_normal((2, 4)), rng.standard_normal((4, 4))
+
+    def loss(x, by):
+        return anp.sum(anp.tanh(by(anp.dot(x, w), x, anp.exp(x))) ** 2)
+
+    found, expected = (autograd.grad(loss)(x, by) for by in (triple, lambda x, y, z: x * y * z))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_op_and_its_gradients_keep_their_dtype(rng, product_of_three, dtype):
+    triple, _ = product_of_three
+    arrays = list(rng.standard_normal((3, 2, 4)).astype(dtype))
+    value, gradient = value_and_grad(lambda p: anp.sum(triple(*p)))(arrays)
+    assert {triple(*arrays).dtype, value.dtype} | {g.dtype for g in gradient} == {np.dtype(dtype)}
+
+
+def test_a_graph_that_was_walked_keeps_no_arrays(rng, product_of_three):
+    """What an operation has seen is let go of as soon as it is no longer needed, also by whoever keeps a node."""
+    triple, _ = product_of_three
+    nodes = []
+
+    def loss(x):
+        y = triple(x, x, x)
+        nodes.append(y._node)
+        return anp.sum(y)
+
+    value_and_grad(loss)(rng.standard_normal((2, 4)))
+    assert nodes[0].vjp is None

@@ -31,7 +31,6 @@ def test_the_session_of_the_docstring_works_as_it_stands(small_data, tmp_path):
 
 
 def test_trained_weights_cannot_be_changed_by_accident(runs):
-    """So workers need not look at every array, before each question, for changes."""
     for params in (load_run(runs / "vae").params, load_run(runs / "ddpm").params, load_classifier()):
         for leaf in tree.leaves(params):
             with pytest.raises(ValueError, match="read-only"):

@@ -20,6 +20,32 @@ def test_orthogonalise_keeps_singular_vectors_and_evens_out_singular_values(rng,
     assert np.all(orthogonalise(np.zeros(shape)) == 0)
 
 
+@pytest.mark.parametrize("norm", [100.0, 1e-7])
+def test_orthogonalise_is_its_polynomial_of_each_singular_value(rng, norm):
+    """s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5, five times, of the matrix divided by its norm and 1e-7."""
+    U, _, Vt = np.linalg.svd(rng.standard_normal((12, 8)), full_matrices=False)
+    s = np.geomspace(30, 1, 8)
+    s *= norm / np.linalg.norm(s)
+    expected = s / (norm + 1e-7)
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    np.testing.assert_allclose(orthogonalise(U * s @ Vt), U * expected @ Vt, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "by_muon"),
+    [((8, 64), True), ((7, 64), False), ((64, 200), True), ((65, 200), False), ((200, 65), False), ((64, 8), True)]
+    + [((1, 1, 4, 16), False), ((1, 1, 16, 9), True), ((3, 3, 1, 9), True), ((3, 3, 16, 4), False), ((64,), False)],
+)
+def test_the_shorter_side_decides_who_steps_a_matrix(rng, shape, by_muon):
+    """Of a kernel (K, K, C, O) that is the matrix (K K C, O). In its first step Adam moves all weights equally far."""
+    p, g = np.zeros(shape), np.sign(rng.standard_normal(shape))
+    moments = init_moments(p)
+    muon_step(p, g, moments, 1, lr=0.1)
+    by_adam = np.allclose(np.abs(p), 0.1), moments["v"].all(), moments["v"].any()
+    assert by_adam == (not by_muon,) * 3
+
+
 def test_muon_steps_matrices_by_nesterov_momentum_and_the_rest_by_adam(rng):
     params = {"k": rng.standard_normal((3, 3, 2, 12)), "b": rng.standard_normal(12), "narrow": np.ones((20, 4))}
     gradients = [tree.map(lambda p: rng.standard_normal(p.shape), params) for _ in range(3)]

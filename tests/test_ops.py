@@ -3,12 +3,12 @@
 import warnings
 
 from scratchgen import ops
-from scratchgen.gradients import value_and_grad
+from scratchgen.gradients import op, value_and_grad
+from scratchgen.machinery import blas
 
 import autograd.numpy as anp
 import numpy as np
 import pytest
-from autograd.extend import defvjp, primitive
 from finite_differences import assert_directional, assert_gradients
 
 N, H, W, C, O = 3, 4, 6, 8, 5  # all different, so that no two axes can be confused
@@ -53,84 +53,16 @@ def away_from_zero(rng, *shape):
 @pytest.fixture(params=[True, False], ids=["tiles", "whole"])
 def both_kinds(request, monkeypatch):
     """Matrix products as on a processor with AVX-512, and as on one without."""
-    monkeypatch.setattr(ops, "SMALL_KERNELS", request.param)
-    ops.tile.cache_clear()
+    monkeypatch.setattr(blas, "SMALL_KERNELS", request.param)
+    blas.tile.cache_clear()
     yield
-    ops.tile.cache_clear()
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("stack", [(), (3,)])
-@pytest.mark.parametrize("shape", [(60, 784, 300), (1001, 64, 96), (7, 3, 1), (2, 2_000_000, 1), (97, 200, 211)])
-def test_a_product_is_the_same_whole_and_in_tiles(rng, both_kinds, shape, stack, transposed):
-    M, K, N = shape
-    a = rng.standard_normal((*stack, K, M), dtype=np.float32).swapaxes(-1, -2) if K < 1000 else np.ones((*stack, M, K))
-    b = rng.standard_normal((*stack, N, K)).swapaxes(-1, -2) if transposed else rng.standard_normal((K, N))
-    out = np.full((*a.shape[:-1], 2 * N), np.nan)[..., ::2]  # not even in one piece
-    np.testing.assert_allclose(ops.product(a, b), a @ b, atol=1e-8)
-    assert ops.product(a, b, out=out) is out
-    np.testing.assert_allclose(out, a @ b, atol=1e-8)
-
-
-def test_a_product_over_nothing_is_zero(both_kinds):
-    """Sums of no terms: there is no tile of such a product, as 10^6 / K numbers would be its size."""
-    # A slice keeps its strides. Those of a new array without numbers are zeros: it would count as transposed, and a
-    # transposed b of few rows is left whole for another reason.
-    a, b = np.ones((64, 0)), np.ones((3, 96))[:0]
-    np.testing.assert_array_equal(ops.product(a, b), np.zeros((64, 96)))
+    blas.tile.cache_clear()
 
 
 def test_no_images_are_no_trouble(both_kinds):
     arrays = [np.zeros((0, H, W, C)), np.ones((3, 3, C, O)), np.ones(O)]
     value, (dx, dk, db) = value_and_grad(lambda a: ops.conv2d(*a).sum())(arrays)
     assert value == 0 and dx.shape == arrays[0].shape and not dk.any() and not db.any()
-
-
-def test_tiles_divide_a_product_and_are_small_enough_for_the_kernels_that_do_not_pack(monkeypatch, both_kinds):
-    for M, K, N, transposed in (
-        (784, 288, 32, False),
-        (64, 784, 300, False),
-        (32, 256, 784, True),
-        (8, 10**7, 4, False),
-    ):
-        rows, columns = ops.tile(M, K, N, transposed)
-        assert M % rows == 0 and N % columns == 0
-        if not ops.SMALL_KERNELS:
-            assert (rows, columns) == (M, N)
-        elif K <= 10**6:
-            assert rows * K * columns <= 10**6 and (not transposed or rows * columns <= 1200)
-
-
-@pytest.mark.parametrize(
-    ("M", "K", "N", "transposed", "tile"),
-    [
-        (448, 576, 32, False, (32, 32)),  # of several of one area one with 32 columns
-        (448, 288, 64, False, (32, 64)),
-        (32, 784, 256, True, (32, 32)),
-        (1568, 16, 64, True, (1568, 64)),  # too shallow for the kernels that take a transposed operand
-        (43, 3136, 256, False, (43, 256)),  # prime: cut into single rows it takes more than twice as long
-        (32, 196_000, 32, False, (32, 32)),
-    ],
-)
-def test_tiles_as_measured(monkeypatch, M, K, N, transposed, tile):
-    monkeypatch.setattr(ops, "SMALL_KERNELS", True)
-    ops.tile.cache_clear()
-    assert ops.tile(M, K, N, transposed) == tile
-    ops.tile.cache_clear()
-
-
-@pytest.mark.parametrize(
-    ("features", "blas", "small"),
-    [("X86_V4", "scipy-openblas", True), ("AVX512_SKX", "openblas", True), ("AVX2", "openblas", False)]
-    + [("X86_V4", "accelerate", False)],
-)
-def test_what_the_processor_has_decides_and_not_the_clock(monkeypatch, features, blas, small):
-    config = {
-        "SIMD Extensions": {"baseline": ["SSE"], "found": [features]},
-        "Build Dependencies": {"blas": {"name": blas}},
-    }
-    monkeypatch.setattr(np, "show_config", lambda mode: config)
-    assert ops.has_small_kernels() == small
 
 
 def test_windows_are_the_neighbourhoods_of_every_position(rng):
@@ -194,6 +126,12 @@ def test_activations_equal_their_definitions(rng):
     np.testing.assert_allclose(ops.glu(np.concatenate([a, b], axis=1)), a / (1 + np.exp(-b)))
     a, b = rng.standard_normal((2, 2, 3, 4, 5))  # images: the last axis is halved, whatever their size
     np.testing.assert_allclose(ops.glu(np.concatenate([a, b], axis=-1)), a / (1 + np.exp(-b)))
+
+
+def test_mean_equals_its_definition_and_is_a_scalar(rng):
+    for x in (rng.standard_normal((N, H, W)), rng.standard_normal(N), np.array(2.5)):
+        found = ops.mean(x)
+        assert found.shape == () and found == pytest.approx(sum(x.ravel().tolist()) / x.size, rel=1e-12)
 
 
 def test_bernoulli_log_likelihood_equals_its_definition(rng):
@@ -287,17 +225,21 @@ def test_norm_silu_gradients(rng, groups, per_image):
     assert_gradients(lambda *a: ops.norm_silu(*a, groups), [x, scale, shift], atol=1e-6)
 
 
+def test_mean_gradients(rng):
+    assert_gradients(ops.mean, [rng.standard_normal((N, H, W))])
+    assert_gradients(lambda x: ops.mean(x) ** 2, [rng.standard_normal(N)])
+
+
 def test_bernoulli_log_likelihood_gradient(rng):
     x = rng.random((N, H, W, 1))
     assert_gradients(lambda logits: ops.bernoulli_log_likelihood(logits, x), [rng.standard_normal((N, H, W, 1)) * 3])
 
 
 def test_the_checker_catches_a_wrong_vjp(rng):
-    @primitive
+    @op
     def square(x):
-        return x * x
+        return x * x, lambda g: (g * x,)  # 2 x is right
 
-    defvjp(square, lambda ans, x: lambda g: g * x)  # 2 x is right
     with pytest.raises(AssertionError, match="argument 0"):
         assert_gradients(square, [rng.standard_normal((N, C))])
 
@@ -324,6 +266,7 @@ CASES = {
     "glu": (ops.glu, [(N, 2 * C)]),
     "norm_silu": (lambda *a: ops.norm_silu(*a, 2), [(N, H, W, C), (C,), (C,)]),
     "norm_silu per image": (lambda *a: ops.norm_silu(*a, 2), [(N, H, W, C), (N, C), (N, C)]),
+    "mean": (ops.mean, [(N, H, W, C)]),
     "bernoulli": (lambda logits: ops.bernoulli_log_likelihood(logits, np.zeros((N, C), F32)), [(N, C)]),
 }
 
@@ -353,3 +296,43 @@ def test_inputs_are_left_as_they_were(rng):
         value_and_grad(lambda a, f=f: f(*a).sum())(arrays)
         for a, b in zip(arrays, before, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_answers_and_incoming_gradients_are_left_as_they_were_too(rng):
+    """Others may have them as well: where two arrays are added, both get the same gradient."""
+    seen = []
+
+    @op
+    def watch(x):
+        return x, lambda g: (seen.append((g, g.copy())) or g,)
+
+    def loss(arrays, f):
+        y = f(*arrays)
+        seen.append((y._value, y._value.copy()))
+        return anp.sum(watch(y) ** 2)
+
+    for f, shapes in CASES.values():
+        value_and_grad(loss)([rng.standard_normal(shape) for shape in shapes], f)
+    assert len(seen) == 2 * len(CASES)
+    for after, before in seen:
+        np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize(
+    ("f", "shapes", "part"),
+    [(ops.dense, [(N, C), (C, O), (O,)], "product"), (ops.conv2d, [(N, H, W, C), (3, 3, C, O), (O,)], "correlate")],
+)
+def test_the_costly_gradient_of_an_input_that_needs_none_is_not_computed(rng, f, shapes, part, monkeypatch):
+    x, *weights = (rng.standard_normal(shape) for shape in shapes)
+    calls, original = [], getattr(ops, part)
+    monkeypatch.setattr(ops, part, lambda *args, **more: calls.append(args) or original(*args, **more))
+    counts, gradients = [], []
+    for with_x in (True, False):
+        arrays = [x, *weights] if with_x else weights
+        _, found = value_and_grad(lambda a, with_x=with_x: f(*a).sum() if with_x else f(x, *a).sum())(arrays)
+        counts.append(len(calls))
+        gradients.append(found[-2:])
+        calls.clear()
+    assert counts[0] == counts[1] + 1
+    for a, b in zip(*gradients, strict=True):
+        np.testing.assert_array_equal(a, b)

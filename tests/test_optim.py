@@ -1,9 +1,10 @@
-"""Adam against the algorithm on plain numbers, and the two schedules at their ends."""
+"""Adam against the algorithm on plain numbers, denormals, and the two schedules at their ends."""
 
 import math
 
+from scratchgen import tree
 from scratchgen.muon import muon_step
-from scratchgen.optim import adam_step, cosine_decay, ema_step, flush, init_moments
+from scratchgen.optim import adam_step, cosine_decay, ema_step, flush_denormals, init_moments
 
 import numpy as np
 import pytest
@@ -32,27 +33,61 @@ def test_adam_works_in_place_and_in_float32():
 
 
 @pytest.mark.parametrize("step_of", [adam_step, muon_step])
+def test_where_the_gradient_is_none_nothing_changes(rng, step_of):
+    """A rank steps its own leaves; None stands for those of the others."""
+    params = {"mine": rng.standard_normal((12, 16)), "other": rng.standard_normal((12, 16))}
+    params["list"] = [rng.standard_normal(16), rng.standard_normal(16)]
+    g = tree.map(lambda p: rng.standard_normal(p.shape), params)
+    part = {"mine": g["mine"], "other": None, "list": [None, g["list"][1]]}
+    whole, moments, whole_moments = tree.map(np.copy, params), init_moments(params), init_moments(params)
+    before = tree.map(np.copy, params)
+    for step in (1, 2):
+        step_of(params, part, moments, step, 0.1)
+        step_of(whole, g, whole_moments, step, 0.1)
+    zeros = tree.map(np.zeros_like, before)
+    for found, untouched, stepped in (
+        (params, before, whole),
+        (moments["m"], zeros, whole_moments["m"]),
+        (moments["v"], zeros, whole_moments["v"]),
+    ):
+        np.testing.assert_array_equal(found["mine"], stepped["mine"])
+        np.testing.assert_array_equal(found["list"][1], stepped["list"][1])
+        np.testing.assert_array_equal(found["other"], untouched["other"])
+        np.testing.assert_array_equal(found["list"][0], untouched["list"][0])
+    assert np.all(params["mine"] != before["mine"]) and np.all(params["list"][1] != before["list"][1])
+
+
+def test_the_average_of_none_is_passed_over(rng):
+    params = {"mine": rng.standard_normal(3), "other": [rng.standard_normal(3)]}
+    mine = np.zeros(3)
+    ema_step({"mine": mine, "other": [None]}, params, 1, decay=0.5)
+    np.testing.assert_allclose(mine, (1 - 2 / 11) * params["mine"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("step_of", [adam_step, muon_step])
 def test_moments_of_a_dead_unit_end_at_zero_and_not_just_above(step_of):
+    """As the loops of the scripts have it: what is no normal number is set to zero every hundred steps."""
     p, g = {"w": np.ones((8, 8), np.float32)}, {"w": np.eye(8, dtype=np.float32)}
     moments = init_moments(p)
     for step in range(1, 2001):
+        if step % 100 == 0:
+            flush_denormals(moments)
         step_of(p, g, moments, step, lr=1e-3, beta2=0.95)
         g["w"][:4] = 0  # four of the eight units die after the first step
     assert not moments["m"]["w"][:4].any() and not moments["v"]["w"][:4].any()
     assert np.all(np.diag(moments["m"]["w"])[4:] > 0.9)
 
 
-def test_every_hundredth_step_only_what_is_no_normal_number_is_set_to_zero():
+def test_only_what_is_no_normal_number_is_set_to_zero_and_in_place():
     tiny = np.finfo(np.float32).tiny
     numbers = np.array([1, -1, 1e-30, -1e-30, tiny, -tiny, 0.9 * tiny, -0.9 * tiny], np.float32)
-    for step in (1, 99, 101, 150):
-        moment = numbers.copy()
-        flush(step, moment)
-        np.testing.assert_array_equal(moment, numbers)
-    for step in (100, 200):
-        moment = numbers.copy()
-        flush(step, moment)
-        np.testing.assert_array_equal(moment, [*numbers[:6], 0, 0])
+    arrays = {"m": {"w": numbers.copy(), "b": [np.zeros((2, 3), np.float32), None]}, "v": numbers.copy()}
+    m, v = arrays["m"]["w"], arrays["v"]
+    flush_denormals(arrays)
+    assert arrays["m"]["w"] is m and arrays["v"] is v and m.dtype == np.float32
+    np.testing.assert_array_equal(m, [*numbers[:6], 0, 0])
+    np.testing.assert_array_equal(v, [*numbers[:6], 0, 0])
+    assert arrays["m"]["b"][1] is None and not arrays["m"]["b"][0].any()
 
 
 def test_learning_rate_rises_then_falls_to_zero():

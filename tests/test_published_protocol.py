@@ -11,7 +11,7 @@ from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.evaluate import metrics, reports
 from scratchgen.evaluate.load import load_run
 from scratchgen.machinery import checkpoint, cli, training
-from scratchgen.machinery.workers import Workers
+from scratchgen.machinery.parallel import Ranks
 from scratchgen.optim import cosine_decay
 
 import numpy as np
@@ -19,7 +19,7 @@ import pytest
 from conftest import load, main_of, script
 
 protocol = script("docs/published_protocol.py")
-protocol.SHARD = 8  # so small that a minibatch of 16 has work for two workers
+protocol.SHARD = 8  # so small that a minibatch of 16 has work for two ranks
 SMALL = ["--arch", "mlp", "--latent-dim", 4, "--hold-out", 20, "--iwae", 50]  # 180 images are left to train on
 
 
@@ -78,7 +78,8 @@ def test_it_measures_the_weights_of_the_best_epoch_on_binarised_pixels(whole, x_
     assert (reconstruction - kl).mean() == pytest.approx(best["test_elbo"], rel=1e-5)
     assert numbers["active_units"] == metrics.active_units(encode(x)[0]).sum()
     assert best["test_elbo"] < numbers["iwae_50"] < 0
-    again = reports.importance_weighted_bound(encode, decode, x, 50, 0, Workers(2))
+    with Ranks(2) as ranks:
+        again = reports.importance_weighted_bound(encode, decode, x, 50, 0, ranks)
     assert numbers["iwae_50"] == pytest.approx(again, rel=1e-6)
     assert (folder / "loss.png").exists()
 
@@ -88,7 +89,7 @@ def test_the_best_weights_are_kept_when_later_epochs_are_worse(call, monkeypatch
     weights, made_up = [], iter([-300.0, -200.0, -250.0, -220.0])
     end_epoch = training.Run.end_epoch
 
-    def fake_parallel(f, shard, workers):
+    def fake_parallel(f, shard, ranks):
         def evaluate(x, eps):
             if len(x) == 20:  # the held-out images
                 weights.append(None)

@@ -14,7 +14,7 @@ from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.evaluate import classifier, metrics, reports, samples
 from scratchgen.evaluate.load import load_run
 from scratchgen.machinery import checkpoint, cli, files, plots
-from scratchgen.machinery.workers import Workers
+from scratchgen.machinery.parallel import Ranks
 
 import numpy as np
 import pytest
@@ -153,7 +153,7 @@ def test_samples_beside_training_images_and_those_of_the_vae(folder, measure, x_
     assert not (folder / "ddpm" / "bound.png").exists()  # an exact one that was there stays
 
     ruler = classifier.load_classifier()
-    images = samples.draw(load_run(folder / "vae"), 10, 0, Workers(1))
+    images = samples.draw(load_run(folder / "vae"), 10, 0, Ranks(1))
     a, b = (classifier.features(ruler, scale(x, 0, 1)) for x in (images, x_test))
     taken_for = classifier.logits(ruler, scale(images, 0, 1)).argmax(axis=1)
     assert found["VAE"]["distance"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-3)
@@ -197,7 +197,7 @@ def test_a_run_with_classes_is_measured_with_its_labels(measure, folder, small_d
     assert found.keys() == {"bound_estimate", "bound_exact_2", "frechet_20"}
     rows = [found["frechet_20"][f"sde-dpm++, {T} steps, w = 1, {guide}"] for guide in ("early", "unlabelled")]
     model, ruler = load_run(folder / "classes"), classifier.load_classifier()
-    images = samples.draw(model, 20, 0, Workers(1), guidance=1, guide="unlabelled")
+    images = samples.draw(model, 20, 0, Ranks(1), guidance=1, guide="unlabelled")
     taken_for = classifier.logits(ruler, scale(images, 0, 1)).argmax(axis=1)
     assert rows[1]["agreement"] == pytest.approx(np.mean(taken_for == np.arange(20) % 10))
     assert "agreement" not in found["frechet_20"]["VAE"] and "are what was asked for" in capsys.readouterr().out

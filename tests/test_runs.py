@@ -9,7 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from scratchgen.machinery import workers
+from scratchgen.machinery import parallel
 
 import numpy as np
 import pytest
@@ -38,11 +38,11 @@ def finish(command, **options):
     return result.returncode, result.stdout, result.stderr
 
 
-# The script as a program, but with shards so small that a minibatch of 16 has work for two workers.
+# The script as a program, but with shards so small that a minibatch of 16 has work for two ranks.
 PROGRAM = """
 import itertools, os, sys
 sys.path.insert(0, {root!r})
-from scratchgen.machinery import cli, files, training, workers
+from scratchgen.machinery import cli, files, parallel, training
 import run_{model} as script
 
 script.SHARD = 8
@@ -134,18 +134,12 @@ def test_another_seed_gives_another_run(whole_run, tmp_path):
 STEPS, STOP = 13, 18
 INTERRUPTED = """
 calls, stop_if_asked = itertools.count(1), training.Run.stop_if_asked
-processes, fork = [], workers.fork
 
-def remember(functions, all_processes):
-    fork(functions, all_processes)
-    processes.append(all_processes[-1][0].pid)
-
-def interrupt(self):
-    if next(calls) == {step}:
+def interrupt(self):  # of all ranks rank 0 does it
+    if next(calls) == {step} and parallel.rank == 0:
         os.kill({whom}, {how})
     stop_if_asked(self)
 
-workers.fork = remember
 training.Run.stop_if_asked = interrupt
 """
 
@@ -167,7 +161,7 @@ def test_stopped_in_the_middle_of_epoch_2_and_resumed_gives_the_same_bits(how, w
         assert "--resume" in err.splitlines()[-1] and "Traceback" not in err
 
     # Elsewhere, too: with five cores a fresh run would have other shards, and so other bits.
-    change = "training.runtime.available_cores = lambda: 5"
+    change = "training.blas.available_cores = lambda: 5"
     status, out, err = run(model, *flags, "--out", tmp_path, "--resume", "--workers", 1, change=change)
     assert status == 0, err
     assert_same_arrays(whole, tmp_path)
@@ -176,11 +170,12 @@ def test_stopped_in_the_middle_of_epoch_2_and_resumed_gives_the_same_bits(how, w
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-@pytest.mark.skipif(not workers.CAN_FORK, reason="workers are threads here")
-def test_a_killed_worker_is_one_line_and_nothing_is_lost(whole_run, tmp_path):
+@pytest.mark.skipif(not parallel.CAN_FORK, reason="workers are threads here")
+def test_a_killed_rank_is_one_line_and_nothing_is_lost(whole_run, tmp_path):
     model, flags, whole, _, _ = whole_run
-    status, _, err = interrupt(signal.SIGKILL, model, *flags, "--out", tmp_path, whom="processes[-1]")
-    assert status == 1 and "Traceback" not in err and "a worker process was killed" in err.splitlines()[-1]
+    status, _, err = interrupt(signal.SIGKILL, model, *flags, "--out", tmp_path, whom="self.ranks.children[-1]")
+    assert "Traceback" not in err and "was killed, for want of memory? Try fewer --workers" in err.splitlines()[-1]
+    assert status == 1  # the world was at fault
     assert state_in(tmp_path)["step"] == STEPS
     assert run(model, *flags, "--out", tmp_path, "--resume")[0] == 0
     assert_same_arrays(whole, tmp_path)
@@ -212,8 +207,9 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_refused(whole_run, tmp_p
 import subprocess
 write_log = files.write_log
 def and_start_another(*args):
-    result = subprocess.run({second!r}, cwd={str(ROOT)!r}, capture_output=True, text=True)
-    print("second", result.returncode, result.stderr.splitlines()[-1])
+    if parallel.rank == 0:
+        result = subprocess.run({second!r}, cwd={str(ROOT)!r}, capture_output=True, text=True)
+        print("second", result.returncode, result.stderr.splitlines()[-1])
     write_log(*args)
 files.write_log = and_start_another
 """

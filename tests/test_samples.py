@@ -4,7 +4,7 @@ from scratchgen.data import CLASSES, scale
 from scratchgen.evaluate import samples
 from scratchgen.evaluate.load import load_run
 from scratchgen.machinery import plots, training
-from scratchgen.machinery.workers import Workers
+from scratchgen.machinery.parallel import Ranks
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_samples_of_ddpm_are_algorithm_2(folder):
     rng = np.random.default_rng([5, training.SAMPLES, 0])
     x_T = rng.standard_normal((3, 28, 28, 1), dtype=np.float32)
     x_0 = np.clip(algorithm_2(model, x_T, rng)[0], -1, 1)
-    images = samples.draw(model, 3, 5, Workers(1), sampler="ddpm")
+    images = samples.draw(model, 3, 5, Ranks(1), sampler="ddpm")
     assert np.abs(images - (x_0 + 1) * 127.5).max() <= 0.51
 
 
@@ -38,17 +38,20 @@ def test_grey_levels():
 
 
 def test_over_images_keeps_the_order():
-    workers = Workers(2)
     x = np.arange(23)
-    np.testing.assert_array_equal(samples.over_images(lambda a: a * a, [x], 3, workers, "squares"), x * x)
+    with Ranks(2) as ranks:
+        found = samples.over_images(lambda a: a * a, [x], 3, ranks, "squares")
+    np.testing.assert_array_equal(found, x * x)
 
 
 def test_the_noise_of_an_image_depends_on_seed_and_place_alone(runs):
     model = load_run(runs / "ddpm")
-    few, many = (samples.draw(model, N, 1, Workers(workers)) for N, workers in ((16, 1), (40, 2)))
+    few = samples.draw(model, 16, 1, Ranks(1))
+    with Ranks(2) as ranks:
+        many = samples.draw(model, 40, 1, ranks)
     np.testing.assert_array_equal(few, many[:16])
     assert len(np.unique(many, axis=0)) == 40
-    assert np.any(few != samples.draw(model, 16, 2, Workers(1)))
+    assert np.any(few != samples.draw(model, 16, 2, Ranks(1)))
 
 
 class Sure:
@@ -66,10 +69,10 @@ class Sure:
 
 def test_classes_are_drawn_equally_often_and_shown_row_by_row(monkeypatch):
     model, seen = Sure(), {}
-    levels = samples.draw(model, 12, 0, Workers(1))[:, 0, 0, 0].tolist()
+    levels = samples.draw(model, 12, 0, Ranks(1))[:, 0, 0, 0].tolist()
     assert levels == [round(25.5 * k) for k in [*range(10), 0, 1]]
     monkeypatch.setattr(plots, "classes", lambda *args: seen.setdefault("args", args))
-    samples.classes(model, 0, Workers(1))
+    samples.classes(model, 0, Ranks(1))
     images, names, rows = seen["args"]
     assert names == CLASSES and len(images) == 100
     assert [images[10 * k : 10 * k + 10].mean() for k in range(10)] == [round(25.5 * k) for k in range(10)]
@@ -82,7 +85,7 @@ def test_classes_are_drawn_equally_often_and_shown_row_by_row(monkeypatch):
 def test_the_figure_of_classes(early, monkeypatch):
     model = Sure()
     monkeypatch.setattr(Sure, "x_0_early", object() if early else None)
-    left, right = samples.classes(model, 0, Workers(1)).axes
+    left, right = samples.classes(model, 0, Ranks(1)).axes
     picture = left.images[0].get_array()
     assert picture.shape == (280, 280) and np.all(np.diff(picture[::28, 0]) > 0) and np.ptp(picture[0]) == 0
     assert right.images[0].get_array().shape == (280 if early else 140, 280)

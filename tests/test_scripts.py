@@ -16,7 +16,7 @@ from scratchgen import data, denoisers, diffusion, improved, tree, vae
 from scratchgen.data import load_idx, scale
 from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.evaluate.load import load_run
-from scratchgen.machinery import checkpoint, cli, plots, training, workers
+from scratchgen.machinery import checkpoint, cli, parallel, plots, training
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, cosine_decay
 
@@ -71,7 +71,7 @@ def test_vae_script(arch, record, call, test_images, tmp_path):
     steps_taken, latents = record(run_vae.OPTIMISER_STEP, arch), record(plots, "plot_latents")
     reconstructions, grids, losses = (record(plots, name) for name in ("reconstructions", "grid", "vae_loss"))
     flags = ["--arch", arch, "--latent-dim", 5, "--epochs", 2, "--batch-size", 16, "--train-images", 50]
-    flags += ["--lr", 0.01, "--workers", 1, "--out", tmp_path]  # one worker, who steps all the weights at once
+    flags += ["--lr", 0.01, "--workers", 1, "--out", tmp_path]  # one rank, which steps all the weights
     call(run_vae, *flags)
     steps = 2 * 4  # 50 images are 16 + 16 + 16 + 2
     assert [args[3] for args in steps_taken] == list(range(1, steps + 1))
@@ -204,10 +204,10 @@ def test_beta_reaches_the_loss(record, call, tmp_path):
     losses = record(vae, "negative_elbo")
     flags = ["--latent-dim", 2, "--batch-size", 16, "--train-images", 64, "--workers", 1, "--out", tmp_path]
     call(run_vae, *flags, "--epochs", 2, "--beta", 4)
-    assert [args[3] for args in losses] == [4] * 8 * (16 // training.shard_size(16, training.runtime.available_cores()))
+    assert [args[3] for args in losses] == [4] * 8 * (16 // training.shard_size(16, training.blas.available_cores()))
     losses.clear()
     call(run_vae, *flags, "--epochs", 1)
-    assert [args[3] for args in losses] == [1] * 4 * (16 // training.shard_size(16, training.runtime.available_cores()))
+    assert [args[3] for args in losses] == [1] * 4 * (16 // training.shard_size(16, training.blas.available_cores()))
 
 
 def names_as_tree(params):
@@ -306,20 +306,56 @@ def test_classes_need_labels_and_a_network_that_knows_of_them(call, small_data, 
         run_ddpm.main(["--classes", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
-@pytest.mark.skipif(not workers.CAN_FORK, reason="workers are threads here")
+@pytest.mark.skipif(not parallel.CAN_FORK, reason="workers are threads here")
 @pytest.mark.parametrize(
     "flags", [(run_vae,), (run_ddpm, "--T", 5), (run_ddpm, "--T", 5, "--classes")], ids=["vae", "ddpm", "classes"]
 )
-def test_no_step_forks_the_workers_anew(flags, record, call, tmp_path):
-    """They would be forked if a function of the step referred to something that changes, such as the Run."""
-    forks, (module, *more) = record(workers, "fork"), flags
+def test_a_run_forks_each_rank_once_and_no_step_does(flags, record, call, tmp_path):
+    forks, (module, *more) = record(parallel.Ranks, "fork"), flags
     more += ["--batch-size", 16, "--epochs", 1, "--workers", 2, "--out", tmp_path]
-    counts = []
     for images in (32, 128):
         call(module, *more, "--train-images", images)
-        counts.append(len(forks))
+        assert len(forks) == 1
         forks.clear()
-    assert counts[0] == counts[1] > 0
+
+
+RUNS = {
+    "vae": (run_vae, "mlp", ["--latent-dim", 2]),
+    "vae, Muon": (run_vae, "gated", ["--latent-dim", 2, "--arch", "gated"]),
+    "ddpm": (run_ddpm, "adam_step", ["--T", 5, "--arch", "mlp", "--additions", "none"]),
+    "ddpm, Muon": (run_ddpm, "muon_step", ["--T", 5, "--arch", "mlp"]),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("run", RUNS)
+def test_every_hundredth_step_begins_without_denormal_moments(run, workers, call, monkeypatch, tmp_path):
+    """After every step one is put into each leaf of the moments, and before the next it is looked for: by the rank that
+    owns the leaf, whose mistakes come to rank 0."""
+    (module, name, flags), steps, denormal = RUNS[run], [], np.float32(1e-40)
+    place = run_vae.OPTIMISER_STEP if module is run_vae else vars(module)
+    step_of = place[name]
+
+    def planting(params, gradient, moments, step, *rest, **more):
+        def look(g, *both):
+            expected = denormal if step % 100 else 0
+            assert step == 1 or [moment.flat[0] for moment in both] == [expected] * 2, f"step {step}"
+
+        def plant(g, *both):
+            for moment in both:
+                moment.flat[0] = denormal
+
+        tree.map(look, gradient, moments["m"], moments["v"])
+        step_of(params, gradient, moments, step, *rest, **more)
+        tree.map(plant, gradient, moments["m"], moments["v"])
+        steps.append(step)
+
+    monkeypatch.setitem(place, name, planting)
+    small = partial(denoisers.init_mlp_denoiser, hidden=16), denoisers.mlp_denoiser
+    monkeypatch.setitem(denoisers.DENOISERS, "mlp", small)
+    flags = [*flags, "--batch-size", 2, "--train-images", 104, "--epochs", 2, "--workers", workers]
+    call(module, *flags, "--out", tmp_path)
+    assert steps == list(range(1, 105))
 
 
 LOSSES = ["simple_loss", "weighted_loss"]

@@ -7,18 +7,19 @@ import os
 import signal
 import threading
 
-from scratchgen.machinery import checkpoint, cli, files, training
+from scratchgen import tree
+from scratchgen.machinery import checkpoint, cli, files, parallel, training
 from scratchgen.machinery.checkpoint import CheckpointError
 from scratchgen.machinery.cli import StopBetweenSteps
+from scratchgen.machinery.parallel import Ranks
 from scratchgen.machinery.training import Run, rng_for
-from scratchgen.machinery.workers import Workers
 
 import numpy as np
 import pytest
 from conftest import load
 
 IMAGES = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
-SIGNALS = cli.STOP_SIGNALS
+SIGNALS = parallel.STOP_SIGNALS
 
 
 @pytest.fixture
@@ -30,9 +31,11 @@ def make(tmp_path):
             run.held.close()
         settings = {"epochs": 2, "batch_size": 16, "seed": 0, "lr": 0.1, "out": tmp_path / "run", "resume": False}
         settings |= {"workers": workers, "data": "data", "command": "python run_toy.py"} | flags
-        arrays = {"params": {"w": np.zeros(3, np.float32)}, "moments": {"m": {"w": np.zeros(3, np.float32)}}}
-        columns = ("train_loss", "test_loss")
-        run = Run(model, argparse.Namespace(**settings), (images, test_images), arrays, Workers(workers), columns)
+        params = {"w": np.zeros(3, np.float32), "b": np.zeros(2, np.float32)}  # of two ranks the second owns w
+        arrays = {"params": params, "moments": {"m": tree.map(np.zeros_like, params)}}
+        columns, ranks = ("train_loss", "test_loss"), Ranks(workers)
+        ranks.divide(params)
+        run = Run(model, argparse.Namespace(**settings), (images, test_images), arrays, ranks, columns)
         begun.append(run)
         return run
 
@@ -43,16 +46,19 @@ def make(tmp_path):
 
 
 def take_step(run, images):
-    """Something that depends on the images, on their order and on random numbers, as training does."""
+    """Something that depends on the images, on their order and on random numbers, as training does: each leaf is
+    stepped by its owner."""
     drawn = run.rng.standard_normal(3, dtype=np.float32)
+    for leaf in tree.leaves(run.ranks.own(run.arrays["params"])):
+        leaf *= np.float32(0.9)
+        leaf += drawn[: len(leaf)] + np.float32(images.sum())
+    run.ranks.barrier()
     w = run.arrays["params"]["w"]
-    w *= np.float32(0.9)
-    w += drawn + np.float32(images.sum())
     run.record(float(w[0]), {"loss": w[0]})
 
 
 def train(run, stop_at=None, how=signal.SIGINT):
-    with run:
+    with run.ranks, run:
         for _epoch in run.epochs():
             for step, images in run.minibatches():
                 if step == stop_at:
@@ -75,10 +81,10 @@ def test_up_to_eight_cores_all_have_a_shard(cores, batch_64, batch_128):
 
 
 def test_the_shards_are_those_of_the_machine_where_a_run_began(make, monkeypatch):
-    monkeypatch.setattr(training.runtime, "available_cores", lambda: 4)
+    monkeypatch.setattr(training.blas, "available_cores", lambda: 4)
     assert [make(workers=n, out=make().args.out.with_name(f"{n}")).shard_size for n in (1, 2, 3)] == [4] * 3
     train(make())
-    monkeypatch.setattr(training.runtime, "available_cores", lambda: 2)
+    monkeypatch.setattr(training.blas, "available_cores", lambda: 2)
     assert make(resume=True).shard_size == 4 and make(seed=1).shard_size == 8
 
 
@@ -145,7 +151,7 @@ def test_what_it_took_goes_beside_the_models_own_numbers(make):
     run.write_metrics({"elbo": -240.0}, run.arrays["params"])
     found = json.loads((run.args.out / "metrics.json").read_text())
     weights, seconds = found.pop("weights"), found.pop("seconds")
-    assert found == {"elbo": -240.0, "epochs": 2, "seed": 3, "parameters": 3, "command": "python run_toy.py"}
+    assert found == {"elbo": -240.0, "epochs": 2, "seed": 3, "parameters": 5, "command": "python run_toy.py"}
     assert weights.startswith("CRC-32 ") and seconds >= 0
 
 
@@ -221,9 +227,10 @@ def test_a_signal_that_was_to_be_ignored_is():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_in_a_thread_no_signal_is_asked_for(make):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_in_a_thread_no_signal_is_asked_for(make, workers):
     runs = []
-    thread = threading.Thread(target=lambda: runs.append(train(make())))
+    thread = threading.Thread(target=lambda: runs.append(train(make(workers=workers))))
     thread.start()
     thread.join()
     assert len(runs) == 1 and runs[0].step == 6
@@ -321,10 +328,33 @@ def test_stopped_anywhere_and_resumed_it_is_the_same_run(make, tmp_path, stop_at
     resumed = make(resume=True, workers=3 - workers)
     assert resumed.step == stop_at
     train(resumed)
-    np.testing.assert_array_equal(resumed.arrays["params"]["w"], whole.arrays["params"]["w"])
+    for name in ("w", "b"):
+        np.testing.assert_array_equal(resumed.arrays["params"][name], whole.arrays["params"][name])
     logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in run.log] for run in (whole, resumed)]
     assert logs[0] == logs[1] and len(logs[0]) == 2
     assert resumed.log[-1]["seconds"] >= resumed.log[0]["seconds"] > 0
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_several_ranks_stop_together_and_rank_0_alone_decides(make, number):
+    """A signal may reach the whole group of processes: the others are deaf, and save nothing."""
+    handlers, run = [signal.getsignal(s) for s in SIGNALS], make(workers=2)
+    with pytest.raises(cli.Stopped) as stopped:
+        train(run, 2, number)  # sent by each rank to itself
+    assert stopped.value.args == (number,) and checkpoint.load_state(run.path)["step"] == 2
+    assert [signal.getsignal(s) for s in SIGNALS] == handlers
+    assert parallel.rank == 0 and run.ranks.count == 1 and run.ranks.children == []
+
+
+def test_a_loss_that_is_not_finite_for_one_rank_ends_all(make):
+    run = make(workers=2)
+    with pytest.raises(cli.Diverged, match="at step 2"), run.ranks, run:
+        for _epoch in run.epochs():
+            for step, _images in run.minibatches():
+                run.record(float("nan") if step == 2 and run.ranks.rank == run.ranks.count - 1 else 1.0, {"loss": 1.0})
+    assert checkpoint.load_state(run.path)["step"] == 0
+    with files.holding(run.args.out):
+        pass
 
 
 def test_a_run_is_resumed_only_with_the_settings_it_was_made_with(make, tmp_path):

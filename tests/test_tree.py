@@ -25,15 +25,28 @@ def test_map_refuses_trees_of_different_length():
         tree.map(lambda x, y: x, [1, 2], [1])
 
 
-def test_a_part_has_the_wanted_leaves_at_their_places():
-    assert tree.part(EXAMPLE, iter([True, False, False, True, True])) == {
-        "w": 1,
-        "b": [({"c": 4},)],
-        "empty": {},
-        "a": 5,
-    }
-    assert tree.part([1, 2], iter([False, False])) == []
+PART = {"w": 1, "b": [None, (None, {"c": 4})], "empty": {}, "a": None}  # of EXAMPLE: None in place of three leaves
+
+
+def test_none_is_a_tree_without_leaves():
+    assert tree.leaves(None) == tree.names(None) == [] and tree.size(None) == 0
+    assert tree.map(lambda x: 1 / 0, None, "anything") is None
+    assert tree.leaves(PART) == [1, 4] and tree.names(PART) == ["w", "b/1/1/c"]
+
+
+def test_map_passes_over_none_and_leaves_it_where_it_is():
+    seen = []
+
+    def add(x, y):
+        seen.append((x, y))
+        return x + y
+
+    assert tree.map(add, PART, EXAMPLE) == {"w": 2, "b": [None, (None, {"c": 8})], "empty": {}, "a": None}
+    assert seen == [(1, 1), (4, 4)]  # in the order of the leaves, each with its own
+    nothing = tree.map(lambda x, y: 1 / 0, [None, None], [{"a": 1}, 2])  # whatever stands beside it
+    assert nothing == [None, None]
 
 
 def test_size_counts_elements():
     assert tree.size({"w": np.zeros((2, 3)), "b": [np.zeros(4)]}) == 10
+    assert tree.size({"w": np.zeros((2, 3)), "b": [None, np.zeros(4)]}) == 10

@@ -25,7 +25,7 @@ from scratchgen.evaluate.reports import measure_bound, measure_samples, measure_
 from scratchgen.improved import SAMPLERS
 from scratchgen.machinery import cli, files
 from scratchgen.machinery.checkpoint import fingerprint
-from scratchgen.machinery.workers import Workers
+from scratchgen.machinery.parallel import ranks_for
 
 
 def parse_arguments(argv):
@@ -85,7 +85,7 @@ def measure(args):
     args.ways = {"VAE": {}} if is_vae else ways_to_draw(args, model)
     args.vae = args.vae or args.run.resolve().parent / "vae"
     peer = load_vae(args.vae) if args.frechet and not is_vae else None
-    data, workers = load_fashion_mnist(args.data, labels=model.config.get("classes", False)), Workers(args.workers)
+    data = load_fashion_mnist(args.data, labels=model.config.get("classes", False))
     check_data(args.run, model, data, args.data)
     if peer:
         check_data(args.vae, peer, data, args.data)
@@ -93,10 +93,11 @@ def measure(args):
         if (getattr(args, name) or 0) > len(images):
             raise cli.UsageError(f"--{name} {getattr(args, name)} is out of range, there are {len(images)} images")
 
-    if args.iwae or args.bound or not args.frechet:
-        (measure_vae if is_vae else measure_bound)(args, model, data, workers)
-    if args.frechet:
-        measure_samples(args, model, data, workers, peer)
+    with ranks_for(args.workers) as ranks:
+        if args.iwae or args.bound or not args.frechet:
+            (measure_vae if is_vae else measure_bound)(args, model, data, ranks)
+        if args.frechet:
+            measure_samples(args, model, data, ranks, peer)
     if args.unwritten:
         raise args.unwritten[0]
 

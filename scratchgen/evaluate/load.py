@@ -124,7 +124,7 @@ def load_run(folder):
     path = Path(folder) / "checkpoint.npz"
     state = checkpoint.load_state(path)
     run, arrays = run_to_fill(state["config"], path)
-    checkpoint.fill(arrays, path, constant=True)  # so that workers need not look for changes
+    checkpoint.fill(arrays, path, constant=True)
     if not state["log"]:
         raise checkpoint.CheckpointError(f"{path}: expected a trained model, found one in its first epoch")
     return run

@@ -10,15 +10,15 @@ from scratchgen.data import CLASSES, scale
 from scratchgen.diffusion import draw_batch, prior_kl
 from scratchgen.evaluate import classifier, metrics
 from scratchgen.evaluate.samples import draw, over_images
-from scratchgen.gradients import in_parallel
 from scratchgen.machinery import cli, files, plots
+from scratchgen.machinery.parallel import in_parallel
 from scratchgen.machinery.training import rng_for
 from scratchgen.ops import bernoulli_log_likelihood
 from scratchgen.vae import kl_per_dimension
 
 import numpy as np
 
-SHARD = 32  # images that one worker measures at a time
+SHARD = 32  # images that one rank measures at a time
 IWAE_SHARD = 8  # the same where each image takes K samples
 BOUND, EXACT_BOUND, IMPORTANCE, REAL = 100, 101, 102, 104  # what random numbers are for
 
@@ -41,9 +41,9 @@ def write(args, f, *arguments):
 # ----------------------------------------------------------------------------------------------------------------- VAE
 
 
-def measure_vae(args, model, data, workers):
+def measure_vae(args, model, data, ranks):
     x = scale(data["test_images"], 0, 1)
-    codes = over_images(lambda x: np.stack(model.encode(x), axis=1), [x], SHARD, workers, "codes")  # (N, 2, D)
+    codes = over_images(lambda x: np.stack(model.encode(x), axis=1), [x], SHARD, ranks, "codes")  # (N, 2, D)
     mu, log_var = codes[:, 0], codes[:, 1]
     kl, active = kl_per_dimension(mu, log_var).mean(axis=0, dtype=np.float64), metrics.active_units(mu)
     variance, spread = mu.var(axis=0, dtype=np.float64), np.exp(log_var).mean(axis=0, dtype=np.float64)
@@ -57,25 +57,25 @@ def measure_vae(args, model, data, workers):
     report(args, model, "latent", numbers, line)
     write(args, plots.save, plots.latent_use(kl, variance, spread, active), args.run / "latent_use.png")
     if args.iwae:
-        bound = importance_weighted_bound(model.encode, model.decode, x, args.iwae, args.seed, workers)
+        bound = importance_weighted_bound(model.encode, model.decode, x, args.iwae, args.seed, ranks)
         line = (f"importance-weighted bound, K = {args.iwae}", f"{bound:.2f}", "nats per image")
         report(args, model, f"iwae_{args.iwae}", {"log_likelihood": bound}, line)
 
 
-def importance_weighted_bound(encode, decode, x, K, seed, workers):
+def importance_weighted_bound(encode, decode, x, K, seed, ranks):
     """Mean over the images x of `metrics.importance_weighted_bound`, in nats per image, computed in parallel."""
 
     def bound(x, image):
         rngs = [rng_for(seed, IMPORTANCE, n) for n in image]
         return metrics.importance_weighted_bound(encode, decode, bernoulli_log_likelihood, x, K, rngs)
 
-    return float(over_images(bound, [x, np.arange(len(x))], IWAE_SHARD, workers, f"IWAE, K = {K}").mean())
+    return float(over_images(bound, [x, np.arange(len(x))], IWAE_SHARD, ranks, f"IWAE, K = {K}").mean())
 
 
 # ----------------------------------------------------------------------------------------------------- diffusion model
 
 
-def measure_bound(args, model, data, workers):
+def measure_bound(args, model, data, ranks):
     schedule, T, x = model.schedule, model.config["T"], scale(data["test_images"], -1, 1)
     bits = partial(metrics.bits_per_dimension, dimensions=x[0].size)
     terms_of = partial(metrics.bound_terms, model.x_0_theta, schedule)
@@ -84,7 +84,7 @@ def measure_bound(args, model, data, workers):
     # T L_{t-1} at one t, drawn evenly from 1..T, is in expectation the sum of all L_{t-1}.
     prior = bits(prior_kl(schedule, x))
     _, t, eps = batch = draw_batch(schedule, x, rng_for(args.seed, BOUND))
-    terms = bits(over_images(terms_of, [*batch, *labels], SHARD, workers, "bound"))
+    terms = bits(over_images(terms_of, [*batch, *labels], SHARD, ranks, "bound"))
     mean, error = mean_and_standard_error(prior + T * terms)
     line = (f"bound, {len(x):,} images at one t each", f"{mean:.3f}", f"bits per dimension, +- {error:.3f}")
     report(args, model, "bound_estimate", {"bits_per_dimension": mean, "standard_error": error}, line)
@@ -92,7 +92,7 @@ def measure_bound(args, model, data, workers):
     over_t = np.bincount(t, terms)[times] / count
 
     if N := args.bound:
-        rng, parallel = rng_for(args.seed, EXACT_BOUND), in_parallel(terms_of, SHARD, workers)
+        rng, parallel = rng_for(args.seed, EXACT_BOUND), in_parallel(terms_of, SHARD, ranks)
         times, all_terms = 1 + np.arange(T), np.empty((N, T))
         for t in cli.progress_over(times, T, "bound, all t"):
             eps = rng.standard_normal(x[:N].shape, dtype=np.float32)
@@ -119,21 +119,22 @@ def mean_and_standard_error(values):
 # ------------------------------------------------------------------------------------------- samples beside real images
 
 
-def measure_samples(args, model, data, workers, peer=None):
+def measure_samples(args, model, data, ranks, peer=None):
     """``args.ways`` are the ways to draw, {name: settings of `DDPMRun.path`}; ``peer`` is the VAE to compare with."""
     N, ruler = args.frechet, classifier.load_classifier()
 
     def features_of(images):
-        return over_images(lambda x: classifier.features(ruler, scale(x, 0, 1)), [images], SHARD, workers, "features")
+        return over_images(lambda x: classifier.features(ruler, scale(x, 0, 1)), [images], SHARD, ranks, "features")
 
     def sets_of(model, count, **how):  # the same noise for all that is compared
-        return [draw(model, count, args.seed + number, workers, **how) for number in range(args.draws)]
+        return [draw(model, count, args.seed + number, ranks, **how) for number in range(args.draws)]
 
     real, numbers = features_of(data["test_images"]), {}
 
     def judge(name, sets, asked=None):
         """Add to ``numbers`` what the sets of images are like, and what the classifier takes them for."""
-        found = [likeness(features_of(images), real, ruler, asked) for images in sets]
+        found = [features_of(images) for images in sets]
+        found = ranks.broadcast([likeness(h, real, ruler, asked) for h in found] if ranks.rank == 0 else None)
         distances = [one["distance"] for one in found]
         numbers[name] = {key: np.mean([one[key] for one in found], axis=0).round(4).tolist() for key in found[0]}
         remark = "precision {precision:.3f}, recall {recall:.3f}".format(**numbers[name])

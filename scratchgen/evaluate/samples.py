@@ -2,19 +2,20 @@
 
 from scratchgen import diffusion
 from scratchgen.data import CLASSES
-from scratchgen.gradients import in_parallel
 from scratchgen.machinery import cli, files, plots
+from scratchgen.machinery.parallel import in_parallel
 from scratchgen.machinery.training import SAMPLES, rng_for
 
 import numpy as np
 
-SHARD = 16  # images that one worker draws at a time
+SHARD = 16  # images that one rank draws at a time
 TIMES = (1, 0.5, 0.25, 0.1, 0.05, 0)  # of the strips, as parts of T: 200, 100, 50, 20, 10, 0
 
 
-def over_images(f, arrays, shard, workers, description):
+def over_images(f, arrays, shard, ranks, description):
     """``f(*arrays)`` as `in_parallel` computes it, but in steps, for a progress bar."""
-    parallel, N, step, results = in_parallel(f, shard, workers), len(arrays[0]), shard * workers.total, []
+    parallel, N, results = in_parallel(f, shard, ranks), len(arrays[0]), []
+    step = shard * ranks.count * ranks.threads
     with cli.progress(N, description=description) as bar:
         for start in range(0, N, step):
             results.append(parallel(*(array[start : start + step] for array in arrays)))
@@ -22,7 +23,7 @@ def over_images(f, arrays, shard, workers, description):
     return np.concatenate(results)
 
 
-def draw(model, N, seed, workers, labels=None, **how):
+def draw(model, N, seed, ranks, labels=None, **how):
     """N samples of a model as grey levels, uint8 (N, 28, 28, 1); ``how`` goes to its ``sample``.
 
     For the same seed the first images have the same noise whatever N is, and however they are drawn from it.
@@ -35,13 +36,14 @@ def draw(model, N, seed, workers, labels=None, **how):
         return grey_levels(model.sample(len(numbers), rng, *labels, **how))
 
     arrays = [np.arange(N)] if labels is None else [np.arange(N), labels]
-    return over_images(from_shard, arrays, SHARD, workers, "samples")
+    return over_images(from_shard, arrays, SHARD, ranks, "samples")
 
 
 def grey_levels(x):
     return np.round(x * 255).astype(np.uint8)
 
 
+@files.by_rank_0
 def save_images(path, images):
     with files.replacing(path) as temporary:
         np.savez(temporary, images=images)
@@ -65,9 +67,9 @@ def draw_paths(model, x_0, seed, folder):
     plots.save_gif([seen[t] for t in frames], 4, folder / "sampling.gif")
 
 
-def classes(model, seed, workers):
+def classes(model, seed, ranks):
     """A figure: ten images of each class, and beside them each class from one and the same noise, by guide and w."""
-    images = draw(model, 100, seed, workers)  # one class after the other
+    images = draw(model, 100, seed, ranks)  # one class after the other
     noise = rng_for(seed, SAMPLES).standard_normal((1, *images.shape[1:]), dtype=np.float32)
     x_T, steps, rows = np.repeat(noise, len(CLASSES), axis=0), min(20, model.config["T"]), {}
     for guide in ["early", "unlabelled"] if model.x_0_early else ["unlabelled"]:

@@ -17,8 +17,8 @@ from reprlib import repr as short
 
 from scratchgen import tree
 from scratchgen.data import UserError
-from scratchgen.machinery import ranks
-from scratchgen.machinery.files import replacing
+from scratchgen.machinery import parallel
+from scratchgen.machinery.files import by_rank_0, replacing
 
 import numpy as np
 
@@ -83,6 +83,7 @@ def check(state, schema):
 # ------------------------------------------------------------------------------------------------------- write and read
 
 
+@by_rank_0
 def save(path, arrays, state):
     """Write a tree of arrays and a JSON-able ``state`` to ``path``. Raises OSError, and the old file stays."""
     named = dict(zip(tree.names(arrays), tree.leaves(arrays), strict=True))
@@ -169,7 +170,7 @@ def fill(arrays, path, constant=False):
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} has numbers that are not finite")
             found.append(array)
-    ranks.world().agree(path, fingerprint(found))
+    parallel.ranks_for(workers=1).agree(path, fingerprint(found))
     for leaf, array in zip(leaves, found, strict=True):
         leaf[...] = array
         leaf.flags.writeable = not constant

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from scratchgen import tree
 from scratchgen.data import UserError
-from scratchgen.machinery import plots, ranks, runtime
+from scratchgen.machinery import blas, parallel, plots
 
 import numpy as np
 
@@ -25,8 +25,8 @@ with warnings.catch_warnings():  # a notebook without widgets gets a bar of text
     warnings.simplefilter("ignore")
     from tqdm.auto import tqdm
 
-tqdm.monitor_interval = 0  # no thread to watch the bars: workers are forked, and a fork should find no thread at work
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+tqdm.monitor_interval = 0  # no thread to watch the bars: ranks are forked, and a fork should find no thread at work
+tqdm.set_lock(threading.RLock())  # its own is shared by processes, and Python 3.14 finds it lost where a rank ends
 ROOT = Path(__file__).parents[2]  # of the project, where the run scripts and the data are
 
 
@@ -83,10 +83,9 @@ def number(kind, low, high=math.inf, above=False):
 def add_workers_flag(parser):
     help = (
         "parallel processes (threads on macOS and Windows); results do not depend on N, and 1 keeps everything in this "
-        "process, for a debugger (default: all cores, here %(default)s; of mpiexec each rank has N, by default a part)"
+        "process, for a debugger (default: all cores, here %(default)s; under mpiexec its ranks count, and not N)"
     )
-    default = max(1, runtime.available_cores() // ranks.world().on_this_machine)
-    parser.flag("--workers", help, type=number(int, 1, high=256), default=default, metavar="N")
+    parser.flag("--workers", help, type=number(int, 1, high=256), default=blas.available_cores(), metavar="N")
 
 
 def add_data_flags(parser):
@@ -138,7 +137,7 @@ def progress_over(steps, total, description):
 
 
 def nobody_looks():
-    return not (sys.stderr.isatty() or in_notebook())
+    return parallel.rank > 0 or not (sys.stderr.isatty() or in_notebook())
 
 
 def in_notebook():
@@ -158,7 +157,7 @@ def run(main, when_stopped=RESUMABLE):
     Ctrl-C does, so that nothing half-written stays.
     """
     plots.matplotlib.rcdefaults()
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in parallel.STOP_SIGNALS}
     for number in [number for number, handler in before.items() if handler == signal.SIG_DFL]:
         signal.signal(number, interrupt)
     for name in ("stdout", "stderr"):
@@ -171,7 +170,7 @@ def run(main, when_stopped=RESUMABLE):
     status, message = 0, None
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # of a loss that is not finite `Run` says all, and once
-            ranks.begin(STOP_SIGNALS)
+            parallel.begin()
             main()
     except UserError as error:
         status, message = 1 if isinstance(error, Diverged) else 2, str(error)
@@ -185,8 +184,8 @@ def run(main, when_stopped=RESUMABLE):
     except MemoryError:
         status, message = 1, "out of memory: try fewer --workers"
     except Exception:  # a fault of ours
-        if ranks.world().count > 1:
-            ranks.end(1, traceback.format_exc())
+        if parallel.world():
+            parallel.end(1, traceback.format_exc())
             sys.exit(1)
         raise
     finally:
@@ -195,7 +194,7 @@ def run(main, when_stopped=RESUMABLE):
     if message:
         program, message = Path(sys.argv[0]), " ".join(message.split())[:2000]  # a path may have line ends in it
         with suppress(OSError, UserError):  # a terminal that was closed; no MPI, which the message says
-            ranks.end(status, f"{program.parent.name if program.stem == '__main__' else program.name}: {message}")
+            parallel.end(status, f"{program.parent.name if program.stem == '__main__' else program.name}: {message}")
     sys.exit(status)
 
 
@@ -212,7 +211,7 @@ class StopBetweenSteps:
     def __init__(self):
         self.received, self.in_step, self.handlers = None, False, {}
         if threading.current_thread() is threading.main_thread():  # no other may
-            for number in STOP_SIGNALS:
+            for number in parallel.STOP_SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup, or a shell's &, has asked for
                     self.handlers[number] = signal.signal(number, self.note)
 

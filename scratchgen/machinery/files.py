@@ -11,18 +11,29 @@ import json
 import os
 import zlib
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from scratchgen import tree
 from scratchgen.data import UserError
-from scratchgen.machinery import ranks
+from scratchgen.machinery import parallel
 
 fcntl = msvcrt = None
 with suppress(ImportError):  # Windows has none
     import fcntl
 with suppress(ImportError):  # and nobody else has
     import msvcrt
+
+
+def by_rank_0(write):
+    """Leave it to rank 0 to write: the other ranks, which do as it does, have the same file to write."""
+
+    @wraps(write)
+    def written(*args, **options):
+        if parallel.rank == 0:
+            write(*args, **options)
+
+    return written
 
 
 @contextmanager
@@ -32,10 +43,6 @@ def replacing(path):
     When it does not, whatever was at ``path`` is still there, and the temporary file is not.
     """
     path = Path(path)
-    if ranks.world().rank:  # rank 0 writes the same
-        with TemporaryDirectory() as elsewhere:
-            yield Path(elsewhere, path.name)
-        return
     temporary = path.with_name(f".{path.stem}.part-{os.getpid()}{path.suffix}")  # savez and savefig go by the suffix
     try:
         yield temporary
@@ -49,6 +56,7 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+@by_rank_0
 def write_text(path, text):
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -119,7 +127,7 @@ def holding(folder):
     A file is locked, not the folder, since network file systems want one that is open for writing. Where nothing can be
     written, or nothing locked, the block goes ahead without. Raises FolderInUse.
     """
-    lock, owner = None if ranks.world().rank else locked(Path(folder) / LOCK), os.getpid()
+    lock, owner = None if parallel.rank else locked(Path(folder) / LOCK), os.getpid()
     try:
         if lock is not None:
             held.add(lock)
@@ -165,15 +173,16 @@ def let_go():
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=let_go)  # or a worker that outlives its run would hold the folder on
+    os.register_at_fork(after_in_child=let_go)  # or a rank that outlives its run would hold the folder on
 
 # What a run makes. The checkpoint is last: a move that was interrupted still finds it, and goes on.
 MADE = ("*.png", "*.gif", "metrics.json", "log.csv", "checkpoint.npz")
 
 
+@by_rank_0
 def put_aside(folder):
     """Move what an earlier run left in a folder into a folder in it: nothing is lost, or taken for the new run's."""
-    if ranks.world().rank or not (folder / "checkpoint.npz").exists():
+    if not (folder / "checkpoint.npz").exists():
         return
     made = [path for pattern in MADE for path in sorted(folder.glob(pattern))]
     folders = (folder / f"earlier-{number}" for number in itertools.count(1))

@@ -6,7 +6,7 @@ Images come as (N, H, W, 1) in the range given by ``low`` and ``high``, by defau
 import os
 from contextlib import suppress
 
-from scratchgen.machinery.files import replacing
+from scratchgen.machinery.files import by_rank_0, replacing
 
 import numpy as np
 
@@ -25,6 +25,7 @@ FORWARD, REVERSE = "forward: $x_t \\sim q(x_t|x_0)$", "reverse: $x_{t-1} \\sim p
 TRAIN, TEST = {"color": "C0", "label": "train"}, {"color": "C1", "label": "test", "linestyle": "--"}
 
 
+@by_rank_0
 def save(figure, path):
     """Write a figure as PNG; an earlier one at ``path`` is replaced only by a whole one."""
     with replacing(path) as temporary:
@@ -242,6 +243,7 @@ def row_of_times(images, times, title):
     return figure
 
 
+@by_rank_0
 def save_gif(frames, columns, path, frames_per_second=12, pause=18):
     """An animation of mosaics: a sequence of (N, H, W, 1) in [-1, 1]; the last stays for ``pause`` frames."""
     pictures = [mosaic(frame, len(frame) // columns, columns) for frame in frames]

@@ -1,7 +1,7 @@
 """The book-keeping of a training run, so that a script's loop shows nothing but the algorithm.
 
-    run = Run("vae", args, (train_images, test_images), {"params": params, ...}, workers, ("train_elbo", "test_elbo"))
-    with run:
+    run = Run("vae", args, (train_images, test_images), {"params": params, ...}, ranks, ("train_elbo", "test_elbo"))
+    with ranks, run:
         for epoch in run.epochs():
             for step, images in run.minibatches():
                 ...                                  draw, differentiate, step
@@ -20,7 +20,7 @@ from contextlib import ExitStack, suppress
 
 from scratchgen import tree
 from scratchgen.data import minibatches
-from scratchgen.machinery import checkpoint, cli, files, runtime
+from scratchgen.machinery import blas, checkpoint, cli, files
 
 import numpy as np
 
@@ -35,7 +35,7 @@ def rng_for(seed, *purpose):
 
 
 def shard_size(batch_size, cores):
-    """How many images a worker differentiates at a time: such that up to eight cores all have work, as nearly as the
+    """How many images a rank differentiates at a time: such that up to eight cores all have work, as nearly as the
     batch allows, but hardly more shards than cores, as each costs some Python besides. There are two at least, and none
     has more than 64 images. --workers has no say, so that it cannot change results."""
     return min(64, math.ceil(batch_size / min(max(2, cores), 8)))  # larger ones only take more memory
@@ -45,28 +45,28 @@ class Run:
     """One training run: begun afresh, or resumed from its checkpoint with --resume.
 
     ``arrays`` is a tree, {"params": .., "moments": ..} for example, that the steps change in place: they must change
-    ``run.arrays``, the copy in memory that all workers share. ``run.rng`` is the generator that the steps draw from.
+    ``run.arrays``, the copy in memory that all ranks see. ``run.rng`` is the generator that the steps draw from.
     ``images`` are those to train on and those to test with, each an array or, with labels, a pair of arrays, of which
     `minibatches` hands out as it gets; ``columns`` is what `end_epoch` logs, beside epoch, step and seconds. Raises
     CheckpointError or FolderInUse.
     """
 
-    def __init__(self, model, args, images, arrays, workers, columns):
+    def __init__(self, model, args, images, arrays, ranks, columns):
         self.args = args
         self.images, test_images = images
         self.count = len(tree.leaves(self.images)[0])
         self.steps_per_epoch = math.ceil(self.count / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
-        self.arrays, self.rng = workers.share(arrays), rng_for(args.seed, NOISE)
-        self.ranks = workers.ranks
+        self.ranks = ranks
+        self.arrays, self.rng = ranks.share(arrays), rng_for(args.seed, NOISE)
         settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
         self.config = {"model": model} | settings
         self.config["train_images"] = checkpoint.fingerprint(self.images)
         self.config["test_images"] = checkpoint.fingerprint(test_images)
         self.step, self.epoch_means, self.log, seconds = 0, {}, [], 0.0
-        self.shard_size = self.ranks.told_by_0(shard_size(args.batch_size, runtime.available_cores()))
+        self.shard_size = ranks.broadcast(shard_size(args.batch_size, blas.available_cores()))
 
-        self.ranks.agree(f"the images in {args.data}", f"{self.config['train_images']}, {self.config['test_images']}")
+        ranks.agree(f"the images in {args.data}", f"{self.config['train_images']}, {self.config['test_images']}")
 
         self.path = args.out / "checkpoint.npz"
         args.out.mkdir(parents=True, exist_ok=True)
@@ -147,6 +147,7 @@ class Run:
             self.weight = size / self.count  # of this minibatch in the means of the epoch
             yield self.step + 1, images
             self.step += 1
+            self.ranks.from_owners(self.arrays["params"])
             self.stop_if_asked()
             self.bar.update(size)
         self.collect()
@@ -155,8 +156,8 @@ class Run:
             raise cli.Stopped(self.stop.received)
 
     def collect(self):
-        """Let all ranks have the whole state. In the steps only the weights travel, the rest stays with its owners."""
-        self.ranks.from_owners(self.arrays["params"], self.arrays)
+        """Let all ranks have the whole state. After each step they have the weights; the rest stays with its owners."""
+        self.ranks.from_owners(self.arrays)
 
     def record(self, loss, means):
         """Add a minibatch's means to ``epoch_means``, which is whole when the epoch ends.
@@ -187,7 +188,7 @@ class Run:
     def stop_if_asked(self):
         """Between two steps: stop, or save if it is time to. Rank 0 decides, and needs all ranks for the state."""
         due = time.monotonic() - self.saved_at > SAVE_SECONDS
-        asked, due = self.ranks.told_by_0((self.stop.received, due))
+        asked, due = self.ranks.broadcast((self.stop.received, due))
         if asked is not None or due:
             self.collect()
             if asked is not None:

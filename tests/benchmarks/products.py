@@ -1,4 +1,4 @@
-"""The matrix products of a training step's shard: each whole, and in the tiles that `ops.product` cuts it into.
+"""The matrix products of a training step's shard: each whole, and in the tiles that `blas.product` cuts it into.
 
     python tests/benchmarks/products.py
 
@@ -12,6 +12,7 @@ import sys
 import time
 
 from scratchgen import ops
+from scratchgen.machinery import blas
 
 import numpy as np
 from tqdm import tqdm
@@ -45,14 +46,14 @@ def cases():
 
 def rate(a, b, out, small_kernels):
     """(GFLOP/s now, operations) of one product, with or without tiles."""
-    ops.SMALL_KERNELS = small_kernels
-    ops.tile.cache_clear()
+    blas.SMALL_KERNELS = small_kernels
+    blas.tile.cache_clear()
     operations = 2 * a.size * b.shape[-1]
     repeats = 1 + int(2e8 / operations)
-    ops.product(a, b, out=out)
+    blas.product(a, b, out=out)
     start = time.perf_counter()
     for _ in range(repeats):
-        ops.product(a, b, out=out)
+        blas.product(a, b, out=out)
     return operations * repeats / (time.perf_counter() - start) / 1e9
 
 
@@ -68,7 +69,7 @@ def main():
         whole, tiles = map(statistics.median, both)
         (M, K), N = a.shape[-2:], b.shape[-1]
         copied = M > 512 and b.strides[-1] != b.itemsize
-        rows, columns = ops.tile(M, K, N, b.strides[-1] != b.itemsize and not copied)
+        rows, columns = blas.tile(M, K, N, b.strides[-1] != b.itemsize and not copied)
         tqdm.write(f"{name:42}{f'{M} x {K} x {N}':>18}{whole:8.0f}{tiles:7.0f}   {rows} x {columns}")
 
 

@@ -4,11 +4,7 @@
 
 Every measurement has a process of its own, so that its peak of memory is its own too, and they are taken in turns: all
 of them once, then all of them again. The time is the median over the turns. Memory is the sum of the largest resident
-sizes of the process and its workers; pages that a fork shares count in each: an upper bound. (From /proc: Linux only.)
-
-For more cores than this machine has, the time of a step is a projection: all parts of it that would run at the same
-time are measured one after the other, alone, and the longest of them counts; messages are not counted (some 0.02 ms a
-worker). The machine of many cores must then have as much cache and memory bandwidth for each as this one.
+sizes of all ranks; pages that a fork shares count in each: an upper bound. (From /proc: Linux only.)
 """
 
 import argparse
@@ -24,10 +20,9 @@ from pathlib import Path
 from scratchgen import denoisers, diffusion, improved, tree, vae
 from scratchgen.data import load_fashion_mnist, minibatches, scale
 from scratchgen.evaluate.samples import SHARD as SAMPLE_SHARD
-from scratchgen.gradients import in_parallel, sharded_training
-from scratchgen.machinery import plots, runtime
+from scratchgen.machinery import blas, plots
+from scratchgen.machinery.parallel import Ranks, in_parallel, sharded
 from scratchgen.machinery.training import shard_size
-from scratchgen.machinery.workers import Workers
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, ema_step, init_moments
 
@@ -35,12 +30,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-CORES = runtime.available_cores()
+CORES = blas.available_cores()
 UNET_BATCH, VAE_BATCH, SAMPLES = 64, 128, 32  # the batches are the run scripts' defaults
-# name -> (what is counted, its values, what takes so many ms, function of a value that returns them and the workers)
+POWERS = [2**k for k in range(10)]
+# name -> (what is counted, its values, what takes so many ms, function of a value that returns them and MiB)
 MEASUREMENTS = {
-    "U-Net step, cores": ("cores", [1, 2, 4, 8], "a step, batch 64", lambda n: unet(cores=n)),
-    "VAE step, cores": ("cores", [1, 2, 4, 8], "a step, batch 128", lambda n: vae_steps(cores=n)),
+    "U-Net step, cores": ("cores", [n for n in POWERS if n <= CORES], "a step, batch 64", lambda n: unet(cores=n)),
+    "VAE step, cores": ("cores", [n for n in POWERS if n <= CORES], "a step, batch 128", lambda n: vae_steps(cores=n)),
     "U-Net step, batch": ("batch size", [32, 64, 128, 256, 512], "a step", lambda n: unet(batch=n)),
     "VAE step, batch": ("batch size", [32, 64, 128, 256, 512], "a step", lambda n: vae_steps(batch=n)),
     "U-Net sampling, T": ("T", [50, 100, 200, 500, 1000], f"{SAMPLES} samples", lambda n: sampling(n)),
@@ -52,55 +48,37 @@ def train_images(count):
     return load_fashion_mnist(Path(__file__).parents[2] / "data")["train_images"][:count]
 
 
-class OneAfterTheOther:
-    """As many workers as a larger machine would have, whose items are computed here in turns; ``longest`` adds up the
-    seconds of the slowest worker of each map."""
+def trainer(ranks, params, batch_size, loss, optimiser_step, ema):
+    """A training step as a function of (batch, number of the step), for all ranks."""
+    arrays = ranks.share({"params": params, "ema": tree.map(np.copy, params), "moments": init_moments(params)})
+    params, moments = arrays["params"], arrays["moments"]
+    value_and_grad = sharded(loss, ranks, params, shard_size(batch_size, ranks.processes), batch_size)
 
-    def __init__(self, count):
-        self.count, self.longest, self.processes = count, 0.0, []
-
-    def share(self, arrays):
-        return arrays
-
-    def map(self, f, items):
-        results, seconds = [], [0.0] * self.count
-        for number, item in enumerate(items):
-            start = time.perf_counter()
-            results.append(f(item))
-            seconds[number % self.count] += time.perf_counter() - start
-        self.longest += max(seconds)
-        return results
-
-
-def workers_for(cores):
-    return Workers(cores) if cores <= CORES else OneAfterTheOther(cores)
-
-
-def trainer(workers, cores, params, batch_size, loss, optimiser_step, ema):
-    arrays = workers.share({"params": params, "ema": tree.map(np.copy, params), "moments": init_moments(params)})
-
-    def update(arrays, gradient, count):
-        optimiser_step(arrays["params"], gradient, arrays["moments"], count, 1e-3)
+    def step(batch, number):
+        _, _, gradient = value_and_grad(params, batch)
+        optimiser_step(params, gradient, moments, number, 1e-3)
         if ema:
-            ema_step(arrays["ema"], arrays["params"], count, 0.998)
-
-    differentiate, take_step = sharded_training(loss, update, arrays, shard_size(batch_size, cores), workers)
-
-    def step(batch, count):
-        differentiate(batch)
-        take_step(count)
+            ema_step(ranks.own(arrays["ema"]), params, number, 0.998)
+        ranks.barrier()
 
     return step
 
 
-def per_step(step, workers, steps=8):
-    """Median ms of a step, after two that warm up."""
+def per_step(step, ranks, steps=8):
+    """Median ms of a step, after two that warm up, and the peak of memory."""
     times = []
-    for count in range(1, steps + 3):
-        start, workers.longest = time.perf_counter(), 0.0
-        step(count)
-        times.append(1e3 * (workers.longest or time.perf_counter() - start))
-    return statistics.median(times[2:])
+    with ranks:
+        for number in range(1, steps + 3):
+            start = time.perf_counter()
+            step(number)
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times[2:]), peak(ranks)
+
+
+def peak(ranks):
+    """MiB, the sum over the ranks."""
+    status = Path("/proc/self/status").read_text()
+    return sum(ranks.all_gather(int(status.split("VmHWM:")[1].split()[0]))) / 1024
 
 
 def default_unet(schedule, rng):  # -> parameters, eps_theta, x_0_theta
@@ -109,61 +87,58 @@ def default_unet(schedule, rng):  # -> parameters, eps_theta, x_0_theta
 
 
 def unet(batch=UNET_BATCH, cores=CORES):
-    rng, schedule, workers = np.random.default_rng(0), diffusion.make_schedule("linear", 200), workers_for(cores)
+    rng, schedule, ranks = np.random.default_rng(0), diffusion.make_schedule("linear", 200), Ranks(cores)
     images = scale(train_images(batch), -1, 1)
     params, eps_theta, _ = default_unet(schedule, rng)
 
     def loss(params, batch):
         return improved.weighted_loss(partial(eps_theta, params), schedule, batch)
 
-    step = trainer(workers, cores, params, batch, loss, partial(muon_step, beta2=0.99), ema=True)
-    return per_step(lambda count: step(diffusion.draw_batch(schedule, images, rng), count), workers), workers
+    step = trainer(ranks, params, batch, loss, partial(muon_step, beta2=0.99), ema=True)
+    return per_step(lambda number: step(diffusion.draw_batch(schedule, images, rng), number), ranks)
 
 
-def vae_trainer(workers, cores, batch, rng):
+def vae_trainer(ranks, batch, rng):
     init, encode, decode = vae.VAES["mlp"]
 
     def loss(params, batch):
         return vae.negative_elbo(partial(encode, params), partial(decode, params), batch)
 
-    return trainer(workers, cores, init(rng, 20), batch, loss, adam_step, ema=False)
+    return trainer(ranks, init(rng, 20), batch, loss, adam_step, ema=False)
 
 
 def vae_steps(batch=VAE_BATCH, cores=CORES):
-    rng, workers = np.random.default_rng(0), workers_for(cores)
-    x, step = scale(train_images(batch), 0, 1), vae_trainer(workers, cores, batch, rng)
+    rng, ranks = np.random.default_rng(0), Ranks(cores)
+    x, step = scale(train_images(batch), 0, 1), vae_trainer(ranks, batch, rng)
     eps = rng.standard_normal((batch, 20), dtype=np.float32)
-    return per_step(lambda count: step((x, eps), count), workers, 30), workers
+    return per_step(lambda number: step((x, eps), number), ranks, 30)
 
 
 def epoch(count):
-    rng, workers = np.random.default_rng(0), Workers(CORES)
-    images, step = train_images(count), vae_trainer(workers, CORES, VAE_BATCH, rng)
-    start = time.perf_counter()
-    for number, batch in enumerate(minibatches(images, VAE_BATCH, rng), 1):
-        step((scale(batch, 0, 1), rng.standard_normal((len(batch), 20), dtype=np.float32)), number)
-    return 1e3 * (time.perf_counter() - start), workers
+    rng, ranks = np.random.default_rng(0), Ranks(CORES)
+    images, step = train_images(count), vae_trainer(ranks, VAE_BATCH, rng)
+    with ranks:
+        start = time.perf_counter()
+        for number, batch in enumerate(minibatches(images, VAE_BATCH, rng), 1):
+            step((scale(batch, 0, 1), rng.standard_normal((len(batch), 20), dtype=np.float32)), number)
+        return 1e3 * (time.perf_counter() - start), peak(ranks)
 
 
 def sampling(T):
-    rng, schedule, workers = np.random.default_rng(0), diffusion.make_schedule("linear", T), Workers(CORES)
+    rng, schedule, ranks = np.random.default_rng(0), diffusion.make_schedule("linear", T), Ranks(CORES)
     params, _, x_0_theta = default_unet(schedule, rng)
-    sharded = in_parallel(partial(x_0_theta, workers.share(params)), SAMPLE_SHARD, workers)
+    sharded_x_0 = in_parallel(partial(x_0_theta, params), SAMPLE_SHARD, ranks)
     x_T = rng.standard_normal((SAMPLES, 28, 28, 1), dtype=np.float32)
-    sharded(x_T, np.full(SAMPLES, T))  # the workers are there
-    start = time.perf_counter()
-    for _ in improved.sample(sharded, schedule, x_T, rng):
-        pass
-    return 1e3 * (time.perf_counter() - start), workers
+    with ranks:
+        start = time.perf_counter()
+        for _ in improved.sample(sharded_x_0, schedule, x_T, rng):
+            pass
+        return 1e3 * (time.perf_counter() - start), peak(ranks)
 
 
 def measure(name, value):
     """(ms, MiB) of one measurement, made in a process of its own."""
-    taken, workers = MEASUREMENTS[name][3](value)
-    statuses = [
-        Path(f"/proc/{pid}/status").read_text() for pid in ["self", *(process.pid for process, _ in workers.processes)]
-    ]
-    return taken, sum(int(status.split("VmHWM:")[1].split()[0]) for status in statuses) / 1024
+    return MEASUREMENTS[name][3](value)
 
 
 def draw(results):
@@ -172,16 +147,12 @@ def draw(results):
         axes = figure.add_subplot(2, 3, place)
         what, values, job, _ = MEASUREMENTS[name]
         times, memory = zip(*rows, strict=True)
-        measured = sum(v <= CORES for v in values) if what == "cores" else len(values)
-        axes.plot(values[:measured], times[:measured], "o-", label="measured")
-        if measured < len(values):
-            axes.plot(values[measured - 1 :], times[measured - 1 :], "--", color="C0", zorder=1)
-            axes.plot(values[measured:], times[measured:], "o", color="C0", mfc="white", label="projected")
+        axes.plot(values, times, "o-", label="measured")
         ideal = [times[0] / v if what == "cores" else times[-1] * v / values[-1] for v in values]
         axes.plot(values, ideal, "k:", lw=1, label="in proportion")
         axes.set(title=name, xlabel=what, ylabel=f"ms for {job}", ylim=(0, None))
         other = axes.twinx()
-        other.plot(values[:measured], memory[:measured], "s--", color="tab:grey", ms=4)
+        other.plot(values, memory, "s--", color="tab:grey", ms=4)
         other.set_ylim(0, max(1024, *memory))
         other.set_ylabel("peak memory in MiB (dashed)", color="tab:grey")
         axes.legend(loc="upper right" if what == "cores" else "upper left")
@@ -215,8 +186,7 @@ def main():
         print(f"\n{name}\n{what:>16}{'ms for ' + job:>24}{each:>12}{'peak MiB':>10}")
         for value, (taken, mib) in zip(values, rows, strict=True):
             ratio = rows[0][0] / taken if what == "cores" else taken / value
-            remark = "  a projection; the memory of one process" if what == "cores" and value > CORES else ""
-            print(f"{value:16,}{taken:24,.1f}{ratio:12.3f}{mib:10.0f}{remark}")
+            print(f"{value:16,}{taken:24,.1f}{ratio:12.3f}{mib:10.0f}")
     plots.save(draw(results), args.figure)
 
 

@@ -6,6 +6,8 @@
 First each pair must agree: loss, every gradient and the loss after some steps of the optimiser, or the sampled images.
 Only then are both timed, in turns, so that whatever else the machine does meets all of them alike. PyTorch runs eagerly
 with its fused Adam, once in its default layout (NCHW) and once in channels_last; its best is the faster of the two.
+Beside it stand torch.compile, which takes 5 to 35 seconds before its first step, and torch.compile with bfloat16
+autocast, whose products have 8 bits of precision: NumPy has none like them. Of both, too, the faster layout.
 The rows of Muon have the optimiser that the run scripts use by default for these networks; PyTorch's own Muon takes no
 kernels and rounds to 16 bits, so it is written here once more, in PyTorch.
 That scratchgen tells the C library to keep freed memory holds for PyTorch in this process, too.
@@ -15,6 +17,7 @@ float32 matrix product on all cores, measured in the same run; their operations 
 """
 
 import argparse
+import itertools
 import json
 import math
 import operator
@@ -32,13 +35,12 @@ environment = dict(os.environ)
 import run_ddpm
 from scratchgen import denoisers, diffusion, improved, muon, ops, tree, vae
 from scratchgen.evaluate.samples import SHARD as SAMPLE_SHARD
-from scratchgen.gradients import images_of, in_parallel, sharded_training, shards
 from scratchgen.layers import GROUPS, time_embedding
-from scratchgen.machinery import files, runtime
+from scratchgen.machinery import blas, files
+from scratchgen.machinery.parallel import Ranks, images_of, in_parallel, sharded, shards
 from scratchgen.machinery.training import shard_size
-from scratchgen.machinery.workers import Workers
 from scratchgen.muon import muon_step
-from scratchgen.optim import adam_step, ema_step, init_moments
+from scratchgen.optim import adam_step, ema_step, flush_denormals, init_moments
 
 import numpy as np
 from tqdm import tqdm
@@ -56,7 +58,7 @@ from torch.utils.flop_counter import FlopCounterMode
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 # (H = W, C, O) of the 3x3 convolutions of both networks.
 CONVOLUTIONS = [(14, 64, 32), (14, 32, 32), (7, 64, 64), (14, 40, 4), (14, 8, 32)]
-UNET_BATCH, VAE_BATCH = 64, 128  # the run scripts' defaults
+UNET_BATCH, VAE_BATCH = 64, 128
 CALLS = 10  # of a convolution between one look at the clock and the next
 T, LATENT_DIM, LR, BETA2, EMA = 200, 20, 1e-3, 0.99, 0.998
 
@@ -203,8 +205,9 @@ def exchange(name, array, layout):
 class Peer:
     """PyTorch's copy of a tree of parameters in one layout, with what a training step of it needs."""
 
-    def __init__(self, params, layout, loss, batch, muon=False):
+    def __init__(self, params, layout, loss, batch, muon=False, bfloat16=False):
         self.names, self.loss = tree.names(params), loss
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
         self.batch = [tensor(array, layout) for array in batch]
         self.p = {
             name: tensor(exchange(name, leaf, layout), layout).requires_grad_()
@@ -221,7 +224,8 @@ class Peer:
     def value_and_grad(self):
         for weight in self.weights:
             weight.grad = None
-        loss = self.loss(self.p, self.batch)
+        with self.autocast:
+            loss = self.loss(self.p, self.batch)
         loss.backward()
         return loss
 
@@ -282,48 +286,47 @@ def randomised(params, rng):
     return tree.map(lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape, dtype=np.float32), params)
 
 
-def training(params, loss, batch, shard_size, workers, peer_loss, peer_batch, muon, ema=False, layouts=LAYOUTS):
-    """Ours and the peers' training steps as functions without arguments, after both were seen to agree."""
-    trees = {name: tree.map(np.copy, params) for name in ("params", "ema", "gradient")}
-    arrays = workers.share(trees | {"moments": init_moments(params)})
+def training(params, loss, batch, shard_size, ranks, peer_loss, peer_batch, muon, ema=False, layouts=LAYOUTS):
+    """Our training step and the peers' as functions without arguments, after both were seen to agree."""
+    arrays = ranks.share({"params": params, "ema": tree.map(np.copy, params), "moments": init_moments(params)})
     params = arrays["params"]
-
-    def update(arrays, gradient, step):
-        optimiser_step = muon_step if muon else adam_step
-        optimiser_step(arrays["params"], gradient, arrays["moments"], step, LR, beta2=BETA2)
-        if ema:
-            ema_step(arrays["ema"], arrays["params"], step + 10_000, EMA)
-
-    def keep(arrays, gradient):
-        tree.map(np.copyto, arrays["gradient"], gradient)
-
-    differentiate, take_step = sharded_training(loss, update, arrays, shard_size, workers)
+    value_and_grad = sharded(loss, ranks, params, shard_size, len(batch[0]))
     peers = {layout: Peer(params, layout, peer_loss, peer_batch(layout), muon) for layout in layouts}
-    to_see, keep_gradient = sharded_training(loss, keep, arrays, shard_size, workers)
-    value = to_see(batch)
-    keep_gradient()
-    value = value[0] if isinstance(value, tuple) else value
+    value, _, gradient = value_and_grad(params, batch)
     for layout, peer in peers.items():
         assert_close(f"loss, {layout}", value, np.float32(peer.value_and_grad().item()), 1e-5)
-        for name, leaf in zip(peer.names, tree.leaves(arrays["gradient"]), strict=True):
+        for name, leaf in zip(peer.names, tree.leaves(gradient), strict=True):
             assert_close(f"{name}, {layout}", exchange(name, leaf, layout), peer.p[name].grad.numpy(), 1e-3)
 
-    count = [0]
+    steps = itertools.count(1)
 
     def step():
-        value = differentiate(batch)
-        count[0] += 1
-        take_step(count[0])
-        return value[0] if isinstance(value, tuple) else value
+        value, _, gradient = value_and_grad(params, batch)
+        count = next(steps)
+        if count % 100 == 0:
+            flush_denormals(ranks.own(arrays["moments"]))
+        optimiser_step = muon_step if muon else adam_step
+        optimiser_step(params, gradient, arrays["moments"], count, LR, beta2=BETA2)
+        if ema:
+            ema_step(ranks.own(arrays["ema"]), params, count + 10_000, EMA)
+        ranks.from_owners(params)
+        ranks.broadcast((None, False))  # as `Run` asks whether to stop or to save
+        return value
 
     for _ in range(3):
         ours = step()
         for layout, peer in peers.items():
             assert_close(f"loss after a step, {layout}", ours, np.float32(peer.step(ema)), 1e-3)
-    return step, {layout: partial(peer.step, ema) for layout, peer in peers.items()}
+    value, _, _ = value_and_grad(params, batch)
+    for kind, autocast in (("compiled", False), ("bfloat16", True)):
+        for layout in layouts:
+            peer = Peer(params, layout, torch.compile(peer_loss, dynamic=False), peer_batch(layout), muon, autocast)
+            assert_close(f"loss, {kind}", value, np.float32(peer.value_and_grad().item()), 0.05 if autocast else 1e-3)
+            peers[f"{kind} {layout}"] = peer
+    return step, {name: partial(peer.step, ema) for name, peer in peers.items()}
 
 
-def vae_step(arch, layouts, muon, workers, rng):
+def vae_step(arch, layouts, muon, ranks, rng):
     init, encode, decode = vae.VAES[arch]
     peer_encode, peer_decode = {"mlp": (mlp_encode, mlp_decode), "conv": (conv_encode, conv_decode)}[arch]
     x = rng.random((VAE_BATCH, 28, 28, 1), dtype=np.float32)
@@ -336,8 +339,8 @@ def vae_step(arch, layouts, muon, workers, rng):
         randomised(init(rng, LATENT_DIM), rng),
         loss,
         (x, eps),
-        shard_size(VAE_BATCH, workers.count),
-        workers,
+        shard_size(VAE_BATCH, ranks.processes),
+        ranks,
         partial(negative_elbo, peer_encode, peer_decode),
         lambda layout: (image(x, layout), eps),
         muon,
@@ -353,7 +356,7 @@ def unet_case(rng):
     return schedule, params, batch, *improved.denoiser(denoisers.unet, schedule, improved.ADDITIONS)
 
 
-def unet_step(muon, workers, rng):
+def unet_step(muon, ranks, rng):
     schedule, params, (x_0, t, eps), eps_theta, _ = unet_case(rng)
 
     def loss(params, batch):
@@ -364,8 +367,8 @@ def unet_step(muon, workers, rng):
         params,
         loss,
         (x_0, t, eps),
-        shard_size(UNET_BATCH, workers.count),
-        workers,
+        shard_size(UNET_BATCH, ranks.processes),
+        ranks,
         weighted_loss,
         lambda layout: (image(x_0, layout), t, image(eps, layout), signal, noise),
         muon,
@@ -373,17 +376,17 @@ def unet_step(muon, workers, rng):
     )
 
 
-def unet_sampling(workers, rng):
+def unet_sampling(ranks, rng):
     schedule, params, (x_t, _, fresh), _, x_0_theta = unet_case(rng)
-    sharded = in_parallel(partial(x_0_theta, workers.share(params)), SAMPLE_SHARD, workers)
+    sharded_x_0 = in_parallel(partial(x_0_theta, params), SAMPLE_SHARD, ranks)
     t = T // 2
     up_to_t = {name: values[: t + 1] for name, values in schedule.items()}  # so that sampling starts there
     given = SimpleNamespace(standard_normal=lambda *shape, **dtype: fresh)  # in place of rng: both add the same noise
 
     def ours():
-        return next(improved.sample(sharded, up_to_t, x_t, given))[1]
+        return next(improved.sample(sharded_x_0, up_to_t, x_t, given))[1]
 
-    def theirs(layout):
+    def theirs(layout, predict=predict_v):
         peer = Peer(params, layout, None, (image(x_t, layout), image(fresh, layout)))
         x, extra = peer.batch
         times = torch.full((len(x),), t)
@@ -392,36 +395,41 @@ def unet_sampling(workers, rng):
 
         @torch.inference_mode()
         def step():  # Algorithm 2
-            x_0 = signal * x - noise * predict_v(peer.p, signal, noise, x, times)
+            x_0 = signal * x - noise * predict(peer.p, signal, noise, x, times)
             mean = constant["posterior_x_0"] * x_0 + constant["posterior_x_t"] * x
             return mean.add_(extra, alpha=constant["posterior_variance"] ** 0.5)
 
         assert_close(f"sampled images, {layout}", ours().transpose(0, 3, 1, 2), step().numpy(), 1e-4)
         return step
 
-    return ours, {layout: theirs(layout) for layout in LAYOUTS}
+    compiled = torch.compile(predict_v, dynamic=False)
+    peers = {layout: theirs(layout) for layout in LAYOUTS}
+    return ours, peers | {f"compiled {layout}": theirs(layout, compiled) for layout in LAYOUTS}
 
 
-def conv2d(shape, backward, workers, rng):
+def conv2d(shape, backward, ranks, rng):
     """One convolution forward, or its three gradients, several times over: as inside a network, the images are where
-    they are needed and stay there. The workers meet once for all calls, and add their gradients of the kernel then."""
+    they are needed and stay there. The ranks meet once for all calls, and add their gradients of the kernel then."""
     size, C, O = shape
     x = rng.standard_normal((UNET_BATCH, size, size, C), dtype=np.float32)
     k = rng.standard_normal((3, 3, C, O), dtype=np.float32) * 0.1
     b, g = rng.standard_normal(O, dtype=np.float32), rng.standard_normal((*x.shape[:3], O), dtype=np.float32)
 
-    def gradients(x, g):
-        return ops.conv2d_vjp((0, 1, 2), None, (x, k, b), {})(g)
+    def gradients(vjp, g):
+        dx, dk, db = vjp(g)
+        return dx(), dk, db
 
     def one_shard(shard):
+        x, g, vjp = shard
         for _ in range(CALLS):
-            result = gradients(*shard) if backward else ops.conv2d(shard[0], k, b)
+            result = gradients(vjp, g) if backward else ops.conv2d(x, k, b)
         return result[1:] if backward else None
 
-    parts = workers.share([images_of((x, g), images) for images in shards(UNET_BATCH, run_ddpm.SHARD)])
+    parts = [images_of((x, g), images) for images in shards(UNET_BATCH, run_ddpm.SHARD)]
+    parts = [(x, g, ops.conv2d.__wrapped__(x, k, b)[1]) for x, g in parts]
 
     def ours():
-        results = list(workers.map(one_shard, parts))
+        results = ranks.map(one_shard, parts)
         if backward:
             reduce(partial(tree.map, operator.add), results)
 
@@ -431,7 +439,8 @@ def conv2d(shape, backward, workers, rng):
         if backward:
             y = F.conv2d(*(argument.requires_grad_() for argument in arguments), padding="same")
             call = partial(torch.autograd.grad, y, arguments, gradient, retain_graph=True)
-            agree = zip(gradients(x, g), [(0, 3, 1, 2), (3, 2, 0, 1), (0,)], call(), strict=True)
+            mine = gradients(ops.conv2d.__wrapped__(x, k, b)[1], g)
+            agree = zip(mine, [(0, 3, 1, 2), (3, 2, 0, 1), (0,)], call(), strict=True)
         else:
             call = torch.inference_mode()(partial(F.conv2d, *arguments, padding="same"))
             agree = [(ops.conv2d(x, k, b), (0, 3, 1, 2), call())]
@@ -460,34 +469,51 @@ for shape in CONVOLUTIONS:
 
 def seconds(f, repeats):
     start = time.perf_counter()
-    for _ in range(repeats):
-        f()
+    f(repeats)
     return (time.perf_counter() - start) / repeats
+
+
+def repeated(f):
+    def repeat(count):
+        for _ in range(count):
+            f()
+
+    return repeat
+
+
+def together(f, number, ranks):
+    """`repeated` for what all ranks do together: rank 0 calls it, the others `follow`."""
+
+    def repeat(count):
+        ranks.broadcast((number, count))
+        repeated(f)(count)
+
+    return repeat
+
+
+def follow(functions, ranks):
+    """What the ranks other than 0 do until it says (None, 0)."""
+    while (order := ranks.broadcast(None))[1]:
+        number, count = order
+        repeated(functions[number])(count)
 
 
 def medians(functions, rounds, progress):
     """Median seconds of a call of each function, in turns: A B C A B C ...; short ones several calls a turn."""
     repeats = []
     for f in functions:
-        f()
+        f(1)
         repeats.append(max(1, round(0.03 / seconds(f, 1))))
     times = [[] for _ in functions]
     for _ in range(rounds):
         for f, count, taken in zip(functions, repeats, times, strict=True):
-            f()  # untimed: now the caches hold this one's data, and the other one's threads have gone to sleep
+            f(1)  # untimed: now the caches hold this one's data, and the other one's threads have gone to sleep
             taken.append(seconds(f, count))
         progress.update()
     return [statistics.median(taken) for taken in times]
 
 
-def matrix_products(workers, size=1024):
-    """A large float32 matrix product on each worker, and the number of floating-point operations of all of them."""
-    a = np.ones((size, size), np.float32)
-
-    def product(_):
-        a @ a
-
-    return lambda: list(workers.map(product, range(workers.count))), workers.count * 2 * size**3
+PRODUCT = 1024  # rows and columns of a large float32 matrix product
 
 
 def operations(step):
@@ -499,14 +525,14 @@ def operations(step):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21, help="turns of each (default: 21)")
-    parser.add_argument("--workers", type=int, default=runtime.available_cores(), help="cores for both (default: all)")
+    parser.add_argument("--workers", type=int, default=blas.available_cores(), help="cores for both (default: all)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name begins so")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, too")
     args = parser.parse_args()
     if not any(name.startswith(args.only) for name in CASES):
         parser.error(f"no row begins with {args.only}; there are {', '.join(CASES)}")
-    if args.rounds < 1 or not 1 <= args.workers <= runtime.available_cores():
-        parser.error(f"at least one round, and from 1 to {runtime.available_cores()} workers")
+    if args.rounds < 1 or not 1 <= args.workers <= blas.available_cores():
+        parser.error(f"at least one round, and from 1 to {blas.available_cores()} workers")
     return args
 
 
@@ -514,35 +540,43 @@ def main():
     args = parse_arguments()
     cases = {name: case for name, case in CASES.items() if name.startswith(args.only)}
     torch.set_num_threads(args.workers)
-    workers = Workers(args.workers)
-    products, products_count = matrix_products(workers)
+    square, products_count = np.ones((PRODUCT, PRODUCT), np.float32), args.workers * 2 * PRODUCT**3
     rows, rates = [], []
     with tqdm(total=args.rounds * len(cases), unit=" rounds", disable=not sys.stderr.isatty()) as progress:
         for name, case in cases.items():
             progress.set_description(name)
-            ours, peers = case(workers, np.random.default_rng(0))
+            ranks = Ranks(args.workers)
+            step, peers = case(ranks, np.random.default_rng(0))
+            with ranks:
+                functions = [lambda: square @ square, step]
+                if ranks.rank:
+                    follow(functions, ranks)
+                else:
+                    functions = [together(f, number, ranks) for number, f in enumerate(functions)]
+                    times = medians([*functions, *map(repeated, peers.values())], args.rounds, progress)
+                    ranks.broadcast((None, 0))
             calls = CALLS if name.startswith("conv2d") else 1
-            taken, mine, *others = (1e3 * s for s in medians([products, ours, *peers.values()], args.rounds, progress))
+            taken, mine, *others = (1e3 * each for each in times)
             limit = operations(next(iter(peers.values()))) / products_count * taken
             rates.append(products_count / taken / 1e6)
-            limit, mine, *others = (ms / calls for ms in (limit, mine, *others))
-            rows.append(
-                {
-                    "name": name,
-                    "ours_ms": mine,
-                    "torch_best_ms": min(others),
-                    "torch_default_ms": others[0],
-                    "ratio_best": mine / min(others),
-                    "ratio_default": mine / others[0],
-                    "limit_share": limit / mine,
-                }
-            )
+            theirs = {peer: ms / calls for peer, ms in zip(peers, others, strict=True)}
+            kinds = {
+                kind: min((ms for peer, ms in theirs.items() if peer.startswith(begin)), default=math.nan)
+                for kind, begin in (("torch_best", tuple(LAYOUTS)), ("compiled", "compiled"), ("bfloat16", "bfloat16"))
+            }
+            row = {"name": name, "ours_ms": mine / calls} | {f"{kind}_ms": ms for kind, ms in kinds.items()}
+            row["torch_default_ms"] = theirs["NCHW"]
+            row["ratio_best"] = row["ours_ms"] / row["torch_best_ms"]
+            row["limit_share"] = limit / mine
+            rows.append(row)
     versions = f"NumPy {np.__version__}, torch {torch.__version__}"
     print(f"{args.workers} cores, {statistics.median(rates):.0f} GFLOP/s, {versions}; times in ms")
-    print(f"{'':28}{'ours':>8}{'torch best':>12}{'default':>9}{'/ best':>8}{'/ default':>11}{'of limit':>10}")
+    heads = ("ours", "torch best", "/ best", "default", "compiled", "bfloat16", "of limit")
+    print(f"{'':28}" + "".join(f"{head:>12}" for head in heads))
     for row in rows:
-        name, mine, best, default, ratio_best, ratio_default, share = row.values()
-        print(f"{name:28}{mine:8.2f}{best:12.2f}{default:9.2f}{ratio_best:8.2f}{ratio_default:11.2f}{share:10.0%}")
+        names = ("ours_ms", "torch_best_ms", "ratio_best", "torch_default_ms", "compiled_ms", "bfloat16_ms")
+        numbers = "".join(f"{row[name]:12.2f}" for name in names).replace("nan", "  -")
+        print(f"{row['name']:28}{numbers}{row['limit_share']:12.0%}")
     if args.json:
         files.write_text(args.json, json.dumps({"rows": rows}, indent=2) + "\n")
 
