@@ -69,14 +69,17 @@ def conv2d(x, k, b):
     (N, H, W, C), (K, _, _, O) = x.shape, k.shape
     if k.shape[:3] != (K, K, C) or K % 2 == 0:
         raise ValueError(f"conv2d needs a kernel (K, K, C, O), K odd, C = {C}; found {k.shape}")
-    y = correlate(windows(x, K), k, (N, H, W, O))
+    y = np.empty((N, H, W, O), np.result_type(x, k))
+    for start in range(0, N, 16):  # so few images that their windows stay in the cache: 1.1 times faster
+        images = slice(start, start + 16)
+        correlate(windows(x[images], K), k, y[images])
     y += along_row(b, W)
 
     def vjp(g):
         windows_g = windows(g, K)
 
         def dx():
-            return correlate(windows_g, flipped(k), x.shape)
+            return correlate(windows_g, flipped(k), np.empty(x.shape, g.dtype))
 
         # For each w the product of C channels of x with the windows at the same positions, and then the sum over w.
         dk = product(x.reshape(N * H, W, C).transpose(1, 2, 0), windows_g).sum(axis=0).reshape(C, K, K, O)
@@ -107,10 +110,9 @@ def windows(x, K):
     return np.ndarray((W, N * H, K * K * C), x.dtype, strips, strides=(column, row, number))
 
 
-def correlate(windows, k, shape):
-    """The sums of the windows times a kernel (K, K, C, O), as images of this shape (N, H, W, O)."""
-    N, H, W, O = shape
-    y = np.empty(shape, np.result_type(windows, k))
+def correlate(windows, k, y):
+    """The sums of the windows times a kernel (K, K, C, O), written to the images y, (N, H, W, O)."""
+    N, H, W, O = y.shape
     matrix = k.swapaxes(0, 1).reshape(-1, O)  # its rows are (j, i, c), as a window's numbers are
     product(windows, matrix, out=y.reshape(N * H, W, O).swapaxes(0, 1))
     return y

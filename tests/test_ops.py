@@ -80,6 +80,13 @@ def test_convolution_equals_the_naive_loop(rng, both_kinds, K):
     np.testing.assert_allclose(ops.conv2d(x, k, b), naive_conv2d(x, k, b), atol=1e-12)
 
 
+@pytest.mark.parametrize("N", [1, 16, 35])
+def test_a_convolution_of_many_images_is_that_of_each(rng, both_kinds, N):
+    x, k, b = rng.standard_normal((N, H, W, C)), rng.standard_normal((3, 3, C, O)), rng.standard_normal(O)
+    np.testing.assert_allclose(ops.conv2d(x, k, b), np.concatenate([ops.conv2d(x[n : n + 1], k, b) for n in range(N)]))
+    assert_directional(lambda p: anp.sum(anp.sin(ops.conv2d(*p))), [x, 0.1 * k, b], rng, directions=2)
+
+
 @pytest.mark.parametrize("kernel", [(2, 2, C, O), (3, 1, C, O), (3, 3, C + 1, O)])
 def test_convolution_refuses_a_kernel_that_does_not_fit(rng, kernel):
     with pytest.raises(ValueError, match="kernel"):
