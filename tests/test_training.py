@@ -47,8 +47,9 @@ def make(tmp_path):
 
 def take_step(run, images):
     """Something that depends on the images, on their order and on random numbers, as training does: each leaf is
-    stepped by its owner."""
+    stepped by its owner, after all have met, as they do for a gradient."""
     drawn = run.rng.standard_normal(3, dtype=np.float32)
+    run.ranks.barrier()
     for leaf in tree.leaves(run.ranks.own(run.arrays["params"])):
         leaf *= np.float32(0.9)
         leaf += drawn[: len(leaf)] + np.float32(images.sum())
