@@ -90,7 +90,7 @@ def main(argv=None):
                 batch += tuple(improved.drop_some(given, run.rng) for given in labels)  # with --classes
                 value, terms, gradient = value_and_grad(params, batch)  # line 5: the gradient, and the step along it
                 if step % 100 == 0:
-                    flush_denormals(ranks.own(moments))
+                    flush_denormals(ranks.own(moments))  # numbers so small that a processor is slow with them
                 optimiser_step(params, gradient, moments, step, cosine_decay(step, run.total_steps, args.lr))
                 ema_step(ranks.own(arrays["ema"]), params, step, args.ema)
                 if step == early_step and "early" in arrays:

@@ -70,7 +70,7 @@ def main(argv=None):
                 eps = run.rng.standard_normal((len(x), args.latent_dim), dtype=np.float32)
                 value, terms, gradient = value_and_grad(params, (x, eps))
                 if step % 100 == 0:
-                    flush_denormals(ranks.own(moments))
+                    flush_denormals(ranks.own(moments))  # numbers so small that a processor is slow with them
                 optimiser_step(params, gradient, moments, step, cosine_decay(step, run.total_steps, args.lr))
                 run.record(value, terms)
 

@@ -107,7 +107,7 @@ def main(argv=None):
                 beta = np.float32(min(1, step / max(1, args.warm_up * run.steps_per_epoch)))
                 value, terms, gradient = value_and_grad(params, (x, eps))
                 if step % 100 == 0:
-                    flush_denormals(ranks.own(moments))
+                    flush_denormals(ranks.own(moments))  # numbers so small that a processor is slow with them
                 lr = cosine_decay(step, run.total_steps, args.lr)
                 muon_step(params, gradient, moments, step, lr, args.weight_decay)
                 run.record(value, terms)

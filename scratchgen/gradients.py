@@ -41,9 +41,9 @@ notrace_primitives[Node] = notrace_primitives[VJPNode]  # functions without a gr
 def op(forward):
     """Make a primitive of ``forward(*arrays)``, which returns its answer and its vector-Jacobian product.
 
-    ``vjp(g)`` takes g = dL/d(answer) and returns dL/d(array) of each argument that can need one, in their order. A
-    gradient that is costly and often not needed may be a function without arguments: it is called where it is needed.
-    Where nothing is recorded, the answer alone comes back. Arguments are positional.
+    ``vjp(g)`` takes g = dL/d(answer) and returns dL/d(array) of each argument, by position; last ones that never need
+    a gradient may be left out. A gradient that is costly and often not needed may be a function without arguments: it
+    is called where it is needed. Where nothing is recorded, the answer alone is returned. Arguments are positional.
     """
 
     @wraps(forward)
@@ -66,7 +66,8 @@ def op(forward):
 
 
 def backward(end_node, g, roots):
-    """The gradients at the ``roots`` of the tape, given ``g`` = dL/d(end); None where L does not depend on one."""
+    """The gradients at the ``roots``, the nodes where the tape begins, given ``g`` = dL/d(end); None where the end does
+    not depend on one."""
     outgrads = {end_node: (g, False)}  # node -> (dL/d(node), may it be added to in place?)
     for node in toposort(end_node):
         if node in roots:
@@ -82,7 +83,7 @@ def value_and_grad(loss):
     """From ``loss(params, *args)`` make a function that returns (value, gradient), the gradient a tree like ``params``.
 
     A loss may return (value, terms), terms a tree of numbers to report; then (value, terms, gradient) is returned.
-    ``weight``, a shard's share of the minibatch, multiplies the gradient, and the gradient only. Every leaf array is a
+    ``weight``, a shard's share of the minibatch, multiplies the gradient only, not value and terms. Every leaf is a
     root of the tape of its own: boxing the containers instead would make autograd build a zero gradient for the whole
     tree at every access to an entry (50 ms a step for 150 small arrays, against 10). Do not change gradients in place:
     where two parameters are only added, autograd hands the same array to both.

@@ -4,9 +4,9 @@ Dimensions: N images, H height, W width, C channels in, O channels out, G groups
 Images are (N, H, W, C). Every primitive works in the dtype of its input: float32 in training, float64 in the tests.
 
 How to read one. Write L for the loss and g = dL/dy for the gradient that arrives from above, of the shape of the answer
-y. A function under ``@op`` (gradients.py) returns y and ``vjp``, and ``vjp(g)`` returns dL/dx of each argument x. The
-equations stand above it. What the backward pass shares with the forward pass is in scope. ``vjp`` runs in the backward
-pass. An input image needs no gradient, so where dL/dx is costly it is returned as a function, for `op` to call.
+y. A function under ``@op`` (gradients.py) returns y and ``vjp``. In the backward pass ``vjp(g)`` returns dL/dx of each
+argument x, or a function that computes it where it is costly and often not needed: an input image has no gradient.
+``vjp`` uses the variables of the forward pass. The equations stand above both.
 
 Sums over positions are products with a row of ones: BLAS is seven times faster at that than ``np.sum`` over an axis.
 """

@@ -17,12 +17,13 @@ def init_moments(params):
 
 
 def adam_step(params, gradient, moments, step, lr, beta1=0.9, beta2=0.999, epsilon=1e-8):
-    """One step of Adam (Kingma and Ba 2015, Algorithm 1), in place.
+    """One step of Adam (Kingma and Ba 2015, Algorithm 1), in place. Where the gradient is None, all stays as it is.
 
     m <- beta1 m + (1 - beta1) g = m + (1 - beta1) (g - m), and so v with g^2. With the corrections for their start at
     zero, m^ = m / (1 - beta1^step) and v^ = v / (1 - beta2^step):  params <- params - lr m^ / (sqrt(v^) + epsilon).
     """
-    correction = math.sqrt(1 - beta2**step)  # of v, taken out of the square root: so it costs no pass over memory
+    # sqrt(v^) = sqrt(v) / correction. Multiplied through by it, only numbers are corrected, and no array.
+    correction = math.sqrt(1 - beta2**step)
     rate = lr * correction / (1 - beta1**step)
 
     def update(g, p, m, v):

@@ -59,6 +59,11 @@ def test_the_debugger_session(tmp_path):
     assert compared >= 3
 
 
+def test_the_line_to_break_at_is_behind_the_gradient():
+    number = int(re.search(r"`break run_vae.py:(\d+)`", README)[1])
+    assert "gradient = value_and_grad(" in (ROOT / "run_vae.py").read_text(encoding="utf-8").splitlines()[number - 2]
+
+
 def test_what_the_readme_links_to_and_names_exists():
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert link.startswith("https:") or (ROOT / link).exists(), link

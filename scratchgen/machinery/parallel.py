@@ -208,6 +208,18 @@ class Ranks:
         owners = self.owners()
         return tree.map(lambda leaf: leaf if next(owners) == rank else None, trees)
 
+    def to_owners(self, gradient, room):
+        """Write the leaves of a shard's gradient that other ranks own to the ``room`` where they look for them."""
+        if self.count > 1:
+            for leaf, place, owner in zip(tree.leaves(gradient), tree.leaves(room), self.owners(), strict=False):
+                if owner != rank:
+                    place[...] = leaf
+
+    def from_rank(self, source, room):
+        """Bring what a rank has written to its ``room`` to the owners of the leaves."""
+        leaves = zip(tree.leaves(room), self.owners(), strict=False)
+        self.send((leaf, source, owner) for leaf, owner in leaves)
+
     def from_owners(self, trees):
         """Bring the leaves that their owners have changed to all ranks, which may use them after the next meeting."""
         leaves = zip(tree.leaves(trees), self.owners(), strict=False)
@@ -334,39 +346,36 @@ def images_of(batch, images):  # a tree of arrays with leading axis N -> the sam
 
 
 def sharded(loss, ranks, params, shard_size, batch_size):
-    """From a loss, a mean over the images of its batch, make ``value_and_gradient(params, batch)`` for all ranks.
+    """From a loss, a mean over the images of its batch, make a function of (params, batch) for all ranks.
 
-    ``loss(params, batch)`` returns (value, terms), as for `gradients.value_and_grad`, and so (value, terms, gradient)
-    comes back. In the gradient the leaves that other ranks own are None; one rank alone owns them all. Each rank
+    ``loss(params, batch)`` returns (value, terms), as for `gradients.value_and_grad`, and the function returns (value,
+    terms, gradient). In the gradient the leaves that other ranks own are None; one rank alone owns them all. Each rank
     differentiates shards of the batch, and adds up the gradients of its own leaves in the order of the shards: the
-    shard size alone decides the arithmetic. To be called before ``with ranks``, with the size of the largest batch;
-    and between two gradients the ranks must meet, as they do after a step.
+    shard size alone decides the arithmetic. Call `sharded` itself before ``with ranks``, with the size of the largest
+    batch. Before the next gradient all ranks must have met; `Run.minibatches` sees to it.
     """
     shard_value_and_grad = value_and_grad(loss)
     ranks.divide(params)
-    room = [ranks.share(tree.map(np.empty_like, params)) for _ in shards(batch_size, shard_size)]  # for what is sent
+    room = [ranks.share(tree.map(np.empty_like, params)) for _ in shards(batch_size, shard_size)]
 
-    def value_and_gradient(params, batch):
+    def value_and_gradient_over_shards(params, batch):
         cut = shards(len(tree.leaves(batch)[0]), shard_size)
+        # Of each shard. This rank puts its own here; the leaves that it owns of the others' arrive in the room.
         gradients = room[: len(cut)]
 
-        def differentiate(number):
-            weight = (cut[number].stop - cut[number].start) / cut[-1].stop
-            value, terms, gradient = shard_value_and_grad(params, images_of(batch, cut[number]), weight=weight)
-            gradients[number] = gradient
-            leaves = zip(tree.leaves(gradient), tree.leaves(room[number]), ranks.owners(), strict=False)
-            for leaf, place, owner in leaves:
-                if owner != rank:
-                    place[...] = leaf
+        def differentiate(shard):
+            weight = (cut[shard].stop - cut[shard].start) / cut[-1].stop
+            value, terms, gradients[shard] = shard_value_and_grad(params, images_of(batch, cut[shard]), weight=weight)
+            ranks.to_owners(gradients[shard], room[shard])
             return tree.map(lambda number: weight * number, [value, terms])
 
         value, terms = reduce(partial(tree.map, operator.add), ranks.map(differentiate, range(len(cut))))
-        for number in range(len(cut)):
-            leaves = zip(tree.leaves(room[number]), ranks.owners(), strict=False)
-            ranks.send((leaf, number % ranks.count, owner) for leaf, owner in leaves)
-        return value, terms, tree.map(lambda leaf, *parts: reduce(operator.add, parts), ranks.own(params), *gradients)
+        for shard in range(len(cut)):
+            ranks.from_rank(shard % ranks.count, room[shard])
+        # own(params) has None for the leaves of other ranks, which tree.map passes over.
+        return value, terms, tree.map(lambda _, *parts: reduce(operator.add, parts), ranks.own(params), *gradients)
 
-    return value_and_gradient
+    return value_and_gradient_over_shards
 
 
 def in_parallel(f, shard_size, ranks):
