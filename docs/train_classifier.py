@@ -16,6 +16,7 @@ from scratchgen.evaluate.classifier import WEIGHTS, init_classifier, logits
 from scratchgen.machinery import checkpoint, cli
 from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
 from scratchgen.machinery.training import check_finite, rng_for
+from scratchgen.ops import mean
 from scratchgen.optim import adam_step, cosine_decay, flush_denormals, init_moments
 
 import autograd.numpy as np
@@ -31,8 +32,7 @@ def cross_entropy(params, batch):
     scores = logits(params, x)
     scores = scores - getval(scores).max(axis=1, keepdims=True)  # changes no difference, and exp cannot overflow
     log_p = scores - np.log(np.sum(np.exp(scores), axis=1, keepdims=True))
-    loss = np.sum(log_p[np.arange(len(labels)), labels]) * (-1 / len(labels))
-    return loss, {}
+    return -mean(log_p[np.arange(len(labels)), labels]), {}
 
 
 def main(argv=None):

@@ -12,7 +12,8 @@ import run_ddpm
 import run_vae
 from scratchgen import diffusion
 from scratchgen.data import load_fashion_mnist
-from scratchgen.machinery import cli, parallel
+from scratchgen.layers import init_mlp
+from scratchgen.machinery import blas, cli, parallel
 
 import numpy as np
 import pytest
@@ -47,6 +48,23 @@ def signals_arrive():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def problem(rng):
+    """The parameters of a small MLP, and a batch (x, y) of 13 images."""
+    params = init_mlp(rng, [5, 7, 3])
+    batch = rng.standard_normal((13, 5), dtype=np.float32), rng.standard_normal((13, 3), dtype=np.float32)
+    return params, batch
+
+
+@pytest.fixture(params=[True, False], ids=["tiles", "whole"])
+def both_kinds(request, monkeypatch):
+    """Matrix products as on a processor with AVX-512, and as on one without."""
+    monkeypatch.setattr(blas, "SMALL_KERNELS", request.param)
+    blas.tile.cache_clear()
+    yield
+    blas.tile.cache_clear()
 
 
 @pytest.fixture(params=diffusion.SCHEDULES)

@@ -100,15 +100,6 @@ print(faults() > 100, [faults() < 100 for _ in range(5)])
 # ------------------------------------------------------------------------------------------------------------- products
 
 
-@pytest.fixture(params=[True, False], ids=["tiles", "whole"])
-def both_kinds(request, monkeypatch):
-    """Matrix products as on a processor with AVX-512, and as on one without."""
-    monkeypatch.setattr(blas, "SMALL_KERNELS", request.param)
-    blas.tile.cache_clear()
-    yield
-    blas.tile.cache_clear()
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("stack", [(), (3,)])
 @pytest.mark.parametrize("shape", [(60, 784, 300), (1001, 64, 96), (7, 3, 1), (2, 2_000_000, 1), (97, 200, 211)])

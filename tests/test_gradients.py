@@ -5,7 +5,7 @@ from functools import partial
 
 from scratchgen import denoisers, diffusion, gradients, improved, ops, tree, vae
 from scratchgen.gradients import op, value_and_grad
-from scratchgen.layers import init_mlp, mlp
+from scratchgen.layers import mlp
 
 import autograd
 import autograd.numpy as anp
@@ -20,13 +20,6 @@ def mean_square(params, batch):
     """A mean over the images of a batch (x, y)."""
     x, y = batch
     return anp.sum((mlp(params, x) - y) ** 2) * (1 / len(x))
-
-
-@pytest.fixture
-def problem(rng):
-    params = init_mlp(rng, [5, 7, 3])
-    batch = rng.standard_normal((13, 5), dtype=np.float32), rng.standard_normal((13, 3), dtype=np.float32)
-    return params, batch
 
 
 def assert_same_bits(a, b):

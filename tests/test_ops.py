@@ -4,7 +4,6 @@ import warnings
 
 from scratchgen import ops
 from scratchgen.gradients import op, value_and_grad
-from scratchgen.machinery import blas
 
 import autograd.numpy as anp
 import numpy as np
@@ -48,15 +47,6 @@ def away_from_zero(rng, *shape):
 
 
 # ------------------------------------------------------------------------------------------------------------ values
-
-
-@pytest.fixture(params=[True, False], ids=["tiles", "whole"])
-def both_kinds(request, monkeypatch):
-    """Matrix products as on a processor with AVX-512, and as on one without."""
-    monkeypatch.setattr(blas, "SMALL_KERNELS", request.param)
-    blas.tile.cache_clear()
-    yield
-    blas.tile.cache_clear()
 
 
 def test_no_images_are_no_trouble(both_kinds):

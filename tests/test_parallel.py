@@ -426,13 +426,6 @@ def loss(params, batch):
     return value, {"twice": 2 * value, "none": np.float32(len(x))}
 
 
-@pytest.fixture
-def problem(rng):
-    params = init_mlp(rng, [5, 7, 3])
-    batch = rng.standard_normal((13, 5), dtype=np.float32), rng.standard_normal((13, 3), dtype=np.float32)
-    return params, batch
-
-
 def assert_same_bits(a, b):
     assert tree.names(a) == tree.names(b)
     for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
