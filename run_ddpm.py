@@ -3,22 +3,22 @@
 examples:
   python run_ddpm.py                          T = 200: eight to ten minutes on two cores
   python run_ddpm.py --additions none         as in Ho et al. 2020: the network predicts eps, L_simple, Adam
-  python run_ddpm.py --classes                the same, told what each image shows: samples of a class that one asks for
+  python run_ddpm.py --classes                the network takes labels: samples of a class that one asks for
   python run_ddpm.py --train-images 12000     a first look in two minutes; samples are still rough
 """
 
 from functools import partial
 
-from scratchgen import diffusion, improved, tree  # before NumPy, whose threads it sets up
-from scratchgen.data import CLASSES, load_fashion_mnist, scale
+from scratchgen import diffusion, improved, plots, tree  # before NumPy, whose threads it sets up
+from scratchgen.data import CLASSES, first_images, load_fashion_mnist, scale
 from scratchgen.denoisers import DENOISERS
-from scratchgen.evaluate.load import ddpm_run
-from scratchgen.evaluate.samples import classes, draw, draw_paths
-from scratchgen.machinery import cli, plots
+from scratchgen.machinery import cli
 from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
-from scratchgen.machinery.training import INIT, TEST, Run, rng_for
+from scratchgen.machinery.run import INIT, SAMPLES, TEST, Run, rng_for
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, cosine_decay, ema_step, flush_denormals, init_moments
+from scratchgen.samplers import SamplerConfig
+from scratchgen.trained import DDPM, draw
 
 import numpy as np
 
@@ -30,65 +30,86 @@ def parse_arguments(argv):
     parser = cli.run_parser("run_ddpm.py", __doc__, EPOCHS, batch_size=128, lr=1e-2, out="runs/ddpm")
     parser.flag("--T", "steps from image to noise", type=cli.number(int, 1, high=100_000), default=200)
     parser.flag("--schedule", "how beta_t grows with t", choices=diffusion.SCHEDULES, default="linear")
-    help, names = improved.help_for_additions(), ["none", "all", *improved.ADDITIONS]
+    names = ["none", "all", *improved.ADDITIONS]
+    each = "; ".join(f"{name} ({what})" for name, what in improved.ADDITIONS.items())
+    help = f"what we added to Ho et al. 2020: none, all, or any of {each} (default: all)"
     parser.flag("--additions", help, nargs="+", choices=names, default=["all"], metavar="NAME")
-    parser.flag("--classes", "tell the network what each image shows, one of ten classes", action="store_true")
+    parser.flag("--classes", "the network takes the label of each image, one of ten classes", action="store_true")
     parser.flag("--ema", "decay of the weights' moving average", type=cli.number(float, 0, 1), default=0.998)
     args = parser.parse_args(argv)
-    args.additions = improved.chosen(args.additions, args.arch, parser.error)
+    args.additions = additions(args, parser.error)
     if args.classes and args.arch != "unet":
         parser.error(f"--classes is for --arch unet, not {args.arch}")
     args.epochs = args.epochs or EPOCHS[args.arch]
     return args
 
 
+def additions(args, error):
+    """The names that the flag --additions chooses, in the order of ADDITIONS."""
+    names = args.additions
+    if names == ["all"]:
+        return [name for name in improved.ADDITIONS if name != "global" or args.arch == "unet"]
+    if names == ["none"]:
+        return []
+    if {"none", "all"} & set(names):
+        error(f"--additions {' '.join(names)}: none and all stand alone")
+    if "global" in names and args.arch != "unet":
+        error(f"--additions global is for --arch unet, not {args.arch}")
+    return [name for name in improved.ADDITIONS if name in names]
+
+
 def main(argv=None):
     args = parse_arguments(argv)
-    data, ranks = load_fashion_mnist(args.data, labels=args.classes), ranks_for(args.workers)
-    kinds = ["images", "labels"] if args.classes else ["images"]
-    train, test = ([data[f"{part}_{kind}"] for kind in kinds] for part in ("train", "test"))
-    train, x_test = cli.first_images(train, args.train_images), scale(test[0], -1, 1)
-    schedule = diffusion.make_schedule(args.schedule, args.T)
+    ranks = ranks_for(args.workers)
+    data = load_fashion_mnist(args.data, labels=args.classes)
+    train, test = ((data[f"{part}_images"], data.get(f"{part}_labels")) for part in ("train", "test"))
+    train = first_images(train, args.train_images)
+    x_test = scale(data["test_images"], -1, 1)
 
+    schedule = diffusion.make_schedule(args.schedule, args.T)
     init, network = DENOISERS[args.arch]
-    params = improved.init_denoiser(init, rng_for(args.seed, INIT), args.additions, len(CLASSES) * args.classes)
-    averages = ("ema", "early")[: 1 + ("guide" in args.additions)]  # of the weights, and that as it was early on
-    arrays = {"params": params, "moments": init_moments(params)} | {k: tree.map(np.copy, params) for k in averages}
-    run = Run("ddpm", args, (train, test), arrays, ranks, ("train_loss", "test_loss"))
-    arrays = run.arrays  # in memory that all ranks see
-    params, moments = arrays["params"], arrays["moments"]
+    denoiser = improved.Denoiser(network, schedule, args.additions)
+    weights = improved.step_weights(schedule) if "weights" in args.additions else None
     optimiser_step = partial(muon_step, beta2=0.99) if "muon" in args.additions else adam_step
-    eps_theta, _ = improved.denoiser(network, schedule, args.additions)
-    model = ddpm_run(run.config, arrays)  # its weights are the moving average
+    params = improved.init_denoiser(init, rng_for(args.seed, INIT), args.additions, len(CLASSES) if args.classes else 0)
+    arrays = {"params": params, "moments": init_moments(params), "ema": tree.map(np.copy, params)}
+    if "guide" in args.additions:
+        arrays["early"] = tree.map(np.copy, params)  # the moving average "ema" as it was early on
+    settings = {name: getattr(args, name) for name in ("arch", "T", "schedule", "additions", "classes", "ema")}
+    run = Run(args, {"model": "ddpm"} | settings, (train, test), arrays, ranks)
+    arrays = run.arrays  # in memory that all ranks see
+    params = arrays["params"]
+    moments = arrays["moments"]
+    model = DDPM(run.config, arrays)  # its weights are the moving average
     early_step = improved.early_step(run.total_steps)
 
-    def loss(params, batch):  # batch is (x_0, t, eps), all drawn before, and with --classes the labels
-        draws, prediction = batch[:3], improved.told(partial(eps_theta, params), *batch[3:])
-        if "weights" in args.additions:
-            return improved.weighted_loss(prediction, schedule, draws)
-        value = diffusion.simple_loss(prediction, schedule, draws)
-        return value, {"loss": value}  # what is minimised, and what is reported
+    def loss(params, batch):  # batch is (x_0, t, eps, labels), all drawn before; labels are None without --classes
+        *draws, labels = batch
+        return diffusion.simple_loss(partial(denoiser.eps, params, labels=labels), schedule, draws, weights)
 
-    def errors(x_0, t, eps, *labels):  # (N, H, W, 1), (N,), (N, H, W, 1) -> (N,)
-        return diffusion.squared_errors(eps, model.eps_theta(diffusion.q_sample(schedule, x_0, t, eps), t, *labels))
+    def errors(x_0, t, eps, labels):  # (N, H, W, 1), (N,), (N, H, W, 1), (N,) -> (N,)
+        return diffusion.squared_errors(eps, model.eps_theta(diffusion.q_sample(schedule, x_0, t, eps), t, labels))
 
     value_and_grad = sharded(loss, ranks, params, run.shard_size, args.batch_size)
     evaluate = in_parallel(errors, SHARD, ranks)
     t_test = 1 + np.arange(len(x_test)) * args.T // len(x_test)  # not at random, but evenly from 1 to T
-    test_batch = (x_test, t_test, rng_for(args.seed, TEST).standard_normal(x_test.shape, dtype=np.float32), *test[1:])
+    eps_test = rng_for(args.seed, TEST).standard_normal(x_test.shape, dtype=np.float32)
+    test_batch = (x_test, t_test, eps_test, data.get("test_labels"))
 
     print(f"diffusion {args.arch}: {tree.size(params):,} parameters, {run.count:,} training images")
-    alpha_bar_T, prior_kl = float(schedule["alpha_bar"][-1]), float(diffusion.prior_kl(schedule, x_test).mean())
+    alpha_bar_T = float(schedule["alpha_bar"][-1])
+    prior_kl = float(diffusion.prior_kl(schedule, x_test).mean())
     print(f"T = {args.T}, alpha_bar_T = {alpha_bar_T:.2e}, prior KL = {prior_kl:.3g} nats per image")
     if prior_kl > 0.5:
         print("warning: x_T still shows the image, but sampling starts from pure noise: expect poor samples")
 
     with ranks, run:  # from here on, each of several ranks runs the same lines
         for epoch in run.epochs():
-            for step, (images, *labels) in run.minibatches():
+            for step, (images, labels) in run.minibatches():
                 batch = diffusion.draw_batch(schedule, scale(images, -1, 1), run.rng)  # Algorithm 1, lines 2 to 4
-                batch += tuple(improved.drop_some(given, run.rng) for given in labels)  # with --classes
-                value, terms, gradient = value_and_grad(params, batch)  # line 5: the gradient, and the step along it
+                if args.classes:
+                    labels = improved.drop_labels(labels, run.rng)
+                value, terms, gradient = value_and_grad(params, (*batch, labels))  # line 5: gradient, and step along it
                 if step % 100 == 0:
                     flush_denormals(ranks.own(moments))  # numbers so small that a processor is slow with them
                 optimiser_step(params, gradient, moments, step, cosine_decay(step, run.total_steps, args.lr))
@@ -97,9 +118,11 @@ def main(argv=None):
                     tree.map(np.copyto, ranks.own(arrays["early"]), arrays["ema"])
                 run.record(value, terms)
 
-            test_loss = float(evaluate(*(part[::5] for part in test_batch)).mean(dtype=np.float64))  # of a fifth
+            fifth = tree.map(lambda part: part[::5], test_batch)
+            test_loss = float(evaluate(*fifth).mean(dtype=np.float64))
             summary = f"loss: train {run.epoch_means['loss']:.5f}, test {test_loss:.5f}"
-            x = draw(model, 32, args.seed, ranks, guidance=0)  # from the same noise each time, and as samples.png
+            # From the same noise each time, and as samples.png.
+            x = draw(model, 32, args.seed, ranks, config=model.sampler_config(guidance=0))
             plots.save(plots.grid(x, 8, f"preview after epoch {epoch}", 0, 255), args.out / "preview.png")
             run.end_epoch({"train": run.epoch_means, "test": {"loss": test_loss}}, summary)
 
@@ -107,13 +130,33 @@ def main(argv=None):
         test_loss = float(test_errors.mean(dtype=np.float64))
         run.write_metrics({"test_loss": test_loss, "alpha_bar_T": alpha_bar_T, "prior_kl": prior_kl}, model.params)
         print(f"test loss {test_loss:.5f}: mean squared error of the predicted noise, per pixel and over all t")
-        plots.save(plots.ddpm_loss(run.log, t_test, test_errors, args.T), args.out / "loss.png")
+        plots.save(plots.ddpm_loss(run.log, t_test, test_errors), args.out / "loss.png")
 
-        draw_paths(model, x_test[:1], args.seed, args.out)
+        draw_trajectories(model, x_test[:1], args.seed, args.out)
         plots.save(plots.grid(draw(model, 64, args.seed, ranks), 8, "samples", 0, 255), args.out / "samples.png")
         if args.classes:
-            plots.save(classes(model, args.seed, ranks), args.out / "classes.png")
+            x = draw(model, 100, args.seed, ranks)  # one class after the other, so that each has a column
+            plots.save(plots.grid(x, 10, ", ".join(CLASSES), 0, 255), args.out / "classes.png")
         print(f"figures and numbers are in {args.out}")
+
+
+def draw_trajectories(model, x_0, seed, folder):
+    """An image x_0, (1, H, W, 1), on its way to noise, forward.png; and by Algorithm 2 from noise to images: the first
+    in trajectory.png, and sixteen in sampling.gif."""
+    T = model.config["T"]
+    rng = rng_for(seed, SAMPLES)
+    times = [round(T * fraction) for fraction in (1, 0.5, 0.25, 0.1, 0.05, 0)]  # 200, 100, 50, 20, 10, 0
+    eps = rng.standard_normal(x_0.shape, dtype=np.float32)
+    noisy = diffusion.q_sample(model.schedule, x_0, np.array(times), eps)  # one image at six times
+    plots.save(plots.row_of_times(noisy, times, plots.FORWARD), folder / "forward.png")
+
+    frames = sorted({round(t) for t in np.linspace(T, 0, 51)}, reverse=True)  # of the animation
+    x_T = rng.standard_normal((16, *x_0.shape[1:]), dtype=np.float32)
+    trajectory = model.trajectory(x_T, rng, config=SamplerConfig("ddpm", T))
+    trajectory = cli.progress(T, "Algorithm 2", "steps", trajectory)
+    seen = {T: x_T} | {t: x_t for t, x_t in trajectory if t in times or t in frames}
+    plots.save(plots.row_of_times([seen[t][0] for t in times], times, plots.REVERSE), folder / "trajectory.png")
+    plots.save_gif([seen[t] for t in frames], 4, folder / "sampling.gif")
 
 
 if __name__ == "__main__":

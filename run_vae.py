@@ -9,19 +9,18 @@ examples:
 
 from functools import partial
 
-from scratchgen import tree, vae  # before NumPy, whose threads it sets up
-from scratchgen.data import load_fashion_mnist, scale
-from scratchgen.machinery import cli, plots
+from scratchgen import plots, tree, vae  # before NumPy, whose threads it sets up
+from scratchgen.data import first_images, load_fashion_mnist, scale
+from scratchgen.machinery import cli
 from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
-from scratchgen.machinery.training import INIT, SAMPLES, TEST, Run, rng_for
+from scratchgen.machinery.run import INIT, SAMPLES, TEST, Run, rng_for
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, cosine_decay, flush_denormals, init_moments
+from scratchgen.trained import VAE
 
 import numpy as np
 
 EPOCHS = {"mlp": 22, "gated": 12, "conv": 7}  # by default
-OPTIMISER_STEP = {"mlp": adam_step, "gated": muon_step, "conv": muon_step}  # Muon does not help the dense ReLU network
-COLUMNS = [f"{part}_{name}" for part in ("train", "test") for name in ("elbo", "reconstruction", "kl")]  # of the log
 SHARD = 64  # test images that one rank measures at a time
 
 
@@ -41,23 +40,27 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    data, ranks = load_fashion_mnist(args.data, labels=False), ranks_for(args.workers)
-    train_images = cli.first_images(data["train_images"], args.train_images)
+    ranks = ranks_for(args.workers)
+    data = load_fashion_mnist(args.data, labels=False)
+    train_images = first_images(data["train_images"], args.train_images)
     x_test = scale(data["test_images"], 0, 1)
     eps_test = rng_for(args.seed, TEST).standard_normal((len(x_test), args.latent_dim), dtype=np.float32)
 
     init, encode, decode = vae.VAES[args.arch]
     params = init(rng_for(args.seed, INIT), args.latent_dim)
     arrays = {"params": params, "moments": init_moments(params)}
-    run = Run("vae", args, (train_images, data["test_images"]), arrays, ranks, COLUMNS)
-    params, moments = run.arrays["params"], run.arrays["moments"]  # in memory that all ranks see
-    optimiser_step = OPTIMISER_STEP[args.arch]
+    settings = {"model": "vae", "arch": args.arch, "latent_dim": args.latent_dim, "beta": args.beta}
+    run = Run(args, settings, (train_images, data["test_images"]), arrays, ranks)
+    params = run.arrays["params"]  # in memory that all ranks see
+    moments = run.arrays["moments"]
+    optimiser_step = adam_step if args.arch == "mlp" else muon_step  # docs/quality.md compares them
+    model = VAE(run.config, run.arrays)
 
     def loss(params, batch):  # batch is (x, eps): every random number is drawn before, so that the loss is pure
         return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, args.beta)
 
     def both_terms(x, eps):  # -> (N, 2)
-        return np.stack(vae.elbo_terms(partial(encode, params), partial(decode, params), (x, eps)), axis=1)
+        return np.stack(vae.elbo_terms(model.encode, model.decode, (x, eps)), axis=1)
 
     value_and_grad = sharded(loss, ranks, params, run.shard_size, args.batch_size)
     evaluate = in_parallel(both_terms, SHARD, ranks)
@@ -80,25 +83,23 @@ def main(argv=None):
             summary = f"ELBO: train {train['elbo']:.2f}, test {test['elbo']:.2f} = {reconstruction:.2f} - {kl:.2f} nats"
             run.end_epoch({"train": train, "test": test}, summary)
 
-        last, floor = run.log[-1], vae.entropy_floor(x_test)
-        numbers = {name: last[f"test_{name}"] for name in ("elbo", "reconstruction", "kl")} | {"entropy_floor": floor}
+        floor = vae.entropy_floor(x_test)
+        numbers = {name: run.log[-1][f"test_{name}"] for name in ("elbo", "reconstruction", "kl")}
+        numbers |= {"entropy_floor": floor}
         run.write_metrics(numbers, params)
         print("test ELBO {elbo:.2f} = {reconstruction:.2f} - {kl:.2f} nats per image;".format(**numbers), end=" ")
         print(f"no model gets above {-floor:.2f}, minus the entropy of the grey pixels")
 
-        def images_from(z):
-            return vae.generate(partial(decode, params), z)
-
         plots.save(plots.vae_loss(run.log, floor), args.out / "loss.png")
         x = x_test[np.arange(40) % len(x_test)]
-        mu, _ = encode(params, x)
-        plots.save(plots.reconstructions(x, images_from(mu)), args.out / "reconstructions.png")
-        plots.save(plots.interpolation(images_from, mu[:8], mu[8:16]), args.out / "interpolation.png")
+        mu, _ = model.encode(x)
+        plots.save(plots.reconstructions(x, model.generate(mu)), args.out / "reconstructions.png")
+        plots.save(plots.interpolation(model.generate, mu[:8], mu[8:16]), args.out / "interpolation.png")
         z = rng_for(args.seed, SAMPLES).standard_normal((100, args.latent_dim), dtype=np.float32)
-        plots.save(plots.grid(images_from(z), 10, "decoded from z ~ N(0, I)"), args.out / "samples.png")
-        kl = in_parallel(lambda x: vae.kl_per_dimension(*encode(params, x)), SHARD, ranks)(x_test).mean(axis=0)
+        plots.save(plots.grid(model.generate(z), 10, "decoded from z ~ N(0, I)"), args.out / "samples.png")
+        kl = in_parallel(lambda x: vae.kl_per_dimension(*model.encode(x)), SHARD, ranks)(x_test).mean(axis=0)
         i, j = args.latents or sorted(np.argsort(kl)[-2:].tolist())
-        plots.save(plots.plot_latents(images_from, args.latent_dim, i, j), args.out / f"latents_{i}_{j}.png")
+        plots.save(plots.plot_latents(model.generate, args.latent_dim, i, j), args.out / f"latents_{i}_{j}.png")
         print(f"figures and numbers are in {args.out}")
 
 

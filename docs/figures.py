@@ -1,5 +1,6 @@
 """Remake the figures in docs/figures/ from the checkpoints of the default runs, in an hour on two cores,
-and the code that homework.md shows. (ddpm_ladder.png is made by ladder.py, scaling.png by tests/benchmarks/scaling.py.)
+and the code that homework.md shows. (Two are made elsewhere: ddpm_ablation.png by ablation.py, scaling.png by
+tests/benchmarks/scaling.py.)
 
 The runs, from the folder of the run scripts:
   python run_vae.py
@@ -9,7 +10,6 @@ The runs, from the folder of the run scripts:
   python run_ddpm.py --T 200 --classes --out runs/ddpm-classes
 """
 
-import argparse
 import ast
 import importlib
 import inspect
@@ -19,10 +19,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scratchgen import diffusion, improved, vae  # before NumPy, whose threads it sets up
-from scratchgen.data import load_fashion_mnist, scale
-from scratchgen.evaluate.load import load_run
-from scratchgen.machinery import cli, files, plots
+from scratchgen import diffusion, plots, samplers  # before NumPy, whose threads it sets up
+from scratchgen.data import CLASSES, load_fashion_mnist, scale
+from scratchgen.machinery import cli, files
+from scratchgen.trained import load_run, load_trained
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -33,13 +33,12 @@ BETAS = {0: "vae-beta-0", 1: "vae", 10: "vae-beta-10"}
 OF_RUN = {  # the run that a figure of docs/figures/ comes from -> its figures
     "vae": ("loss", "samples", "reconstructions", "latents", "interpolation", "latent_use"),
     "ddpm": ("loss", "samples", "trajectory", "forward", "sampling", "bound", "steps", "guidance"),
-    "ddpm-classes": ("classes", "guidance"),
+    "ddpm-classes": ("guidance",),
 }
 
 
 def parse_arguments(argv):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = cli.OneLineParser("docs/figures.py", description=__doc__, formatter_class=formatter)
+    parser = cli.OneLineParser("docs/figures.py", __doc__)
     parser.flag("--runs", "the folder of the runs", type=Path, default=ROOT / "runs")
     parser.flag("--code", "only put the package's code into homework.md", action="store_true")
     cli.add_data_flags(parser)
@@ -66,17 +65,19 @@ def main(argv=None):
     again = ["--resume", "--data", args.data, "--workers", args.workers, "--out"]
     measure = ["-m", "scratchgen.evaluate", "--data", args.data, "--workers", args.workers]
     frechet, guides = ["--frechet", 10_000], ["--guide", "early", "unlabelled"]
-    steps = ["--sampler", *improved.SAMPLERS, "--sample-steps", 5, 10, 20]
+    steps = ["--sampler", *samplers.SAMPLERS, "--steps", 5, 10, 20]
     for command in (
         [ROOT / "run_vae.py", *again, args.runs / "vae"],
         [ROOT / "run_ddpm.py", "--T", 200, *again, args.runs / "ddpm"],
         [*measure, args.runs / "vae"],
         [*measure, args.runs / "ddpm", "--bound", 100],
         [*measure, args.runs / "ddpm", *frechet, *steps],
-        [*measure, args.runs / "ddpm", *frechet, "--sampler", "ddpm", "--sample-steps", 200],
+        [*measure, args.runs / "ddpm", *frechet, "--sampler", "ddpm", "--steps", 200],
         [*measure, args.runs / "ddpm", *frechet, "--guidance", 0, 0.25, 0.5, 1],
+        [HERE / "sweeps.py", args.runs / "ddpm"],
         [ROOT / "run_ddpm.py", "--T", 200, "--classes", *again, args.runs / "ddpm-classes"],
         [*measure, args.runs / "ddpm-classes", *frechet, "--guidance", 0, 0.5, 1, 2, *guides],
+        [HERE / "sweeps.py", args.runs / "ddpm-classes"],
     ):
         if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
             sys.exit(status)  # it has said what is wrong
@@ -87,6 +88,7 @@ def main(argv=None):
             shutil.copyfile(newest, FIGURES / f"{run.replace('-', '_')}_{name}{newest.suffix}")
     plots.save(beta_rows(models, scale(x_test[:10], 0, 1)), FIGURES / "homework_beta.png")
     plots.save(prior_kl(scale(x_test, -1, 1)), FIGURES / "homework_prior_kl.png")
+    plots.save(classes(load_trained("ddpm-classes")), FIGURES / "ddpm_classes_classes.png")
     print(f"figures are in {FIGURES}")
     write_code()
 
@@ -123,11 +125,28 @@ def beta_rows(models, x):
     rows, samples, z = {"test images": x}, {}, np.random.default_rng(0).standard_normal((10, 20), dtype=np.float32)
     for beta, model in models.items():
         mu, _ = model.encode(x)
-        rows[f"$\\beta$ = {beta}, from $\\mu$"] = vae.generate(model.decode, mu)
-        samples[f"$\\beta$ = {beta}, from $z$"] = vae.generate(model.decode, z)
+        rows[f"$\\beta$ = {beta}, from $\\mu$"] = model.generate(mu)
+        samples[f"$\\beta$ = {beta}, from $z$"] = model.generate(z)
     rows |= samples
     figure = plots.grid(np.concatenate(list(rows.values())), 10, "", row_labels=list(rows))
     figure.set_size_inches(7.6, 4.4)  # the labels are wide
+    return figure
+
+
+def classes(model):
+    """A column a class: five images of each, and then each from one and the same noise, by guide and w."""
+    rng = np.random.default_rng(0)
+    rows = [2 * model.sample(50, rng) - 1]  # one class after the other
+    labels = [""] * 5
+    x_T = np.repeat(rng.standard_normal((1, 28, 28, 1), dtype=np.float32), 10, axis=0)
+    for guide in samplers.GUIDES:
+        for w in (0, 0.5, 1, 2, 4):
+            config = samplers.SamplerConfig("dpm++", 20, w, guide)  # nothing else is random
+            *_, (_, x_0) = model.trajectory(x_T, None, config=config)
+            rows.append(x_0)
+            labels.append(f"{guide}, w = {w:g}")
+    figure = plots.grid(np.concatenate(rows), 10, ", ".join(CLASSES), -1, 1, row_labels=labels)
+    figure.set_size_inches(8.4, 9.6)  # the labels are wide
     return figure
 
 

@@ -8,7 +8,6 @@ that is written says what is asked, for how many points, what to write, in which
 is made from the files as they are: what is asked comes from homework.md, the functions from QUESTIONS below.
 """
 
-import argparse
 import ast
 import re
 import shutil
@@ -23,11 +22,11 @@ QUESTIONS = {  # question -> file and the functions in it that are to be written
         ("scratchgen/ops.py", ["bernoulli_log_likelihood"]),
     ],
     5: [("scratchgen/vae.py", ["negative_elbo"])],
-    6: [("scratchgen/machinery/plots.py", ["plot_latents"])],
+    6: [("scratchgen/plots.py", ["plot_latents"])],
     7: [("scratchgen/diffusion.py", ["make_schedule", "q_sample"])],
     8: [("scratchgen/diffusion.py", ["prior_kl"])],
     9: [("scratchgen/diffusion.py", ["q_posterior"])],
-    10: [("scratchgen/evaluate/metrics.py", ["gaussian_kl", "loss_weights"])],
+    10: [("scratchgen/diffusion.py", ["gaussian_kl", "loss_weights"])],
     11: [("scratchgen/diffusion.py", ["draw_batch", "squared_errors", "simple_loss"])],
     12: [("scratchgen/diffusion.py", ["predict_x_0", "p_sample", "sample"])],
 }
@@ -58,9 +57,7 @@ figures that questions 5, 6, 11 and 12 make.
 
 
 def parse_arguments(argv):
-    parser = cli.OneLineParser(
-        "docs/handout.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.OneLineParser("docs/handout.py", __doc__)
     parser.flag("folder", "is made; must not exist or be empty", type=Path, metavar="FOLDER")
     return parser.parse_args(argv)
 

@@ -12,21 +12,21 @@ examples:
 
 from functools import partial
 
-from scratchgen import tree, vae  # before NumPy, whose threads it sets up
-from scratchgen.data import load_fashion_mnist, scale
+from scratchgen import plots, tree, vae  # before NumPy, whose threads it sets up
+from scratchgen.data import first_images, load_fashion_mnist, scale
 from scratchgen.evaluate.metrics import active_units
-from scratchgen.evaluate.reports import importance_weighted_bound
-from scratchgen.machinery import cli, plots
+from scratchgen.machinery import cli
 from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
-from scratchgen.machinery.training import INIT, TEST, Run, rng_for
+from scratchgen.machinery.run import INIT, TEST, Run, rng_for
 from scratchgen.muon import muon_step
 from scratchgen.optim import cosine_decay, flush_denormals, init_moments
+from scratchgen.trained import VAE
 
 import numpy as np
 
 EPOCHS = {"gated": 700, "mlp": 700, "conv": 700}  # by default
 SHARD = 64  # images that one rank measures at a time
-HELD_OUT = 5  # what random numbers are for, beside those of `training`
+HELD_OUT = 5  # what random numbers are for, beside those of `run`
 
 
 def binarise(images, rng):
@@ -66,8 +66,9 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    data, ranks = load_fashion_mnist(args.data, labels=False), ranks_for(args.workers)
-    train_images = cli.first_images(data["train_images"], args.train_images)
+    ranks = ranks_for(args.workers)
+    data = load_fashion_mnist(args.data, labels=False)
+    train_images = first_images(data["train_images"], args.train_images)
     if args.hold_out >= len(train_images):
         raise cli.UsageError(f"--hold-out {args.hold_out} leaves none of {len(train_images)} images to train on")
     train_images, held_out_images = np.split(train_images, [len(train_images) - args.hold_out])
@@ -77,17 +78,19 @@ def main(argv=None):
     init, encode, decode = vae.VAES[args.arch]
     params = init(rng_for(args.seed, INIT), args.latent_dim)
     arrays = {"params": params, "moments": init_moments(params), "best": tree.map(np.copy, params)}
-    columns = [f"{part}_{name}" for part in ("train", "test") for name in ("elbo", "reconstruction", "kl")]
-    columns += ["held_out_elbo"]
-    run = Run("vae on binarised pixels", args, (train_images, data["test_images"]), arrays, ranks, columns)
+    own = ("arch", "latent_dim", "warm_up", "weight_decay", "hold_out")
+    settings = {"model": "vae on binarised pixels"} | {name: getattr(args, name) for name in own}
+    run = Run(args, settings, (train_images, data["test_images"]), arrays, ranks)
     params, moments, best = (run.arrays[name] for name in ("params", "moments", "best"))
+    model = VAE(run.config, run.arrays)
+    best_model = VAE(run.config, {"params": best})
     beta = np.float32(1)  # of the warm-up
 
     def loss(params, batch):
         return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, beta)
 
     def both_terms(x, eps):  # -> (N, 2)
-        return np.stack(vae.elbo_terms(partial(encode, params), partial(decode, params), (x, eps)), axis=1)
+        return np.stack(vae.elbo_terms(model.encode, model.decode, (x, eps)), axis=1)
 
     value_and_grad = sharded(loss, ranks, params, run.shard_size, args.batch_size)
     evaluate = in_parallel(both_terms, SHARD, ranks)
@@ -109,11 +112,16 @@ def main(argv=None):
                 if step % 100 == 0:
                     flush_denormals(ranks.own(moments))  # numbers so small that a processor is slow with them
                 lr = cosine_decay(step, run.total_steps, args.lr)
-                muon_step(params, gradient, moments, step, lr, args.weight_decay)
+                # Weight decay (Loshchilov and Hutter 2019): what only a few images call for decays.
+                for leaf in tree.leaves(ranks.own(params)):
+                    if leaf.ndim >= 2:
+                        leaf *= 1 - lr * args.weight_decay
+                muon_step(params, gradient, moments, step, lr)
                 run.record(value, terms)
 
             train = {"elbo": run.epoch_means["reconstruction"] - run.epoch_means["kl"]} | run.epoch_means
-            test, held_out = means(x_test), {"elbo": means(x_held_out)["elbo"]}
+            test = means(x_test)
+            held_out = {"elbo": means(x_held_out)["elbo"]}
             if all(held_out["elbo"] >= row["held_out_elbo"] for row in run.log):
                 tree.map(np.copyto, best, params)
             summary = f"ELBO: train {train['elbo']:.2f}, held-out {held_out['elbo']:.2f}, test {test['elbo']:.2f} nats"
@@ -123,11 +131,10 @@ def main(argv=None):
         print(f"best held-out ELBO: {row['held_out_elbo']:.2f} nats, after epoch {row['epoch']}; there, test", end=" ")
         print("ELBO {test_elbo:.2f} = {test_reconstruction:.2f} - {test_kl:.2f} nats".format(**row))
         plots.save(plots.vae_loss(run.log, None), args.out / "loss.png")
-        active = int(active_units(encode(best, x_test)[0]).sum())
+        active = int(active_units(best_model.encode(x_test)[0]).sum())
         numbers = {name: row[f"test_{name}"] for name in ("elbo", "reconstruction", "kl")} | {"active_units": active}
         run.write_metrics(numbers, best)  # before what takes ten minutes
-        networks = partial(encode, best), partial(decode, best)
-        bound = importance_weighted_bound(*networks, x_test, args.iwae, args.seed, ranks)
+        bound = best_model.importance_weighted_bound(x_test, args.iwae, args.seed, ranks)
         run.write_metrics(numbers | {f"iwae_{args.iwae}": bound}, best)
         print(f"{active} of {args.latent_dim} latent dimensions active")
         print(f"log p(x) is at least {bound:.2f} nats: the importance-weighted bound, {args.iwae:,} samples an image")

@@ -87,7 +87,8 @@ def read_idx(file, path):
             f"{path}: expected an idx file (00 00, a dtype code 08 09 0B 0C 0D 0E, the rank), "
             f"found it to begin with {head.hex(' ').upper() or 'nothing'}"
         )
-    dtype, rank = np.dtype(IDX_DTYPES[head[2]]), head[3]
+    dtype = np.dtype(IDX_DTYPES[head[2]])
+    rank = head[3]
     if rank > MAX_RANK:
         raise DataError(f"{path}: expected at most {MAX_RANK} dimensions, found {rank} in the header")
     sizes = file.read(4 * rank)
@@ -129,34 +130,43 @@ def load_fashion_mnist(folder, labels=True):
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with the FashionMNIST files, found no such folder; {SOURCE}")
-    arrays, paths, strangers = {}, {}, []
+    arrays = {}
+    strangers = []
     for name, checksum in FASHION_MNIST.items():
-        if "labels" in name and not labels:
+        part = "train" if name.startswith("train") else "test"
+        kind = "images" if "images" in name else "labels"
+        if kind == "labels" and not labels:
             continue
         path = find_file(folder, name)
         array = load_idx(path)
-        kind = "images" if "images" in name else "labels"
-        wanted = "uint8 (N, 28, 28)" if kind == "images" else "uint8 (N,)"
-        if array.dtype != np.uint8 or array.shape[1:] != ((28, 28) if kind == "images" else ()) or array.ndim == 0:
+        size = (28, 28) if kind == "images" else ()
+        if array.dtype != np.uint8 or array.ndim == 0 or array.shape[1:] != size:
+            wanted = "uint8 (N, 28, 28)" if kind == "images" else "uint8 (N,)"
             raise DataError(f"{path}: expected {kind}, {wanted}, found {array.dtype} {array.shape}")
         if len(array) == 0:
             raise DataError(f"{path}: expected at least one of its {kind}, found none")
-        if kind == "labels" and array.max() > 9:
-            raise DataError(f"{path}: expected labels 0 to 9, found {array.max()}")
         if zlib.crc32(array) != checksum:
             strangers.append(path.name)
-        key = f"{'train' if name.startswith('train') else 'test'}_{kind}"
-        arrays[key], paths[key] = array, path
-
-    for part in ("train", "test"):
-        images = arrays[f"{part}_images"]
-        if labels and len(images) != (count := len(arrays[f"{part}_labels"])):
-            path = paths[f"{part}_labels"]
-            raise DataError(f"{path}: expected a label for each of {len(images):,} images, found {count:,}")
-        arrays[f"{part}_images"] = images[..., None]
+        if kind == "images":
+            arrays[f"{part}_images"] = array[..., None]
+            continue
+        if array.max() > 9:
+            raise DataError(f"{path}: expected labels 0 to 9, found {array.max()}")
+        count = len(arrays[f"{part}_images"])
+        if len(array) != count:
+            raise DataError(f"{path}: expected a label for each of {count:,} images, found {len(array):,}")
+        arrays[f"{part}_labels"] = array
     if strangers:
         warnings.warn(f"{folder}: not the published FashionMNIST (plain MNIST?): {', '.join(strangers)}", stacklevel=2)
     return arrays
+
+
+def first_images(images, count, flag="--train-images"):
+    """The first ``count`` images, or pairs of images and labels; all for None. Raises UserError if there are fewer."""
+    there = len(tree.leaves(images)[0])
+    if count is not None and count > there:
+        raise UserError(f"{flag} {count} is out of range, there are {there} images")
+    return tree.map(lambda array: array[:count], images)
 
 
 def scale(images, low, high):

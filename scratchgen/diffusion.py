@@ -1,4 +1,6 @@
-"""The denoising diffusion model of Ho, Jain and Abbeel 2020 ("the paper"), and but for a second schedule nothing else.
+"""The denoising diffusion model of Ho, Jain and Abbeel 2020 ("the paper").
+
+Not in the paper: the cosine schedule, and betas scaled by 1000 / T.
 
 Time runs t = 1..T as in the paper, and index 0 is the clean image: every array of a schedule has length T + 1.
 
@@ -9,6 +11,8 @@ Time runs t = 1..T as in the paper, and index 0 is the clean image: every array 
 Dimensions: N images, H height, W width, C channels. Images are (N, H, W, C) in [-1, 1], t is (N,) integers in 1..T.
 eps_theta(x_t, t) is any function that predicts the noise in x_t. Equation numbers are the paper's.
 """
+
+import math
 
 from scratchgen.ops import mean
 
@@ -36,9 +40,10 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 def make_schedule(name, T):
-    """The constants of q for t = 0..T, worked out in float64: a dict of arrays of length T + 1.
+    """The constants of q for t = 0..T, computed in float64: a dict of T and of arrays of length T + 1.
 
     "posterior_x_0" and "posterior_x_t" are the factors of x_0 and x_t in Eq. (7), "posterior_variance" is its beta~_t.
+    Everything that multiplies images is float32, as they are; beta, alpha and alpha_bar stay float64.
     """
     beta = np.concatenate([[0.0], SCHEDULES[name](T)])
     alpha = 1 - beta
@@ -46,21 +51,20 @@ def make_schedule(name, T):
     alpha_bar_before = np.concatenate([[1.0], alpha_bar[:-1]])  # alpha_bar_{t-1}
     # At t = 0 the quotients are 0 / 0; nothing may use them, and NaN makes sure that nobody does unnoticed.
     one_minus_alpha_bar = np.where(alpha_bar < 1, 1 - alpha_bar, np.nan)
-    return {
-        "beta": beta,
-        "alpha": alpha,
-        "alpha_bar": alpha_bar,
+    factors = {
         "sqrt_alpha_bar": np.sqrt(alpha_bar),
         "sqrt_one_minus_alpha_bar": np.sqrt(1 - alpha_bar),
         "posterior_x_0": np.sqrt(alpha_bar_before) * beta / one_minus_alpha_bar,
         "posterior_x_t": np.sqrt(alpha) * (1 - alpha_bar_before) / one_minus_alpha_bar,
         "posterior_variance": (1 - alpha_bar_before) / one_minus_alpha_bar * beta,
     }
+    factors = {name: values.astype(np.float32) for name, values in factors.items()}
+    return {"T": T, "beta": beta, "alpha": alpha, "alpha_bar": alpha_bar, **factors}
 
 
 def at(values, t):
-    """values[t] for each image, float32 from here on, shaped to multiply images: (T + 1,), (N,) -> (N, 1, 1, 1)."""
-    return values[t].astype(np.float32).reshape(-1, 1, 1, 1)
+    """values[t] for each image, shaped to multiply images: (T + 1,), (N,) -> (N, 1, 1, 1)."""
+    return values[t].reshape(-1, 1, 1, 1)
 
 
 # ------------------------------------------------------------------------------------------------- q, the way to noise
@@ -94,15 +98,21 @@ def prior_kl(schedule, x_0):
 
 def draw_batch(schedule, x_0, rng):
     """The draws of Algorithm 1, lines 3 and 4: (x_0, t, eps) with t uniform on 1..T and eps ~ N(0, I)."""
-    T = len(schedule["beta"]) - 1
-    return x_0, rng.integers(1, T + 1, size=len(x_0)), rng.standard_normal(x_0.shape, dtype=np.float32)
+    return x_0, rng.integers(1, schedule["T"] + 1, size=len(x_0)), rng.standard_normal(x_0.shape, dtype=np.float32)
 
 
-def simple_loss(eps_theta, schedule, batch):
-    """L_simple of Eq. (14) for a batch (x_0, t, eps), per pixel: predicting zero gives 1 on average."""
+def simple_loss(eps_theta, schedule, batch, weights=None):
+    """L_simple of Eq. (14) for a batch (x_0, t, eps), per pixel, and the same as a term to report.
+
+    Predicting zero gives 1 on average. With ``weights``, (T + 1,) float32, the loss is the mean of weights[t] times
+    each image's error; the term has no weights.
+    """
     x_0, t, eps = batch
     x_t = q_sample(schedule, x_0, t, eps)
-    return mean(squared_errors(eps, eps_theta(x_t, t)))
+    errors = squared_errors(eps, eps_theta(x_t, t))
+    unweighted = mean(errors)
+    loss = unweighted if weights is None else mean(weights[t] * errors)
+    return loss, {"loss": unweighted}
 
 
 def squared_errors(eps, prediction):
@@ -135,7 +145,80 @@ def p_sample(eps_theta, schedule, x_t, t, z):
 
 def sample(eps_theta, schedule, x_T, rng):
     """Algorithm 2 as a generator: yield (t, x_t) for t = T - 1 .. 0, starting from the given noise x_T."""
-    x, T = x_T, len(schedule["beta"]) - 1
-    for t in range(T, 0, -1):
+    x = x_T
+    for t in range(schedule["T"], 0, -1):
         x = p_sample(eps_theta, schedule, x, t, rng.standard_normal(x.shape, dtype=np.float32))
         yield t - 1, x
+
+
+# ------------------------------------------------------------------- the variational bound, which the loss is made from
+# Eq. (5): -log p(x_0) <= L_T + L_{T-1} + .. + L_0 in expectation over q, with
+# L_T = `prior_kl` and, for t = T .. 1,
+#
+#     L_{t-1} = D_KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) for t > 1,    L_0 = -log p_theta(x_0 | x_1).
+#
+# The model is exactly what Algorithm 2 draws from: its mean is Eq. (7) of x_0_theta(x_t, t), the predicted x_0, and its
+# variance beta~_t. Only beta~_1 = 0 has to be replaced, by beta~_2, or a pixel that is off by one grey level would cost
+# infinitely much.
+
+
+def gaussian_kl(mean, variance, mean_theta, variance_theta):
+    """D_KL(N(mean, variance) || N(mean_theta, variance_theta)) of each component, in nats; arguments broadcast.
+
+    It is 1/2 (tr(S_theta^-1 S) - d + log(det S_theta / det S) + (m_theta - m)^T S_theta^-1 (m_theta - m)) where both
+    covariances are diagonal: then it is a sum over components. Where they are equal, only the last term is left.
+    """
+    ratio = variance / variance_theta
+    return 0.5 * (ratio - 1 - np.log(ratio) + (mean - mean_theta) ** 2 / variance_theta)
+
+
+def loss_weights(schedule):
+    """w_t for t = 2..T, (T - 1,): where no x_0 is clipped, L_{t-1} = w_t ||eps - eps_theta||^2, Eq. (12)."""
+    return schedule["beta"][2:] / (2 * schedule["alpha"][2:] * (1 - schedule["alpha_bar"][1:-1]))
+
+
+def bound_terms(x_0_theta, schedule, x_0, t, eps, labels=None):
+    """L_{t-1} of each image at its own t, in nats, (N,) float64; eps (N, H, W, C) leads to the x_t that it is for.
+
+    With labels it is the bound of -log p(x_0 | label)."""
+    x_t = q_sample(schedule, x_0, t, eps)
+    mean, variance = q_posterior(schedule, x_0, x_t, t)
+    mean_theta, _ = q_posterior(schedule, x_0_theta(x_t, t, labels), x_t, t)
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 at t = 1, where the decoder takes its place
+        divergence = gaussian_kl(mean, variance, mean_theta, variance)
+    terms = divergence.reshape(len(t), -1).sum(axis=1, dtype=np.float64)
+    last = t == 1
+    sigma = math.sqrt(schedule["posterior_variance"][min(2, schedule["T"])] or schedule["beta"][1])
+    terms[last] = -discretised_log_likelihood(x_0[last], mean_theta[last], sigma)
+    return terms
+
+
+def discretised_log_likelihood(x, mean, sigma, levels=256):
+    """log p(x) in nats per image, (N,): the decoder of Sec. 3.3.
+
+    x and mean are (N, H, W, C), x on the grey levels. A pixel's probability is what N(mean, sigma^2) puts between the
+    middles of its grey level and the next ones; the first and the last level, -1 and 1, have all that lies beyond
+    them too.
+    """
+    half = 1 / (levels - 1)
+    x = x.astype(np.float64)
+    above = (x + half - mean) / sigma
+    below = (x - half - mean) / sigma
+    above[x > 1 - half] = np.inf
+    below[x < -1 + half] = -np.inf
+    # Phi(above) - Phi(below) = Phi(-below) - Phi(-above): on the side where both are small, nothing cancels.
+    flip = above + below > 0
+    probability = normal_cdf(np.where(flip, -below, above)) - normal_cdf(np.where(flip, -above, below))
+    log_p = np.log(np.maximum(probability, 1e-300))  # 37 sigma away float64 has only 0
+    return log_p.sum(axis=(1, 2, 3))
+
+
+def normal_cdf(x):
+    return 0.5 * erfc(-x / math.sqrt(2))
+
+
+erfc = np.vectorize(math.erfc, otypes=[float])  # NumPy has none; ten million pixels a second is fast enough
+
+
+def bits_per_dimension(nats, dimensions):
+    return nats / (dimensions * math.log(2))

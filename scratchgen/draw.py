@@ -17,12 +17,11 @@ import argparse
 import math
 from pathlib import Path
 
+from scratchgen import plots
 from scratchgen.data import CLASSES
-from scratchgen.evaluate.load import VAERun, load_run, load_trained
-from scratchgen.evaluate.samples import draw, save_images
-from scratchgen.improved import SAMPLERS
-from scratchgen.machinery import cli, plots
+from scratchgen.machinery import cli, files
 from scratchgen.machinery.parallel import ranks_for
+from scratchgen.trained import CONFIG, VAE, add_sampler_flags, draw, load_run, load_trained, refuse
 
 import numpy as np
 
@@ -31,33 +30,25 @@ SHOWN = 400  # images in the figure, at most
 
 def a_class(text):
     """An argparse type: a class by its name or its number."""
-    names = {name.lower(): label for label, name in enumerate(CLASSES)}
-    names |= {str(label): label for label in names.values()}
-    if text.lower() not in names:
-        raise argparse.ArgumentTypeError(f"{text}: expected one of {', '.join(CLASSES)}, or its number")
-    return names[text.lower()]
+    for label, name in enumerate(CLASSES):
+        if text.lower() in (name.lower(), str(label)):
+            return label
+    raise argparse.ArgumentTypeError(f"{text}: expected one of {', '.join(CLASSES)}, or its number")
 
 
 def parse_arguments(argv):
-    prog, formatter = "python -m scratchgen.draw", argparse.RawDescriptionHelpFormatter
     classes = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
-    parser = cli.OneLineParser(prog, description=__doc__.format(classes=classes), formatter_class=formatter)
-    flag, whole = parser.flag, cli.number(int, 1)
+    parser = cli.OneLineParser("python -m scratchgen.draw", __doc__.format(classes=classes))
     help = "the --out of a run script (default: weights of the package)"
-    flag("run", help, type=Path, nargs="?", metavar="RUN_FOLDER")
-    flag("--model", "which weights of the package (default: ddpm)", choices=["vae", "ddpm"])
+    parser.flag("run", help, type=Path, nargs="?", metavar="RUN_FOLDER")
+    parser.flag("--model", "which weights of the package (default: ddpm)", choices=["vae", "ddpm"])
     help = "diffusion: what to draw, by name or number; of a run of your own, if it was trained with --classes"
-    flag("--class", help, type=a_class, nargs="+", metavar="NAME", dest="classes")
-    help = "diffusion: w, how far to go away from the guide (default: 0.5, and 0 for a --sampler that is named)"
-    flag("--guidance", help, type=cli.number(float, 0, high=100), metavar="W")
-    help = "diffusion: ddpm, ddim, or of second order dpm++, sde-dpm++ (default: sde-dpm++; ddpm without additions)"
-    flag("--sampler", help, choices=SAMPLERS)
-    help = "diffusion: of the sampler (default: 20, and T for a --sampler that is named)"
-    flag("--steps", help, type=whole, metavar="S")
-    flag("--seed", "decides every random number", type=cli.number(int, 0), default=0)
-    flag("-n", "how many images", type=whole, default=64, metavar="N")
-    flag("--out", "the figure", type=Path, default=Path("drawn.png"), metavar="FILE")
-    flag("--samples", "write the images, too, uint8 (N, 28, 28), as .npz beside the figure", action="store_true")
+    parser.flag("--class", help, type=a_class, nargs="+", metavar="NAME")
+    add_sampler_flags(parser)
+    parser.flag("--seed", "decides every random number", type=cli.number(int, 0), default=0)
+    parser.flag("-n", "how many images", type=cli.number(int, 1), default=64, metavar="N")
+    parser.flag("--out", "the figure", type=Path, default=Path("drawn.png"), metavar="FILE")
+    parser.flag("--samples", "write the images, too, uint8 (N, 28, 28), as .npz beside the figure", action="store_true")
     cli.add_workers_flag(parser)
     return parser.parse_args(argv)
 
@@ -66,34 +57,35 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.run and args.model:
         raise cli.UsageError(f"--model is for the weights of the package, and {args.run} has its own")
-    name = args.model or "ddpm"
-    trained = "ddpm-classes" if args.classes and name == "ddpm" else name
-    model = load_run(args.run) if args.run else load_trained(trained)
-    how = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
-    source, title = args.run or f"the {name} of the package", f"seed {args.seed}"
-    if isinstance(model, VAERun):
-        if wrong := [flag for flag in ("classes", *how) if getattr(args, flag) is not None]:
-            flag = wrong[0].replace("classes", "class")
-            raise cli.UsageError(f"--{flag} is for a diffusion model, which {source} is not")
-        how = {}
+    if not args.run:
+        args.model = args.model or "ddpm"
+    name = "ddpm-classes" if getattr(args, "class") and args.model == "ddpm" else args.model
+    model = load_run(args.run) if args.run else load_trained(name)
+    title = f"seed {args.seed}"
+    options = {}
+    if isinstance(model, VAE):
+        refuse(args, ["class", *CONFIG], "a diffusion model")
     else:
-        if args.classes and not model.config["classes"]:
-            raise cli.UsageError(f"--class: {source} was trained without --classes")
-        try:
-            sampler, steps, w, _ = model.way(**how)
-        except ValueError as error:
-            raise cli.UsageError(f"{source}: {error}") from None
-        title = f"{sampler}, {steps} steps" + (f", w = {w:g}" if w else "") + f", {title}"
-
-    labels = None if args.classes is None else np.array(args.classes)[np.arange(args.n) * len(args.classes) // args.n]
+        options["config"] = model.sampler_config(**{name: getattr(args, name) for name in CONFIG})
+        title = f"{options['config']}, {title}"
+        if classes := getattr(args, "class"):
+            options["labels"] = np.array(classes)[np.arange(args.n) * len(classes) // args.n]
     with ranks_for(args.workers) as ranks:
-        images = draw(model, args.n, args.seed, ranks, labels, **how)
-    shown, columns = images[:SHOWN], math.ceil(math.sqrt(min(args.n, SHOWN)))
+        images = draw(model, args.n, args.seed, ranks, **options)
+    columns = math.ceil(math.sqrt(min(args.n, SHOWN)))
+    shown = images[:SHOWN]
     shown = np.pad(shown, [(0, -len(shown) % columns), (0, 0), (0, 0), (0, 0)])  # the last row is black at its end
     plots.save(plots.grid(shown, columns, title, 0, 255), args.out)
     print(f"wrote {args.out}")
     if args.samples:
         save_images(args.out.with_suffix(".npz"), images[..., 0])
+
+
+@files.by_rank_0
+def save_images(path, images):
+    with files.replacing(path) as temporary:
+        np.savez(temporary, images=images)
+    print(f"wrote {len(images):,} images to {path}")
 
 
 if __name__ == "__main__":

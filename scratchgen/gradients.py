@@ -25,10 +25,14 @@ class Node(VJPNode):
 
     def __init__(self, value, fun, *args):
         super().__init__(value, fun, *args)
-        self.name, self.shape = fun.__name__, getattr(value, "shape", "several")  # a list from split, say
+        self.name = fun.__name__
+        self.shape = getattr(value, "shape", "several")  # a list from split, say
 
     def initialize_root(self, name, shape, parents=(), vjp=None):
-        self.name, self.shape, self.parents, self.vjp = name, shape, parents, vjp
+        self.name = name
+        self.shape = shape
+        self.parents = parents
+        self.vjp = vjp
 
     def __repr__(self):
         parents = ", ".join(f"{node.name} {node.shape}" for node in self.parents)

@@ -16,7 +16,7 @@ import numpy as np
 MUON_SIDES = range(8, 65)
 
 
-def muon_step(params, gradient, moments, step, lr, weight_decay=0.0, momentum=0.95, beta2=0.999):
+def muon_step(params, gradient, moments, step, lr, momentum=0.95, beta2=0.999):
     """One step of Muon for matrices whose shorter side is in MUON_SIDES, of Adam for all other weights; in place.
 
     ``moments`` are those of `optim.init_moments`; Muon keeps its momentum in "m".
@@ -26,14 +26,9 @@ def muon_step(params, gradient, moments, step, lr, weight_decay=0.0, momentum=0.
     the same speed. A kernel (K, K, C, O) is the matrix (K K C, O) that it is in a convolution. Such a step has entries
     of mean square 1 / max(rows, columns), so times 0.2 sqrt(max(rows, columns)) they are as large as Adam's usually
     are, and one learning rate serves both (Liu et al. 2025, Sec. 2.2).
-
-    Before the step, matrices and kernels shrink by lr weight_decay of themselves (Loshchilov and Hutter 2019): what
-    only a few images call for decays.
     """
 
     def update(g, p, m, v):
-        if weight_decay and p.ndim >= 2:
-            p *= 1 - lr * weight_decay
         if p.ndim < 2 or min(p.size // p.shape[-1], p.shape[-1]) not in MUON_SIDES:
             return adam_step(p, g, {"m": m, "v": v}, step, lr, beta2=beta2)  # an array is a tree of one leaf
         m *= momentum
@@ -57,10 +52,12 @@ def orthogonalise(G, iterations=5):
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.T if len(G) > G.shape[1] else G  # then X X^T is the smaller of the two products
     X = X / (np.linalg.norm(X) + 1e-7)  # no singular value is larger than the root of the sum of their squares
-    S, product = X @ X.T, np.eye(len(X), dtype=X.dtype)
+    S = X @ X.T
+    product = np.eye(len(X), dtype=X.dtype)
     for _ in range(iterations):
         P = b * S + c * S @ S
         np.fill_diagonal(P, P.diagonal() + a)
-        S, product = P @ S @ P, P @ product
+        S = P @ S @ P
+        product = P @ product
     X = product @ X
     return X.T if len(G) > G.shape[1] else X

@@ -66,7 +66,8 @@ def conv2d(x, k, b):
 
     As everywhere in deep learning it is a cross-correlation: the kernel is not flipped.
     """
-    (N, H, W, C), (K, _, _, O) = x.shape, k.shape
+    N, H, W, C = x.shape
+    K, _, _, O = k.shape
     if k.shape[:3] != (K, K, C) or K % 2 == 0:
         raise ValueError(f"conv2d needs a kernel (K, K, C, O), K odd, C = {C}; found {k.shape}")
     y = np.empty((N, H, W, O), np.result_type(x, k))
@@ -228,7 +229,8 @@ def norm_silu(x, scale, shift, groups, epsilon=1e-5):
         qx = q * x
         sum_qxhat = r * (sum_rows(qx.reshape(N, H * W, C)) - m * sum_q)
         mean = group_means(C, groups, H * W, x.dtype)
-        s1, s2 = (scale * sum_q) @ mean, (scale * sum_qxhat) @ mean
+        s1 = (scale * sum_q) @ mean
+        s2 = (scale * sum_qxhat) @ mean
         dx = q  # which is no longer needed
         dx *= along_row((scale * r)[:, None], W)
         dx += np.multiply(x, along_row((-(r**2) * s2)[:, None], W), out=qx)
@@ -242,7 +244,8 @@ def norm_silu(x, scale, shift, groups, epsilon=1e-5):
 
 def group_moments(x, groups, epsilon):  # (N, H, W, C) -> m and r of each channel's group, 2 x (N, C)
     N, H, W, C = x.shape
-    x3, mean = x.reshape(N, H * W, C), group_means(C, groups, H * W, x.dtype)
+    x3 = x.reshape(N, H * W, C)
+    mean = group_means(C, groups, H * W, x.dtype)
     m = sum_rows(x3) @ mean
     # One pass fewer than the mean of (x - m)^2. In float32 five digits are left where |m| is ten standard deviations,
     # three where it is a hundred; activations of a network stay far below that.

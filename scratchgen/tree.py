@@ -40,6 +40,19 @@ def names(tree, prefix=""):
     return [name for key, child in children for name in names(child, f"{prefix}/{key}" if prefix else str(key))]
 
 
+def nested(named):
+    """The tree of leaves by their `names`: ``{"w": a, "b/0": c, "b/1": d}`` -> ``{"w": a, "b": [c, d]}``."""
+    children = {}
+    for name, leaf in named.items():
+        key, _, rest = name.partition("/")
+        if rest:
+            children.setdefault(key, {})[rest] = leaf
+        else:
+            children[key] = leaf
+    children = {key: nested(child) if isinstance(child, dict) else child for key, child in children.items()}
+    return list(children.values()) if "0" in children else children
+
+
 def size(tree):
     """The number of array elements in all leaves together."""
     return sum(leaf.size for leaf in leaves(tree))

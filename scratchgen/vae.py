@@ -12,6 +12,7 @@ of the pixels themselves (`entropy_floor`). All terms are in nats per image.
 First the bound, which takes encoder and decoder as functions; below it the pairs of networks to choose from.
 """
 
+import math
 from functools import partial
 
 from scratchgen.layers import conv, dense, init_conv, init_dense, init_mlp, mlp
@@ -50,8 +51,30 @@ def negative_elbo(encode, decode, batch, beta=1.0):
     below 1 no bound at all.
     """
     reconstruction, kl = elbo_terms(encode, decode, batch)
-    reconstruction, kl = mean(reconstruction), mean(kl)
-    return beta * kl - reconstruction, {"reconstruction": reconstruction, "kl": kl}
+    terms = {"reconstruction": mean(reconstruction), "kl": mean(kl)}
+    return beta * terms["kl"] - terms["reconstruction"], terms
+
+
+def importance_weighted_bound(encode, decode, x, K, rngs, block=500):
+    """log of the mean of K importance weights w = p(x | z) p(z) / q(z | x), z ~ q(z | x), in nats per image, (N,).
+
+    In expectation it is the bound of Burda, Grosse and Salakhutdinov 2016, Eq. (8): the ELBO for K = 1, and ever
+    closer to log p(x) from below as K grows. x is (N, H, W, 1), ``rngs`` one generator an image. Float32, but for the
+    sum over a block's weights and over the blocks.
+    """
+    mu, log_var = encode(x)
+    sigma = np.exp(0.5 * log_var)
+    bound = np.full(len(x), -np.inf)
+    for n, rng in enumerate(rngs):
+        for start in range(0, K, block):
+            eps = rng.standard_normal((min(block, K - start), mu.shape[1]), dtype=np.float32)
+            z = mu[n] + sigma[n] * eps
+            # log p(z) - log q(z | x): of both Gaussians, - D/2 log 2 pi cancels.
+            log_ratio = 0.5 * (eps**2 - z**2 + log_var[n]).sum(axis=1, dtype=np.float64)
+            log_w = bernoulli_log_likelihood(decode(z), x[n]) + log_ratio
+            largest = max(bound[n], log_w.max())  # taken out, so that exp cannot overflow
+            bound[n] = largest + np.log(np.exp(bound[n] - largest) + np.exp(log_w - largest).sum())
+    return bound - math.log(K)
 
 
 def generate(decode, z):
@@ -62,8 +85,8 @@ def generate(decode, z):
 def entropy_floor(x):
     """Mean over images of the summed binary entropy of their pixels, in nats: -ELBO cannot fall below it."""
     p = x.astype("float64")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        entropy = -np.nan_to_num(p * np.log(p)) - np.nan_to_num((1 - p) * np.log1p(-p))
+    q = 1 - p
+    entropy = -p * np.log(np.where(p > 0, p, 1)) - q * np.log(np.where(q > 0, q, 1))  # 0 log 0 = 0
     return float(entropy.sum() / len(x))
 
 
@@ -93,9 +116,10 @@ def gaussian(params, h):  # (N, C) -> 2 x (N, D)
 
 def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28, gated=False):
     *before, last = hidden
+    outputs = 2 * last if gated else last  # which the activation halves, or not
     return {
         # Gain 1 at the end, though a ReLU follows.
-        "encoder": init_mlp(rng, [pixels, *before, last * (1 + gated)], gated),
+        "encoder": init_mlp(rng, [pixels, *before, outputs], gated),
         **init_gaussian(rng, last, latent_dim),
         "decoder": init_mlp(rng, [latent_dim, *hidden, pixels], gated),
     }

@@ -11,7 +11,8 @@ def numerical_gradient(f, x, h=1e-6):
     """dL/dx for a scalar f, entry by entry: (f(x + h e_i) - f(x - h e_i)) / 2h."""
     gradient = np.zeros_like(x)
     for index in np.ndindex(x.shape):
-        above, below = x.copy(), x.copy()
+        above = x.copy()
+        below = x.copy()
         above[index] += h
         below[index] -= h
         gradient[index] = (f(above) - f(below)) / (2 * h)

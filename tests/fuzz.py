@@ -11,6 +11,7 @@ import json
 import struct
 import sys
 import tempfile
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -99,8 +100,25 @@ def try_checkpoint(path, rng):
 
 
 def try_state(path, rng):
-    checkpoint.save(path, ARRAYS, changed_value(STATE, rng))
+    """A sound checkpoint with another state in it, and without a checksum, or with that of before."""
+    checkpoint.save(path, ARRAYS, STATE)
+    named, _ = checkpoint.load(path)
+    with zipfile.ZipFile(path) as archive:
+        checksum = archive.comment
+    text = json.dumps(changed_value(STATE, rng))
+
+    np.savez(path, state=np.array(text), **named)
+    try:
+        resume(path)
+    except checkpoint.CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        raise AssertionError("it has no checksum, and yet was read")
+
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = checksum
     resume(path)
+    assert text == json.dumps(STATE), "it was changed, and yet read"
 
 
 def try_metrics(path, rng):
@@ -137,7 +155,7 @@ def main():
             path, refused, numbers = Path(folder, f"{kind}.npz"), 0, range(round(share * args.inputs))
             if args.only:
                 numbers = [int(args.only[1])] if args.only[0] == kind else []
-            for number in cli.progress_over(numbers, len(numbers), kind):
+            for number in cli.progress(len(numbers), kind, "inputs", numbers):
                 try:
                     attempt(path, np.random.default_rng([args.seed, number_of_kind, number]))
                 except (DataError, checkpoint.CheckpointError) as error:

@@ -32,6 +32,7 @@ MODULES = {  # file -> the tests tried first
     "scratchgen/vae.py": ("vae", "homework"),
     "scratchgen/diffusion.py": ("diffusion", "homework"),
     "scratchgen/improved.py": ("improved",),
+    "scratchgen/samplers.py": ("samplers", "editing"),
     "scratchgen/evaluate/metrics.py": ("metrics", "answers"),
     "scratchgen/optim.py": ("optim",),
     "scratchgen/muon.py": ("muon", "optim"),
@@ -52,10 +53,12 @@ FASTER = "how a product is cut, or its operand laid out, decides on its speed al
 BROADCAST = "broadcasting gives the same numbers, more slowly"
 EQUIVALENT = {  # module, beginning of the change ("" for any), beginning of its line -> why no test can notice it
     ("diffusion", "1.0 -> 1.1", "alpha_bar_before ="): "enters at t = 0 alone, where all that follows is NaN",
-    ("metrics", "500 -> 501", "def importance_weighted_bound"): "blocks do not matter, which a test says",
-    ("metrics", "above + below", "flip ="): "matters only where above and below are large and of one sign",
-    ("metrics", "0 -> 1", "flip ="): "the same",
-    ("metrics", "x ", "above[x > 1 - half]"): "no grey level lies just there",
+    ("vae", "500 -> 501", "def importance_weighted_bound"): "blocks do not matter, which a test says",
+    ("diffusion", "above + below", "flip ="): "matters only where above and below are large and of one sign",
+    ("diffusion", "0 -> 1", "flip ="): "the same",
+    ("diffusion", "x ", "above[x > 1 - half]"): "no grey level lies just there",
+    ("samplers", "0.5 -> ", "return 0.5 * math.log"): "a step takes quotients of differences of lambda, no more",
+    ("samplers", "0.5 * math.log(alpha_bar[t] / (1 - alpha_bar[t])) -> (math", "return 0.5"): "the same",
     ("gradients", "0 -> 1", "TRACE ="): "any number will do",
     ("gradients", "False -> True", "outgrads ="): "nothing is ever added to the gradient of the end itself",
     ("gradients", "True -> False", "for "): "both are equally long; strict is there in case they are not",
@@ -65,7 +68,7 @@ EQUIVALENT = {  # module, beginning of the change ("" for any), beginning of its
     ("blas", "", "sizes ="): FASTER,
     ("blas", "", "transposed ="): FASTER,
     ("blas", "", "if transposed and M > 512"): FASTER,
-    ("blas", "", "b, transposed = np.ascontiguousarray"): FASTER,
+    ("blas", "", "b = np.ascontiguousarray"): FASTER,
     ("ops", "np.ascontiguousarray", "dk ="): FASTER,
     ("ops", "", "y += along_row(b"): BROADCAST,
     ("ops", "", "return np.repeat("): BROADCAST,
@@ -208,7 +211,8 @@ def main():
     args = parser.parse_args()
     # What is started in the background may ignore Ctrl-C, and would pass that on to tests that send it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    todo, counts = mutants(args.only, args.every), {}
+    todo = mutants(args.only, args.every)
+    counts = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.workers) as pool, open(args.log, "w") as log:
         copies = Queue()
         for number in range(args.workers):

@@ -63,7 +63,7 @@ def test_a_library_that_is_not_there_has_no_threads_to_set():
 
 
 def test_whatever_is_imported_first_of_the_package_blas_is_set_up_before_numpy_is_loaded():
-    for module in ("tree", "improved", "machinery.cli", "evaluate.load"):
+    for module in ("tree", "improved", "machinery.cli", "trained"):
         code = f"import os, scratchgen.{module}, numpy; print(os.environ['OPENBLAS_NUM_THREADS'])"
         result = python(code, OPENBLAS_NUM_THREADS="7")
         assert result.stdout.split() == ["1"] and result.stderr == ""

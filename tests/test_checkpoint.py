@@ -1,7 +1,7 @@
 """Checkpoints: what comes back is what was saved, the wrong file is refused, and a failed write loses nothing."""
 
 import io
-import json
+import struct
 import tracemalloc
 import zipfile
 
@@ -11,7 +11,7 @@ from scratchgen.machinery.checkpoint import CheckpointError
 
 import numpy as np
 import pytest
-from conftest import load
+from conftest import load, tamper
 
 
 @pytest.fixture
@@ -45,6 +45,14 @@ def test_everything_comes_back_to_the_bit(path, arrays):
     assert generator.random() == np.random.default_rng(5).random()
 
 
+def test_a_checkpoint_can_be_read_without_a_tree(path, arrays):
+    named, state = checkpoint.load(path)
+    assert list(named) == tree.names(arrays) and state["config"] == CONFIG and state["log"] == [{"epoch": 1}]
+    for name, leaf in zip(tree.names(arrays), tree.leaves(arrays), strict=True):
+        np.testing.assert_array_equal(named[name], leaf)
+        assert named[name].dtype == leaf.dtype
+
+
 def test_no_pickle_is_needed(path):
     with np.load(path, allow_pickle=False) as file:
         assert all(file[name].dtype.kind in "fU" for name in file.files)
@@ -58,7 +66,6 @@ def test_no_pickle_is_needed(path):
         ("model", "vae", "model ddpm"),
         ("additions", ["v"], "additions v black, this run has additions v"),
         ("additions", [], "additions v black, this run has additions none"),
-        ("T", "a\nb", "this run has T a b"),
     ],
 )
 def test_another_runs_checkpoint_is_refused_in_one_line(path, arrays, key, value, words):
@@ -67,42 +74,18 @@ def test_another_runs_checkpoint_is_refused_in_one_line(path, arrays, key, value
     assert words in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_array_of_another_shape_is_refused_and_nothing_changed(path, arrays):
+@pytest.mark.parametrize(("name", "shape"), [("b", (4,)), ("b", (3, 1)), ("c", (3,))])
+def test_an_array_of_another_shape_or_name_is_refused_and_nothing_changed(path, arrays, name, shape):
     into = tree.map(np.zeros_like, arrays)
-    into["moments"]["m"]["b"] = np.zeros(4, np.float32)
-    with pytest.raises(CheckpointError, match="moments/m/b"):
+    into["moments"]["m"][name] = np.zeros(shape, np.float32)
+    with pytest.raises(CheckpointError, match=f"moments/m/{name}"):
         checkpoint.resume(path, CONFIG, into)
     assert not any(leaf.any() for leaf in tree.leaves(into))
 
 
 def test_missing_checkpoint(tmp_path, arrays):
-    with pytest.raises(CheckpointError, match="nothing to resume"):
+    with pytest.raises(CheckpointError, match="found no such file.*without --resume"):
         checkpoint.resume(tmp_path / "none.npz", CONFIG, arrays)
-
-
-OF_AN_EARLIER_VERSION = {"config": CONFIG, "step": 7, "noise": {}, "seconds": 0.0, "sums": {}, "log": []}
-
-
-@pytest.mark.parametrize("state", [7, [], {}, {"config": CONFIG}, OF_AN_EARLIER_VERSION])
-def test_a_checkpoint_without_a_runs_state_is_refused(path, arrays, state):
-    checkpoint.save(path, arrays, state)
-    with pytest.raises(CheckpointError, match="state"):
-        checkpoint.resume(path, CONFIG, arrays)
-
-
-@pytest.mark.parametrize("key", ["config", "rng", "step", "seconds", "epoch_means", "log"])
-def test_no_part_of_a_runs_state_may_be_missing(path, arrays, key):
-    _, state = load(path)
-    del state[key]
-    checkpoint.save(path, arrays, state)
-    with pytest.raises(CheckpointError, match="lacks part of a run's state"):
-        checkpoint.resume(path, CONFIG, arrays)
-
-
-def test_an_array_of_another_dtype_is_refused(path, arrays):
-    into = tree.map(lambda a: a.astype(np.float64), arrays)
-    with pytest.raises(CheckpointError, match="params/a/0/w"):
-        checkpoint.resume(path, CONFIG, into)
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "text", "byte", "array", "folder"])
@@ -126,7 +109,8 @@ def test_damaged_checkpoint_is_refused_in_one_line(path, arrays, damage):
 
 def test_no_flipped_byte_gets_through(path, arrays):
     """Each either is noticed, or sits where zip stores nothing of ours, such as a date."""
-    content, good_state = path.read_bytes(), checkpoint.load_state(path)
+    content = path.read_bytes()
+    _, good_state = checkpoint.load(path)
     for place in range(0, len(content), 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
         into = tree.map(np.zeros_like, arrays)
@@ -157,6 +141,60 @@ def test_a_fingerprint_tells_images_apart():
     assert len({checkpoint.fingerprint(x) for x in (images, *((images, y) for y in labels))}) == 3
 
 
+# ---------------------------------------------------------------------- what is in the file is what `save` put there
+
+
+@pytest.fixture(params=[False, True], ids=["no checksum", "the old checksum"])
+def refused(request, path, arrays):
+    """A function that changes what is in the file, and sees to it that this is refused and nothing was read."""
+
+    def check(named, state):
+        tamper(path, named, state, request.param)
+        into = tree.map(np.zeros_like, arrays)
+        with pytest.raises(CheckpointError, match="sound checkpoint of this version.*changed") as error:
+            checkpoint.resume(path, CONFIG, into)
+        assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+        assert not any(leaf.any() for leaf in tree.leaves(into))
+
+    return check
+
+
+def test_the_same_content_under_the_same_checksum_is_read_and_without_one_refused(path, arrays):
+    """So it is the change that the tests below see refused."""
+    named, state = load(path)
+    tamper(path, named, state, keep_checksum=True)
+    assert checkpoint.resume(path, CONFIG, arrays) == state
+    tamper(path, named, state, keep_checksum=False)
+    with pytest.raises(CheckpointError, match="changed, or is of another version"):
+        checkpoint.resume(path, CONFIG, arrays)
+
+
+def test_a_checkpoint_of_another_version_is_refused(path, arrays, monkeypatch):
+    named, state = load(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "VERSION", checkpoint.VERSION - 1)
+        checkpoint.save(path, named, state)
+        assert checkpoint.resume(path, CONFIG, arrays) == state
+    with pytest.raises(CheckpointError, match="changed, or is of another version"):
+        checkpoint.resume(path, CONFIG, arrays)
+
+
+OF_AN_EARLIER_VERSION = {"config": CONFIG, "step": 7, "noise": {}, "seconds": 0.0, "sums": {}, "log": []}
+
+
+@pytest.mark.parametrize("state", [7, [], {}, {"config": CONFIG}, OF_AN_EARLIER_VERSION])
+def test_what_is_no_runs_state_is_refused(path, refused, state):
+    named, _ = load(path)
+    refused(named, state)
+
+
+@pytest.mark.parametrize("key", ["config", "rng", "step", "seconds", "epoch_means", "log"])
+def test_no_part_of_a_runs_state_may_be_missing(path, refused, key):
+    named, state = load(path)
+    del state[key]
+    refused(named, state)
+
+
 RNG = np.random.default_rng(5).bit_generator.state
 
 
@@ -165,7 +203,7 @@ RNG = np.random.default_rng(5).bit_generator.state
     [
         ("config", [[], 7, None, {"model": "ddpm"}, CONFIG | {"train_images": 7}, CONFIG | {"test_images": "many"}]),
         ("shard_size", [0, -1, 1.5, "8", True, None, 10**30]),
-        ("step", [-1, 1.5, "x", True, 10**30, None, []]),
+        ("step", [-1, 1.5, "x", True, 10**30, None, [], 6]),
         ("rng", [{}, 7, None, np.random.Generator(np.random.MT19937(0)).bit_generator.state["bit_generator"]]),
         ("rng", [RNG | {"bit_generator": "MT19937"}, RNG | {"state": {}}, RNG | {"has_uint32": "x"}]),
         ("seconds", [-1, "x", None, True, float("nan"), float("inf"), [1]]),
@@ -173,49 +211,94 @@ RNG = np.random.default_rng(5).bit_generator.state
         ("log", [{}, 7, [7], [{"epoch": "1"}], [{"epoch": 1}, {"loss": 1}], [[]], [{"epoch": float("inf")}]]),
     ],
 )
-def test_no_part_of_a_state_is_believed(path, arrays, key, values):
-    _, state = load(path)
+def test_no_change_of_a_state_is_believed(path, refused, key, values):
+    named, state = load(path)
     for value in values:
-        checkpoint.save(path, arrays, state | {key: value})
-        with pytest.raises(CheckpointError, match=f"found: {key} is ") as error:
-            checkpoint.resume(path, CONFIG, arrays)
-        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+        refused(named, state | {key: value})
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "1" * 10_000, "{", "NaN", '"x"', ""])
-def test_a_state_that_is_no_sound_json_is_refused(path, arrays, text):
+def test_a_state_that_is_no_sound_json_is_refused(path, refused, text):
     named, _ = load(path)
-    np.savez(path, state=np.array(text), **named)
-    with pytest.raises(CheckpointError, match="sound checkpoint"):
-        checkpoint.resume(path, CONFIG, arrays)
+    refused(named, text)
 
 
-def test_no_header_makes_us_read_more_than_the_model_needs(path, arrays):
+CHANGES = {
+    "not finite": lambda named: named | {"moments/m/b": np.array([0, np.nan, 2], np.float32)},
+    "another number": lambda named: named | {"moments/m/b": np.array([0, 1, 3], np.float32)},
+    "another dtype": lambda named: named | {"params/b": np.arange(3, dtype=np.float64)},
+    "another name": lambda named: {name.replace("params/b", "params/c"): array for name, array in named.items()},
+    "another order": lambda named: dict(reversed(named.items())),
+    "one more": lambda named: named | {"params/c": np.zeros(3, np.float32)},
+    "one less": lambda named: {name: array for name, array in named.items() if name != "params/b"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_arrays_are_refused(path, refused, change):
+    named, state = load(path)
+    refused(CHANGES[change](named), state)
+
+
+# ------------------------------------------------------------------ no file makes us take more memory than it has bytes
+
+
+@pytest.fixture
+def refused_at_once(path, arrays):
+    def check():
+        tracemalloc.start()
+        with pytest.raises(CheckpointError, match="expected a sound checkpoint"):
+            checkpoint.resume(path, CONFIG, arrays)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10**6
+
+    return check
+
+
+@pytest.mark.parametrize("keep_checksum", [False, True])
+def test_compressed_arrays_are_not_inflated(path, refused_at_once, keep_checksum, monkeypatch):
     named, state = load(path)
     small = path.stat().st_size
-    for name, big in (("params/b", np.zeros(10**7, np.float32)), ("state", np.array(" " * 10**7))):
-        np.savez_compressed(path, **(named | {"state": np.array(json.dumps(state)), name: big}))
+    monkeypatch.setattr(np, "savez", np.savez_compressed)
+    for other_arrays, other_state in ((named | {"params/b": np.zeros(10**7, np.float32)}, state), (named, " " * 10**7)):
+        tamper(path, other_arrays, other_state, keep_checksum)
         assert path.stat().st_size < 20 * small
-        tracemalloc.start()
-        with pytest.raises(CheckpointError):
-            checkpoint.resume(path, CONFIG, arrays)
-        assert tracemalloc.get_traced_memory()[1] < 10**6
-        tracemalloc.stop()
+        refused_at_once()
 
 
-def test_numbers_that_are_not_finite_are_refused_and_nothing_changed(path, arrays):
-    named, state = load(path)
-    named["moments/m/b"][1] = np.nan
-    checkpoint.save(path, named, state)
-    into = tree.map(np.zeros_like, arrays)
-    with pytest.raises(CheckpointError, match="moments/m/b has numbers that are not finite"):
-        checkpoint.resume(path, CONFIG, into)
-    assert not any(leaf.any() for leaf in tree.leaves(into))
+def test_no_header_of_an_array_is_believed(path, refused_at_once):
+    """The directory of the zip and the checksum in it are as they were, and the array says that it has 4 GB."""
+    content = path.read_bytes()
+    for shape, of_4_GB in (
+        (b"(3,), }" + 9 * b" ", b"(1000000000,), }"),
+        (b"(2, 3), }" + 7 * b" ", b"(2, 500000000), }"),
+    ):
+        assert shape in content
+        path.write_bytes(content.replace(shape, of_4_GB[: len(shape)].ljust(len(shape))))
+        refused_at_once()
 
 
-def test_no_directory_of_a_zip_is_believed_either(path, arrays):
+def test_no_directory_of_a_zip_is_believed_either(path, refused_at_once):
+    """A member of 4 GB, as the directory says; the checksum is as it was."""
+    content = path.read_bytes()
+    name = b"params/b.npy"
+    entry = content.rindex(name) - 46  # the fixed part of an entry in the directory, its sizes at 20 and 24
+    assert content[entry : entry + 4] == b"PK\1\2"
+    for places in ([24], [20, 24]):
+        changed = bytearray(content)
+        for place in places:
+            changed[entry + place : entry + place + 4] = struct.pack("<I", 2**32 - 200)
+        path.write_bytes(changed)
+        refused_at_once()
+
+
+@pytest.mark.parametrize("keep_checksum", [False, True])
+def test_no_member_of_a_zip_is_longer_than_its_file(path, refused_at_once, keep_checksum):
     """A state of 4 GiB, as header and directory both say, in a file of a few KB."""
     named, _ = load(path)
+    with zipfile.ZipFile(path) as file:
+        checksum = file.comment
     np.savez(path, **named)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|S1", "fortran_order": False, "shape": (2**32 - 200,)})
@@ -223,5 +306,5 @@ def test_no_directory_of_a_zip_is_believed_either(path, arrays):
         file.writestr("state.npy", header.getvalue())
         member = file.getinfo("state.npy")
         member.file_size = member.compress_size = 2**32 - 200 + len(header.getvalue())
-    with pytest.raises(CheckpointError, match="state is longer than the file"):
-        checkpoint.resume(path, CONFIG, arrays)
+        file.comment = checksum if keep_checksum else b""
+    refused_at_once()

@@ -16,7 +16,6 @@ from scratchgen.machinery import cli, parallel
 from scratchgen.machinery.checkpoint import CheckpointError
 from scratchgen.machinery.files import FolderInUse
 
-import numpy as np
 import pytest
 
 MODULES = {"vae": run_vae, "ddpm": run_ddpm}
@@ -147,24 +146,15 @@ def test_the_help_of_every_flag_says_its_default_once(module, capsys):
     _, *flags = (" ".join(flag.split()) for flag in re.split(r"\n  --", capsys.readouterr().out))
     assert len(flags) >= 13
     for flag in flags:
-        assert flag.count("(default: ") == (not flag.startswith(("resume", "classes"))), flag
+        expected = 0 if flag.startswith(("resume", "classes")) else 1
+        assert flag.count("(default: ") == expected, flag
     assert any(flag.startswith("seed") and "(default: 0)" in flag for flag in flags)
-
-
-def test_the_first_images_are_all_or_as_many_as_there_are():
-    images = np.arange(5)
-    assert len(cli.first_images(images, None)) == 5 and cli.first_images(images, 2).tolist() == [0, 1]
-    assert len(cli.first_images(images, 5)) == 5
-    first, labels = cli.first_images([images, images + 7], 2)
-    assert first.tolist() == [0, 1] and labels.tolist() == [7, 8]
-    with pytest.raises(cli.UsageError, match="--train-images 6 is out of range, the data has 5"):
-        cli.first_images(images, 6)
 
 
 def test_a_bar_starts_no_thread_that_a_fork_would_lose(monkeypatch):
     monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
     before = threading.active_count()
-    with cli.progress(10) as bar:
+    with cli.progress(10, "drawn", "images") as bar:
         bar.update(5)
         assert threading.active_count() == before and cli.tqdm.monitor_interval == 0
 
@@ -173,13 +163,66 @@ def test_only_rank_0_shows_a_bar(monkeypatch):
     monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
     for rank in (0, 1):
         monkeypatch.setattr(parallel, "rank", rank)
-        with cli.progress(10) as bar:
+        with cli.progress(10, "drawn", "images") as bar:
             assert bar.disable == (rank > 0)
+
+
+def test_a_bar_says_what_it_counts_and_goes_on_from_what_is_done(monkeypatch, capsys):
+    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(cli.progress(3, "bound", "steps", "abc")) == ["a", "b", "c"]  # over these
+    shown = capsys.readouterr().err
+    assert "bound" in shown and "3/3" in shown and "steps/s" in shown
+    with cli.progress(10, None, "steps", done=4) as bar:
+        bar.update()
+        assert (bar.n, bar.total) == (5, 10)
+
+
+def test_in_a_log_there_is_no_bar(capsys):
+    assert list(cli.progress(3, "bound", "steps", "abc")) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_message_with_line_ends_in_it_is_one_line_still(finish):
     status, stderr = finish(raising(cli.UsageError("a folder\nnamed\r\nso: found nothing")))
     assert status == 2 and stderr.count("\n") == 1 and "a folder named so: found nothing" in stderr
+
+
+@pytest.mark.parametrize("number", parallel.STOP_SIGNALS)
+def test_a_handler_has_the_signals_until_the_block_ends(number):
+    before = [signal.getsignal(each) for each in parallel.STOP_SIGNALS]
+    received = []
+
+    def handler(signal_number, frame):
+        received.append(signal_number)
+
+    with pytest.raises(ZeroDivisionError), cli.on_stop(handler):
+        os.kill(os.getpid(), number)
+        with cli.on_stop(lambda *_: received.append("inner")):
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        raise ZeroDivisionError
+    assert received == [number, "inner", number]
+    assert [signal.getsignal(each) for each in parallel.STOP_SIGNALS] == before
+
+
+def test_a_signal_that_is_ignored_stays_so_and_a_thread_asks_for_none(finish):
+    number = parallel.STOP_SIGNALS[-1]
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        status, stderr = finish(lambda: os.kill(os.getpid(), number))
+        assert (status, stderr) == (0, "") and signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    handlers = []
+
+    def in_a_thread():
+        with cli.on_stop(cli.interrupt):
+            handlers.extend(signal.getsignal(each) for each in parallel.STOP_SIGNALS)
+
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert len(handlers) == len(parallel.STOP_SIGNALS) and cli.interrupt not in handlers
 
 
 @pytest.mark.parametrize("number", parallel.STOP_SIGNALS)

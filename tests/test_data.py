@@ -6,7 +6,7 @@ import tracemalloc
 from pathlib import Path
 
 from scratchgen import data
-from scratchgen.data import DataError, load_fashion_mnist, load_idx
+from scratchgen.data import DataError, UserError, first_images, load_fashion_mnist, load_idx
 
 import numpy as np
 import pytest
@@ -208,6 +208,20 @@ def test_scale_maps_the_ends_of_the_range():
     pixels = np.array([0, 51, 255], np.uint8)
     np.testing.assert_allclose(data.scale(pixels, -1, 1), [-1, -0.6, 1], atol=1e-6)
     assert data.scale(pixels, 0, 1).dtype == np.float32 and data.scale(pixels, 0, 1).max() == 1
+
+
+def test_the_first_images_are_all_or_as_many_as_there_are():
+    images = np.arange(5)
+    assert len(first_images(images, None)) == 5 and first_images(images, 2).tolist() == [0, 1]
+    assert len(first_images(images, 5)) == 5
+    first, labels = first_images([images, images + 7], 2)
+    assert first.tolist() == [0, 1] and labels.tolist() == [7, 8]
+    first, labels = first_images((images, None), 2)
+    assert first.tolist() == [0, 1] and labels is None
+    with pytest.raises(UserError, match="^--train-images 6 is out of range, there are 5 images$"):
+        first_images(images, 6)
+    with pytest.raises(UserError, match="^--bound 6 is"):
+        first_images((images, None), 6, "--bound")
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 100])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from finite_differences import assert_directional
 
-EVERYTHING = {name: ["v", "black", "weights"] + ["global"] * (name == "unet") for name in DENOISERS}
+EVERYTHING = {"unet": ["v", "black", "weights", "global"], "mlp": ["v", "black", "weights"]}
 WHOLE_UNET = {"inputs": 2, "global_blocks": True}  # as with all additions
 each_network = pytest.mark.parametrize(
     ("arch", "additions"), [(arch, names) for arch in DENOISERS for names in ([], EVERYTHING[arch])]
@@ -27,18 +27,17 @@ def make_batch(rng, N, H=28, W=28):
     return diffusion.draw_batch(schedule(), rng.random((N, H, W, 1), dtype=np.float32) * 2 - 1, rng)
 
 
-def what_it_sees(rng, N, additions=("black",)):
+def network_input(rng, N, additions=("black",)):
     """x (N, 28, 28, 1 or 2) and t (N,) as they reach a network."""
     x_t, t, _ = make_batch(rng, N)
-    return np.concatenate([x_t, improved.above_black(schedule(), x_t, t)], axis=3) if "black" in additions else x_t, t
+    return improved.Denoiser(None, schedule(), additions).network_input(x_t, t), t
 
 
 def loss_of(network, additions=("v", "black", "weights")):
     s = schedule()
-    eps_theta, _ = improved.denoiser(network, s, additions)
-    if "weights" in additions:
-        return lambda params, batch: improved.weighted_loss(partial(eps_theta, params), s, batch)[0]
-    return lambda params, batch: diffusion.simple_loss(partial(eps_theta, params), s, batch)
+    denoiser = improved.Denoiser(network, s, additions)
+    weights = improved.step_weights(s) if "weights" in additions else None
+    return lambda params, batch: diffusion.simple_loss(partial(denoiser.eps, params), s, batch, weights)[0]
 
 
 def shaken(rng, params):
@@ -47,7 +46,7 @@ def shaken(rng, params):
 
 @pytest.mark.parametrize("additions", [[], EVERYTHING["unet"]], ids=["none", "all"])
 def test_the_whole_unet_loss_against_finite_differences(rng, additions):
-    init = partial(init_unet, channels=(8, 16), blocks=2, size=(8, 12))
+    init = partial(init_unet, channels=(8, 16), size=(8, 12))
     params = shaken(rng, improved.init_denoiser(init, rng, additions))
     batch = tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, make_batch(rng, 2, H=8, W=12))
     assert_directional(lambda p: loss_of(unet, additions)(p, batch), params, rng, rtol=1e-5)
@@ -56,7 +55,8 @@ def test_the_whole_unet_loss_against_finite_differences(rng, additions):
 @pytest.mark.parametrize("additions", [[], EVERYTHING["mlp"]], ids=["none", "all"])
 def test_the_whole_mlp_loss_against_finite_differences(rng, additions):
     init = partial(init_mlp_denoiser, hidden=12, depth=2)
-    params, batch = shaken(rng, improved.init_denoiser(init, rng, additions)), make_batch(rng, 3)
+    params = shaken(rng, improved.init_denoiser(init, rng, additions))
+    batch = make_batch(rng, 3)
     # A step small enough that hardly a ReLU changes side within it.
     assert_directional(lambda p: loss_of(mlp_denoiser, additions)(p, batch), params, rng, h=1e-7, rtol=1e-4)
 
@@ -64,8 +64,9 @@ def test_the_whole_mlp_loss_against_finite_differences(rng, additions):
 @each_network
 def test_output_is_an_image_and_everything_float32(rng, arch, additions):
     init, network = DENOISERS[arch]
-    params, batch = improved.init_denoiser(init, rng, additions), make_batch(rng, 3)
-    assert network(params, *what_it_sees(rng, 3, additions)).shape == (3, 28, 28, 1)
+    params = improved.init_denoiser(init, rng, additions)
+    batch = make_batch(rng, 3)
+    assert network(params, *network_input(rng, 3, additions)).shape == (3, 28, 28, 1)
     value, gradient = value_and_grad(loss_of(network, additions))(params, batch)
     assert {value.dtype} | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
 
@@ -73,7 +74,8 @@ def test_output_is_an_image_and_everything_float32(rng, arch, additions):
 @each_network
 def test_each_image_is_treated_on_its_own(rng, arch, additions):
     init, network = DENOISERS[arch]
-    params, (x, t) = shaken(rng, improved.init_denoiser(init, rng, additions)), what_it_sees(rng, 6, additions)
+    params = shaken(rng, improved.init_denoiser(init, rng, additions))
+    x, t = network_input(rng, 6, additions)
     f = partial(network, params)
     with Ranks(2) as ranks:
         found = in_parallel(f, 2, ranks)(x, t)
@@ -84,29 +86,32 @@ def test_each_image_is_treated_on_its_own(rng, arch, additions):
 def test_the_time_step_matters(rng, arch, additions):
     init, network = DENOISERS[arch]
     params = shaken(rng, improved.init_denoiser(init, rng, additions))
-    x = np.repeat(what_it_sees(rng, 1, additions)[0], 2, axis=0)
+    x = np.repeat(network_input(rng, 1, additions)[0], 2, axis=0)
     y = network(params, x, np.array([1, 40]))
     assert np.abs(y[0] - y[1]).max() > 1e-3
 
 
 @pytest.mark.parametrize("additions", [[], EVERYTHING["unet"]], ids=["none", "all"])
 def test_with_classes_labels_matter_have_a_gradient_and_none_is_minus_one(rng, additions):
-    init, s = partial(init_unet, channels=(8, 16), size=(8, 12)), schedule()
+    init = partial(init_unet, channels=(8, 16), size=(8, 12))
+    s = schedule()
     params = shaken(rng, improved.init_denoiser(init, rng, additions, classes=3))
     batch = tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, make_batch(rng, 3, H=8, W=12))
-    eps_theta, x_0_theta = improved.denoiser(unet, s, additions)
-    labels, nobody = np.array([2, -1, 0]), np.full(3, -1)
+    denoiser = improved.Denoiser(unet, s, additions)
+    labels = np.array([2, -1, 0])
+    nobody = np.full(3, -1)
 
     def loss(params):
-        return diffusion.simple_loss(improved.told(partial(eps_theta, params), labels), s, batch)
+        return diffusion.simple_loss(partial(denoiser.eps, params, labels=labels), s, batch)[0]
 
     assert_directional(loss, params, rng, rtol=1e-5)
     _, gradient = value_and_grad(loss)(params)
     assert [bool(np.any(row)) for row in gradient["labels"]["w"]] == [True, False, True]  # 1 is no image's label
-    for prediction in (eps_theta, x_0_theta):
-        told, untold, plain = (prediction(params, batch[0], batch[1], *y) for y in ([labels], [nobody], []))
-        np.testing.assert_array_equal(untold, plain)
-        assert (np.abs(told - untold).max(axis=(1, 2, 3)) > 1e-4).tolist() == [True, False, True]
+    for prediction in (denoiser.eps, denoiser.x_0):
+        with_labels = prediction(params, batch[0], batch[1], labels)
+        without = prediction(params, batch[0], batch[1], nobody)
+        np.testing.assert_array_equal(without, prediction(params, batch[0], batch[1]))
+        assert (np.abs(with_labels - without).max(axis=(1, 2, 3)) > 1e-4).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("additions", [[], EVERYTHING["unet"]], ids=["none", "all"])
@@ -120,7 +125,8 @@ def test_every_parameter_of_the_unet_gets_a_gradient(rng, additions):
 @pytest.mark.parametrize("half", ["from below", "skip", "input"])
 def test_the_unet_uses_both_halves_of_its_joins(rng, half):
     """Weights that read one half of a concatenation, set to zero, must change the output."""
-    params, (x, t) = shaken(rng, init_unet(rng, **WHOLE_UNET)), what_it_sees(rng, 2)
+    params = shaken(rng, init_unet(rng, **WHOLE_UNET))
+    x, t = network_input(rng, 2)
     before = unet(params, x, t)
     if half == "input":
         params["conv_out"]["w"][:, :, -8:] = 0
@@ -136,7 +142,9 @@ def test_unet_gradient_has_the_same_bits_for_any_number_of_ranks(rng):
     def loss(params, batch):
         return loss_of(unet)(params, batch), {}
 
-    params, batch, results = shaken(rng, init_unet(rng, **WHOLE_UNET)), make_batch(rng, 11), []
+    params = shaken(rng, init_unet(rng, **WHOLE_UNET))
+    batch = make_batch(rng, 11)
+    results = []
     for n in (1, 2, 3):
         value_and_gradient = sharded(loss, ranks := Ranks(n), params, 4, 11)
         with ranks:
@@ -152,10 +160,12 @@ def test_unet_gradient_has_the_same_bits_for_any_number_of_ranks(rng):
 
 @pytest.mark.parametrize("additions", [[], EVERYTHING["unet"]], ids=["none", "all"])
 def test_one_batch_can_be_learned_by_heart(rng, additions):
-    init = partial(init_unet, channels=(16, 32), blocks=1)
-    params, batch = improved.init_denoiser(init, rng, additions), make_batch(rng, 4)
+    init = partial(init_unet, channels=(16, 32))
+    params = improved.init_denoiser(init, rng, additions)
+    batch = make_batch(rng, 4)
     batch = (np.sign(batch[0]) * 0.5, *batch[1:])
-    moments, step_of = init_moments(params), value_and_grad(loss_of(unet, additions))
+    moments = init_moments(params)
+    step_of = value_and_grad(loss_of(unet, additions))
     losses = []
     for step in range(1, 81):
         value, gradient = step_of(params, batch)

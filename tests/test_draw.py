@@ -2,12 +2,11 @@
 
 import re
 
-from scratchgen import draw
-from scratchgen.data import CLASSES
-from scratchgen.evaluate import samples
-from scratchgen.evaluate.load import load_run, load_trained
-from scratchgen.machinery import cli, plots
+from scratchgen import draw, plots, trained
+from scratchgen.data import CLASSES, UserError
 from scratchgen.machinery.parallel import Ranks
+from scratchgen.samplers import SamplerConfig
+from scratchgen.trained import load_run, load_trained
 
 import numpy as np
 import pytest
@@ -36,7 +35,7 @@ def drawn(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["vae", "ddpm"])
 def test_images_of_a_run_are_those_that_evaluation_would_draw(name, runs, drawn, tmp_path, capsys):
     images, title, shown, columns = drawn(runs / name, "-n", 11, "--seed", 3, "--workers", 2)
-    expected = samples.draw(load_run(runs / name), 11, 3, Ranks(1))
+    expected = trained.draw(load_run(runs / name), 11, 3, Ranks(1))
     np.testing.assert_array_equal(images, expected[..., 0])
     assert images.dtype == np.uint8 and images.shape == (11, 28, 28)
     assert columns == 4 and len(shown) == 12 and shown[11].max() == 0  # 3 rows of 4
@@ -48,11 +47,11 @@ def test_images_of_a_run_are_those_that_evaluation_would_draw(name, runs, drawn,
 
 def test_the_sampler_is_the_one_that_is_asked_for(runs, drawn):
     images, title, *_ = drawn(runs / "ddpm", "-n", 5, "--sampler", "ddim", "--steps", 3, "--out", "elsewhere.png")
-    expected = samples.draw(load_run(runs / "ddpm"), 5, 0, Ranks(1), sampler="ddim", steps=3)
+    expected = trained.draw(load_run(runs / "ddpm"), 5, 0, Ranks(1), config=SamplerConfig("ddim", 3))
     np.testing.assert_array_equal(images, expected[..., 0])
     assert title == "ddim, 3 steps, seed 0"
-    guided, *_ = drawn(runs / "ddpm", "-n", 5, "--sampler", "ddim", "--steps", 3, "--guidance", 1)
-    assert np.any(guided != images)
+    guided, title, *_ = drawn(runs / "ddpm", "-n", 5, "--sampler", "ddim", "--steps", 3, "--guidance", 1)
+    assert np.any(guided != images) and title == "ddim, 3 steps, w = 1, seed 0"
 
 
 def test_no_more_images_than_one_can_see_are_shown(runs, drawn):
@@ -81,10 +80,10 @@ def test_classes_take_turns_row_by_row(asked, labels, drawn, monkeypatch):
     class Model:
         config = {"classes": True, "T": 200}
 
-        def way(self, **how):
-            return "ddim", 1, 0, "early"
+        def sampler_config(self, **chosen):
+            return SamplerConfig("ddim", 1)
 
-        def sample(self, N, rng, labels, **how):
+        def sample(self, N, rng, labels, config):
             return np.broadcast_to(labels.reshape(-1, 1, 1, 1) / 255, (N, 28, 28, 1))
 
     monkeypatch.setattr(draw, "load_trained", lambda name: Model())
@@ -104,35 +103,43 @@ def test_every_class_has_a_name_and_a_number():
     ("flags", "message"),
     [
         (["RUNS/ddpm", "--model", "ddpm"], "--model is for the weights of the package"),
-        (["RUNS/ddpm", "--class", "boot"], "ddpm was trained without --classes"),
-        (["RUNS/ddpm", "--steps", T + 1], f"ddpm: expected 1 to T = {T} steps, found {T + 1}"),
+        (["RUNS/ddpm", "--steps", T + 1], f"a sampler takes 1 to T = {T} steps, not {T + 1}"),
+        (["RUNS/ddpm", "--guide", "unlabelled"], "expected no guide without labels, this run was trained without"),
         (["RUNS/vae", "--steps", 5], "--steps is for a diffusion model, which"),
         (["RUNS/vae", "--class", "boot"], "--class is for a diffusion model, which"),
-        (
-            ["--model", "vae", "--guidance", 0],
-            "--guidance is for a diffusion model, which the vae of the package is not",
-        ),
+        (["--model", "vae", "--guidance", 0], "--guidance is for a diffusion model, which vae is not"),
+        (["--model", "vae", "--guide", "early"], "--guide is for a diffusion model, which vae is not"),
         (["--model", "vae", "--sampler", "ddim"], "--sampler is for a diffusion model"),
     ],
 )
 def test_flags_that_do_not_fit(flags, message, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(draw, "draw", None)
-    with pytest.raises(cli.UsageError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         draw.main([str(flag).replace("RUNS", str(runs)) for flag in flags])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_without_classes_is_asked_for_none(workers, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="this run was trained without --classes"):
+        draw.main([str(runs / "ddpm"), "--class", "boot", "--workers", str(workers)])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_without_a_guide_is_asked_for_none(runs, monkeypatch):
     model = load_run(runs / "ddpm")
-    object.__setattr__(model, "x_0_early", None)
+    model.early = None
     monkeypatch.setattr(draw, "load_run", lambda folder: model)
-    with pytest.raises(cli.UsageError, match="trained without the addition guide"):
+    monkeypatch.setattr(draw, "draw", None)
+    with pytest.raises(UserError, match="trained without the addition guide"):
         draw.main([str(runs / "ddpm"), "--guidance", "1"])
 
 
 @pytest.mark.parametrize(
-    "flags", [["--class", "hat"], ["--class", "10"], ["--class", "-1"], ["-n", "0"], ["--steps", "0"]]
+    "flags",
+    [["--class", "hat"], ["--class", "10"], ["--class", "-1"], ["-n", "0"], ["--steps", "0"], ["--guide", "late"]],
 )
 def test_values_out_of_range(flags, capsys):
     with pytest.raises(SystemExit) as stop:

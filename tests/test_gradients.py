@@ -69,7 +69,8 @@ def test_float32_stays_float32(problem):
 
 
 STEPS = [("vae", arch, None) for arch in vae.VAES]
-STEPS += [("ddpm", arch, names) for arch in denoisers.DENOISERS for names in (["none"], ["all"])]
+STEPS += [("ddpm", "unet", []), ("ddpm", "unet", [*improved.ADDITIONS])]
+STEPS += [("ddpm", "mlp", []), ("ddpm", "mlp", [name for name in improved.ADDITIONS if name != "global"])]
 
 
 @pytest.mark.parametrize(("model", "arch", "additions"), STEPS)
@@ -82,17 +83,21 @@ def test_nothing_on_the_tape_of_a_training_step_is_float64(model, arch, addition
         def loss(p, batch):
             return vae.negative_elbo(partial(encode, p), partial(decode, p), batch)
     else:
-        additions = improved.chosen(additions, arch, pytest.fail)
         init, network = denoisers.DENOISERS[arch]
-        params, schedule = improved.init_denoiser(init, rng, additions), diffusion.make_schedule("linear", 10)
-        eps_theta, _ = improved.denoiser(network, schedule, additions)
+        classes = 10 if "global" in additions else 0
+        labels = np.array([3, -1, 9]) if classes else None
+        params = improved.init_denoiser(init, rng, additions, classes)
+        schedule = diffusion.make_schedule("linear", 10)
+        denoiser = improved.Denoiser(network, schedule, additions)
+        weights = improved.step_weights(schedule) if "weights" in additions else None
         batch = diffusion.draw_batch(schedule, rng.random((3, 28, 28, 1), dtype=np.float32), rng)
 
         def loss(p, batch):
-            loss_of = improved.weighted_loss if additions else diffusion.simple_loss
-            return loss_of(partial(eps_theta, p), schedule, batch)
+            return diffusion.simple_loss(partial(denoiser.eps, p, labels=labels), schedule, batch, weights)
 
-    seen, init_node, new_box = set(), VJPNode.__init__, gradients.new_box
+    seen = set()
+    init_node = VJPNode.__init__
+    new_box = gradients.new_box
 
     def record(node, value, *rest):  # of autograd's own primitives
         seen.add(value.dtype)
@@ -110,7 +115,8 @@ def test_nothing_on_the_tape_of_a_training_step_is_float64(model, arch, addition
 
 def test_the_nodes_of_the_tape_print_what_made_them_and_from_what(rng):
     params = {"shift": np.zeros((2, 4)), "decoder": [{"w": rng.standard_normal((4, 3)), "b": np.zeros(3)}]}
-    x, nodes = rng.standard_normal((2, 4)), {}
+    x = rng.standard_normal((2, 4))
+    nodes = {}
 
     def loss(p):
         h = x + p["shift"]  # x is a constant: it has no node
@@ -159,7 +165,8 @@ def test_gradients_in_several_threads_at_once_do_not_mix(problem):
     """As where ranks are threads: each has its own tape, although all boxes carry the same trace number."""
     params, batch = problem
     jobs = [(tree.map(lambda p, k=k: p * np.float32(k), params), batch) for k in range(1, 5)]
-    expected, found = [value_and_grad(mean_square)(*job) for job in jobs], [None] * 4
+    expected = [value_and_grad(mean_square)(*job) for job in jobs]
+    found = [None] * 4
     barrier = threading.Barrier(4, timeout=10)
 
     def differentiate(number):
@@ -245,7 +252,8 @@ def test_an_op_of_plain_arrays_is_a_plain_function(rng, product_of_three):
 
 def test_the_node_of_an_op_prints_its_name_and_its_boxed_arguments(rng, product_of_three):
     triple, _ = product_of_three
-    x, nodes = rng.standard_normal((2, 4)), []
+    x = rng.standard_normal((2, 4))
+    nodes = []
 
     def loss(p):
         y = triple(p["a"], x, p["b"] ** 2)
@@ -258,7 +266,8 @@ def test_the_node_of_an_op_prints_its_name_and_its_boxed_arguments(rng, product_
 
 def test_an_op_works_inside_autograds_own_grad_and_beside_its_primitives(rng, product_of_three):
     triple, _ = product_of_three
-    x, w = rng.standard_normal((2, 4)), rng.standard_normal((4, 4))
+    x = rng.standard_normal((2, 4))
+    w = rng.standard_normal((4, 4))
 
     def loss(x, by):
         return anp.sum(anp.tanh(by(anp.dot(x, w), x, anp.exp(x))) ** 2)

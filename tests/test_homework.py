@@ -5,10 +5,8 @@ quadrature, by Monte Carlo. No question needs the code of a later one. (The clai
 tests in test_answers.py.) "Eq." is the sheet's; the rest of the package has the numbers of the paper.
 """
 
-from scratchgen import diffusion, ops, vae
-from scratchgen.evaluate import metrics
+from scratchgen import diffusion, ops, plots, vae
 from scratchgen.gradients import value_and_grad
-from scratchgen.machinery import plots
 from scratchgen.optim import adam_step, init_moments
 
 import numpy as np
@@ -34,21 +32,27 @@ def test_question_4_the_kl_is_its_integral(rng):
     assert kl.shape == (3, 4)
     z = np.linspace(-30, 30, 60_001)
     for m, v, found in zip(mu.ravel(), np.exp(log_var).ravel(), kl.ravel(), strict=True):
-        log_q, log_p = -0.5 * ((z - m) ** 2 / v + np.log(v)), -0.5 * z**2  # both without -log(2 pi) / 2
+        log_q = -0.5 * ((z - m) ** 2 / v + np.log(v))  # both without -log(2 pi) / 2
+        log_p = -0.5 * z**2
         integral = np.sum(np.exp(log_q) * (log_q - log_p)) * (z[1] - z[0]) / np.sqrt(2 * np.pi)
         assert found == pytest.approx(integral, abs=1e-9)
 
 
 def test_question_4_the_gradient_of_the_log_likelihood_is_that_of_finite_differences(rng):
     """Each image's gradient has its own factor, as in the sum over a batch."""
-    logits, x, factor = 3 * rng.standard_normal((3, 4, 6, 2)), rng.random((3, 4, 6, 2)), rng.standard_normal(3)
+    logits = 3 * rng.standard_normal((3, 4, 6, 2))
+    x = rng.random((3, 4, 6, 2))
+    factor = rng.standard_normal(3)
     assert_gradients(lambda logits: ops.bernoulli_log_likelihood(logits, x) * factor, [logits])
 
 
 def test_question_4_both_terms_of_the_bound_image_by_image(rng):
     """Four images of six pixels, two latent dimensions; encoder and decoder are any functions."""
-    x, eps = rng.random((4, 2, 3, 1)), rng.standard_normal((4, 2))
-    A, B, C = rng.standard_normal((6, 2)), rng.standard_normal((6, 2)), rng.standard_normal((2, 6))
+    x = rng.random((4, 2, 3, 1))
+    eps = rng.standard_normal((4, 2))
+    A = rng.standard_normal((6, 2))
+    B = rng.standard_normal((6, 2))
+    C = rng.standard_normal((2, 6))
 
     def encode(x):
         return x.reshape(-1, 6) @ A, x.reshape(-1, 6) @ B
@@ -56,7 +60,8 @@ def test_question_4_both_terms_of_the_bound_image_by_image(rng):
     reconstruction, kl = vae.elbo_terms(encode, lambda z: (z @ C).reshape(-1, 2, 3, 1), (x, eps))
     assert reconstruction.shape == kl.shape == (4,)
     for n in range(4):
-        mu, variance = x[n].ravel() @ A, np.exp(x[n].ravel() @ B)
+        mu = x[n].ravel() @ A
+        variance = np.exp(x[n].ravel() @ B)
         p = 1 / (1 + np.exp(-(mu + np.sqrt(variance) * eps[n]) @ C))
         log_likelihood = np.sum(x[n].ravel() * np.log(p) + (1 - x[n].ravel()) * np.log(1 - p))
         assert reconstruction[n] == pytest.approx(log_likelihood, rel=1e-9)
@@ -71,7 +76,8 @@ def test_question_4_the_networks_are_dense_layers_with_relus_between(rng):
         else {name: leaf + 0.1 for name, leaf in params[part].items()}
         for part in params
     }  # biases start at 0, and so does log_var
-    x, z = rng.random((5, 28, 28, 1)), rng.standard_normal((5, 3))
+    x = rng.random((5, 28, 28, 1))
+    z = rng.standard_normal((5, 3))
 
     def affine(layer, h):
         return h @ layer["w"] + layer["b"]
@@ -103,12 +109,15 @@ def small_vae_params(rng):
 
 
 def test_question_5_the_loss_is_minus_the_mean_of_the_bound(rng):
-    params, x, eps = small_vae_params(rng), rng.random((5, 1, 6, 1)), rng.standard_normal((5, 2))
+    params = small_vae_params(rng)
+    x = rng.random((5, 1, 6, 1))
+    eps = rng.standard_normal((5, 2))
     for beta in (1.0, 0.0, 2.5):
         loss, parts = small_vae(params, (x, eps), beta)
         first, second = 0.0, 0.0
         for n in range(5):
-            mu, variance = x[n].ravel() @ params["mu"], np.exp(x[n].ravel() @ params["log_var"])
+            mu = x[n].ravel() @ params["mu"]
+            variance = np.exp(x[n].ravel() @ params["log_var"])
             p = 1 / (1 + np.exp(-(mu + np.sqrt(variance) * eps[n]) @ params["decode"]))
             first += np.sum(x[n].ravel() * np.log(p) + (1 - x[n].ravel()) * np.log(1 - p)) / 5
             second += 0.5 * np.sum(mu**2 + variance - 1 - np.log(variance)) / 5
@@ -120,8 +129,10 @@ def test_question_5_the_loss_is_minus_the_mean_of_the_bound(rng):
 def test_question_5_training_raises_the_bound(rng):
     """Of images that are one of two patterns, so that a code of one bit says everything."""
     patterns = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]], np.float32).reshape(2, 1, 6, 1)
-    x, params = patterns[rng.integers(2, size=64)], small_vae_params(rng)
-    moments, losses = init_moments(params), []
+    x = patterns[rng.integers(2, size=64)]
+    params = small_vae_params(rng)
+    moments = init_moments(params)
+    losses = []
     for step in range(1, 201):
         batch = x, rng.standard_normal((64, 2), dtype=np.float32)
         loss, _, gradient = value_and_grad(small_vae)(params, batch)
@@ -145,7 +156,8 @@ def test_question_6_all_dimensions_but_two_are_zero_and_those_run_over_the_grid(
     z = np.concatenate(asked)
     others = [d for d in range(20) if d not in (3, 17)]
     assert z.shape == (100, 20) and np.all(z[:, others] == 0)
-    shown, ticks = np.asarray(figure.axes[0].images[0].get_array()), np.linspace(-3, 3, 10)
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    ticks = np.linspace(-3, 3, 10)
     assert shown.shape == (280, 280)
     np.testing.assert_allclose(shown[::28, ::28], ticks + 100 * ticks[::-1, None], atol=1e-4)
 
@@ -156,11 +168,13 @@ def test_question_6_all_dimensions_but_two_are_zero_and_those_run_over_the_grid(
 def test_question_7_the_schedule_holds_what_its_names_say(schedule):
     alpha_bar = 1.0
     for t in range(201):
-        before, beta = alpha_bar, schedule["beta"][t]
+        before = alpha_bar
+        beta = schedule["beta"][t]
         alpha_bar *= 1 - beta
         assert schedule["alpha"][t] == 1 - beta and schedule["alpha_bar"][t] == pytest.approx(alpha_bar, rel=1e-12)
         if t > 0:
-            assert schedule["posterior_variance"][t] == pytest.approx((1 - before) / (1 - alpha_bar) * beta, rel=1e-9)
+            variance = (1 - before) / (1 - alpha_bar) * beta
+            assert float(schedule["posterior_variance"][t]) == pytest.approx(variance, rel=1e-7)  # in float32
     assert schedule["beta"][0] == 0 and len(schedule["beta"]) == 201
 
 
@@ -170,9 +184,12 @@ def test_question_7_the_recursion_gives_the_closed_form(schedule):
     one = np.ones((1, 1, 1, 1))
     for t in range(1, 201):
         beta = schedule["beta"][t]
-        factor, variance = np.sqrt(1 - beta) * factor, (1 - beta) * variance + beta
-        assert abs(schedule["sqrt_alpha_bar"][t] - factor) < 1e-12
-        assert abs(schedule["sqrt_one_minus_alpha_bar"][t] ** 2 - variance) < 1e-12
+        factor = np.sqrt(1 - beta) * factor
+        variance = (1 - beta) * variance + beta
+        assert abs(np.sqrt(schedule["alpha_bar"][t]) - factor) < 1e-12
+        assert abs(1 - schedule["alpha_bar"][t] - variance) < 1e-12
+        assert float(schedule["sqrt_alpha_bar"][t]) == pytest.approx(factor, rel=1e-7)  # in float32
+        assert float(schedule["sqrt_one_minus_alpha_bar"][t]) == pytest.approx(np.sqrt(variance), rel=1e-7)
         at_t = np.array([t])
         assert diffusion.q_sample(schedule, one, at_t, 0 * one) == pytest.approx(factor, rel=1e-6)
         assert diffusion.q_sample(schedule, 0 * one, at_t, one) == pytest.approx(np.sqrt(variance), rel=1e-6)
@@ -193,8 +210,10 @@ def test_question_8_the_kl_is_the_general_formula_and_monte_carlo_agrees(rng):
     alpha_bar = 0.3
     s = {"alpha_bar": np.array([1, alpha_bar])}
     x_0 = rng.uniform(-1, 1, (1, 2, 3, 1))
-    x, d = x_0.ravel(), 6
-    m, S = np.sqrt(alpha_bar) * x, (1 - alpha_bar) * np.eye(6)
+    x = x_0.ravel()
+    d = 6
+    m = np.sqrt(alpha_bar) * x
+    S = (1 - alpha_bar) * np.eye(6)
     general = 0.5 * (np.trace(S) + m @ m - d - np.linalg.slogdet(S)[1])  # D_KL(N(m, S) || N(0, I))
     found = diffusion.prior_kl(s, x_0)[0]
     assert found == pytest.approx(general, rel=1e-12)
@@ -235,23 +254,28 @@ def by_bayes_rule(beta, before, x_0, x_t):
 
 
 def test_question_9_mean_and_variance_are_bayes_rule_on_the_joint_gaussian(schedule):
-    x_0, x_t, pixel = 0.37, -0.81, np.ones((1, 1, 1, 1))
+    x_0 = 0.37
+    x_t = -0.81
+    pixel = np.ones((1, 1, 1, 1))
     for t in range(2, 201):
         mean, variance = by_bayes_rule(schedule["beta"][t], np.prod(1 - schedule["beta"][1:t]), x_0, x_t)
         found_mean, found_variance = diffusion.q_posterior(schedule, x_0 * pixel, x_t * pixel, np.array([t]))
         assert found_mean == pytest.approx(mean, rel=1e-5, abs=1e-6)
         assert found_variance == pytest.approx(variance, rel=1e-5)
-        exact = schedule["posterior_x_0"][t] * x_0 + schedule["posterior_x_t"][t] * x_t
-        assert exact == pytest.approx(mean, rel=1e-9, abs=1e-9)
-        assert schedule["posterior_variance"][t] == pytest.approx(variance, rel=1e-9)
+        from_factors = float(schedule["posterior_x_0"][t]) * x_0 + float(schedule["posterior_x_t"][t]) * x_t
+        assert from_factors == pytest.approx(mean, abs=1e-7)  # the factors are float32
+        assert float(schedule["posterior_variance"][t]) == pytest.approx(variance, rel=1e-7)
 
 
 def test_question_9_the_mean_in_terms_of_the_noise(schedule, rng):
     """(x_t - beta_t / sqrt(1 - alpha_bar_t) eps_t) / sqrt(alpha_t), with the eps_t of Eq. (7)."""
     pixel = np.ones((1, 1, 1, 1), np.float32)
     for t in range(2, 201):
-        alpha, beta, before = 1 - schedule["beta"][t], schedule["beta"][t], np.prod(1 - schedule["beta"][1:t])
-        x_0, eps = rng.uniform(-1, 1), rng.standard_normal()
+        alpha = 1 - schedule["beta"][t]
+        beta = schedule["beta"][t]
+        before = np.prod(1 - schedule["beta"][1:t])
+        x_0 = rng.uniform(-1, 1)
+        eps = rng.standard_normal()
         x_t = np.sqrt(alpha * before) * x_0 + np.sqrt(1 - alpha * before) * eps
         in_terms_of_eps = (x_t - beta / np.sqrt(1 - alpha * before) * eps) / np.sqrt(alpha)
         assert in_terms_of_eps == pytest.approx(by_bayes_rule(beta, before, x_0, x_t)[0], abs=1e-9)
@@ -273,9 +297,9 @@ def test_question_10_gaussian_kl_is_the_general_formula_for_diagonal_covariances
     m_1, m_2 = rng.standard_normal((2, 5))
     v_1, v_2 = np.exp(rng.standard_normal((2, 5)))
     expected = general_kl(m_1, np.diag(v_1), m_2, np.diag(v_2))
-    assert metrics.gaussian_kl(m_1, v_1, m_2, v_2).sum() == pytest.approx(expected, rel=1e-12)
+    assert diffusion.gaussian_kl(m_1, v_1, m_2, v_2).sum() == pytest.approx(expected, rel=1e-12)
     equal = general_kl(m_1, np.diag(v_1), m_2, np.diag(v_1))
-    assert metrics.gaussian_kl(m_1, v_1, m_2, v_1).sum() == pytest.approx(equal, rel=1e-12)
+    assert diffusion.gaussian_kl(m_1, v_1, m_2, v_1).sum() == pytest.approx(equal, rel=1e-12)
     assert equal == pytest.approx((0.5 * (m_1 - m_2) ** 2 / v_1).sum(), rel=1e-12)
     # The VAE's second term is the same divergence, to the prior.
     expected = general_kl(m_1, np.diag(v_1), np.zeros(5), np.eye(5))
@@ -284,11 +308,13 @@ def test_question_10_gaussian_kl_is_the_general_formula_for_diagonal_covariances
 
 def test_question_10_the_kl_is_the_weighted_squared_error_of_the_noise(schedule, rng):
     """w_t ||eps - eps_theta||^2 with w_t = beta_t^2 / (2 beta~_t alpha_t (1 - alpha_bar_t)), by Eq. (6)."""
-    x_0, (eps, wrong) = rng.uniform(-1, 1, (1, 4, 6, 1)), rng.standard_normal((2, 1, 4, 6, 1))
-    weights = metrics.loss_weights(schedule)
+    x_0 = rng.uniform(-1, 1, (1, 4, 6, 1))
+    eps, wrong = rng.standard_normal((2, 1, 4, 6, 1))
+    weights = diffusion.loss_weights(schedule)
     assert weights.shape == (199,)
     for t in range(2, 201, 9):
-        alpha_bar, beta = schedule["alpha_bar"][t], schedule["beta"][t]
+        alpha_bar = schedule["alpha_bar"][t]
+        beta = schedule["beta"][t]
         variance = (1 - alpha_bar / (1 - beta)) / (1 - alpha_bar) * beta
         weight = beta**2 / (2 * variance * (1 - beta) * (1 - alpha_bar))
         assert weights[t - 2] == pytest.approx(weight, rel=1e-6)
@@ -298,7 +324,7 @@ def test_question_10_the_kl_is_the_weighted_squared_error_of_the_noise(schedule,
         x_0_theta = (x_t - np.sqrt(1 - alpha_bar) * wrong) / np.sqrt(alpha_bar)
         mean, found_variance = diffusion.q_posterior(schedule, x_0, x_t, np.array([t]))
         mean_theta, _ = diffusion.q_posterior(schedule, x_0_theta, x_t, np.array([t]))
-        kl = metrics.gaussian_kl(mean, found_variance, mean_theta, found_variance).sum()
+        kl = diffusion.gaussian_kl(mean, found_variance, mean_theta, found_variance).sum()
         assert kl == pytest.approx(weight * ((eps - wrong) ** 2).sum(), rel=1e-4)
 
 
@@ -325,7 +351,8 @@ def test_question_11_the_simple_loss_is_its_definition(schedule, rng):
         alpha_bar = np.prod(1 - schedule["beta"][1 : t[n] + 1])
         x_t = np.sqrt(alpha_bar) * x_0[n].astype(np.float64) + np.sqrt(1 - alpha_bar) * eps[n].astype(np.float64)
         total += np.sum((eps[n] - (0.9 * x_t + 0.002 * t[n])) ** 2)
-    value = diffusion.simple_loss(of_x_t, schedule, batch)
+    value, terms = diffusion.simple_loss(of_x_t, schedule, batch)
+    assert terms == {"loss": value}
     assert value.shape == () and value == pytest.approx(total / 30 / (4 * 6), rel=1e-5)
 
 
@@ -333,14 +360,15 @@ def test_question_11_training_lowers_the_loss(rng):
     """Images of one grey level each, and a network of two numbers: how much of x_t it takes for noise, and a shift."""
     schedule = diffusion.make_schedule("linear", 20)
     params = {"slope": np.zeros(1, np.float32), "shift": np.zeros(1, np.float32)}
-    moments, losses = init_moments(params), []
+    moments = init_moments(params)
+    losses = []
 
     def loss(params, batch):
         return diffusion.simple_loss(lambda x_t, t: params["slope"] * x_t + params["shift"], schedule, batch)
 
     for step in range(1, 201):
         x_0 = np.full((32, 4, 6, 1), 0.5, np.float32)
-        value, gradient = value_and_grad(loss)(params, diffusion.draw_batch(schedule, x_0, rng))
+        value, _, gradient = value_and_grad(loss)(params, diffusion.draw_batch(schedule, x_0, rng))
         adam_step(params, gradient, moments, step, 0.02)
         losses.append(float(value))
     assert losses[0] == pytest.approx(1, abs=0.15)  # that of predicting no noise
@@ -354,8 +382,10 @@ def test_question_11_training_lowers_the_loss(rng):
 def test_question_12_where_nothing_is_clipped_the_step_is_line_4(schedule, rng):
     """x_{t-1} = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t) + sqrt(beta~_t) z."""
     for t in (1, 2, 10, 60, 100):
-        x_0, (eps, z) = 0.3 * images(rng, 3), rng.standard_normal((2, 3, 4, 6, 1), dtype=np.float32)
-        alpha_bar, beta = np.prod(1 - schedule["beta"][1 : t + 1]), schedule["beta"][t]
+        x_0 = 0.3 * images(rng, 3)
+        eps, z = rng.standard_normal((2, 3, 4, 6, 1), dtype=np.float32)
+        alpha_bar = np.prod(1 - schedule["beta"][1 : t + 1])
+        beta = schedule["beta"][t]
         x_t = (np.sqrt(alpha_bar) * x_0 + np.sqrt(1 - alpha_bar) * eps).astype(np.float32)
         mean = (x_t - beta / np.sqrt(1 - alpha_bar) * eps) / np.sqrt(1 - beta)
         spread = np.sqrt((1 - alpha_bar / (1 - beta)) / (1 - alpha_bar) * beta)
@@ -372,11 +402,9 @@ def test_question_12_where_nothing_is_clipped_the_step_is_line_4(schedule, rng):
 
 
 def test_question_12_the_predicted_x_0_is_solved_for_and_clipped(schedule, rng):
-    x_0, eps, t = (
-        1.5 * images(rng, 4),
-        rng.standard_normal((4, 4, 6, 1), dtype=np.float32),
-        np.array([1, 20, 50, 80]),
-    )
+    x_0 = 1.5 * images(rng, 4)
+    eps = rng.standard_normal((4, 4, 6, 1), dtype=np.float32)
+    t = np.array([1, 20, 50, 80])
     x_t = diffusion.q_sample(schedule, x_0, t, eps)
     found = diffusion.predict_x_0(schedule, x_t, t, eps)
     assert (np.abs(x_0) > 1).any() and (np.abs(x_0) < 1).any()
@@ -384,25 +412,28 @@ def test_question_12_the_predicted_x_0_is_solved_for_and_clipped(schedule, rng):
 
 
 def test_question_12_from_x_T_the_chain_goes_down_to_t_0_with_fresh_noise_at_each_step(rng):
-    schedule, shape = diffusion.make_schedule("linear", 9), (2, 4, 6, 1)
-    x_T, seen = rng.standard_normal(shape, dtype=np.float32), []
+    schedule = diffusion.make_schedule("linear", 9)
+    shape = (2, 4, 6, 1)
+    x_T = rng.standard_normal(shape, dtype=np.float32)
+    seen = []
 
     def eps_theta(x_t, t):
         seen.append((x_t.copy(), int(t[0])))
         return 0.5 * x_t
 
-    path = list(diffusion.sample(eps_theta, schedule, x_T, np.random.default_rng(3)))
-    assert [t for t, _ in path] == list(range(8, -1, -1)) and [t for _, t in seen] == list(range(9, 0, -1))
+    trajectory = list(diffusion.sample(eps_theta, schedule, x_T, np.random.default_rng(3)))
+    assert [t for t, _ in trajectory] == list(range(8, -1, -1)) and [t for _, t in seen] == list(range(9, 0, -1))
     np.testing.assert_array_equal(seen[0][0], x_T)
-    for (shown, _), (_, x_t) in zip(seen[1:], path, strict=False):  # each step starts where the last one ended
+    for (shown, _), (_, x_t) in zip(seen[1:], trajectory, strict=False):  # each step starts where the last one ended
         np.testing.assert_array_equal(shown, x_t)
     noises = []
-    for (x_t, t), (_, x) in zip(seen, path, strict=True):
+    for (x_t, t), (_, x) in zip(seen, trajectory, strict=True):
         if t > 1:
             mean = diffusion.p_sample(lambda x_t, t: 0.5 * x_t, schedule, x_t, t, np.zeros(shape, np.float32))
             noises.append((x - mean) / np.sqrt(schedule["posterior_variance"][t]))
     assert np.std(noises) == pytest.approx(1, abs=0.15)
-    first, second = noises[0].ravel(), noises[1].ravel()
+    first = noises[0].ravel()
+    second = noises[1].ravel()
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.6
 
 

@@ -25,7 +25,8 @@ FLAGS = {
 PROGRAM = """
 import itertools, os, sys
 sys.path.insert(0, {root!r})
-from scratchgen.machinery import cli, training
+from scratchgen.machinery import cli
+from scratchgen.machinery import run as run_module
 import run_{model} as script
 
 moments = itertools.count()
@@ -40,7 +41,7 @@ def dangerous(f):
     return between_two_moments
 
 os.fsync, os.replace = dangerous(os.fsync), dangerous(os.replace)
-training.SAVE_SECONDS = 0
+run_module.SAVE_SECONDS = 0
 sys.argv[0] = "run_{model}.py"
 try:
     cli.run(script.main)
@@ -100,12 +101,16 @@ def all_moments():
     from conftest import write_small_data
 
     with tempfile.TemporaryDirectory() as folder:
-        data, kills, same = write_small_data(Path(folder, "data")), 0, 0
+        data = write_small_data(Path(folder, "data"))
+        kills = 0
+        same = 0
         for model in FLAGS:
             expected, moments = left_alone(model, data, Path(folder, model))
             for moment in range(moments):
                 found = killed_and_resumed(model, data, Path(folder, f"{model}-{moment}"), moment)
-                kills, same = kills + 1, same + (found == expected)
+                kills += 1
+                if found == expected:
+                    same += 1
                 differing = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
                 print(f"{model}, moment {moment} of {moments}: {differing or 'the same'}", flush=True)
     print(f"{same} of {kills} ended as if left alone")

@@ -67,6 +67,7 @@ def test_he_initialisation_keeps_the_mean_square_through_relu_layers(rng):
 
 def test_a_residual_block_starts_as_its_shortcut(rng):
     params = layers.init_res_block(rng, C, C, E)
+    assert "shortcut" not in params  # of equal width it is the input itself
     x = rng.standard_normal((N, H, W, C), dtype=np.float32)
     np.testing.assert_array_equal(layers.res_block(params, x, rng.standard_normal((N, E), dtype=np.float32)), x)
 
@@ -76,14 +77,16 @@ def test_a_residual_block_is_what_its_docstring_says(rng):
 
     def norm(x):
         groups = x.reshape(N, H * W, layers.GROUPS, -1)
-        mean, variance = groups.mean(axis=(1, 3), keepdims=True), groups.var(axis=(1, 3), keepdims=True)
+        mean = groups.mean(axis=(1, 3), keepdims=True)
+        variance = groups.var(axis=(1, 3), keepdims=True)
         return ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
 
     def silu(x):
         return x / (1 + np.exp(-x))
 
     p = tree.map(np.float64, shaken(rng, layers.init_res_block(rng, C, O, E)))
-    x, time = rng.standard_normal((N, H, W, C)), rng.standard_normal((N, E))
+    x = rng.standard_normal((N, H, W, C))
+    time = rng.standard_normal((N, E))
     h = layers.conv(p["conv1"], silu(norm(x) * p["norm1"]["scale"] + p["norm1"]["shift"]))
     scale = 1 + time @ p["time_scale"]["w"] + p["time_scale"]["b"]
     shift = time @ p["time_shift"]["w"] + p["time_shift"]["b"]
@@ -100,8 +103,10 @@ def test_a_residual_block_depends_on_the_time(rng):
 
 
 def test_a_global_block_starts_as_the_identity_and_is_what_its_docstring_says(rng):
-    p, S = layers.init_global_block(rng, (H, W), C, 3, 7, E), 3
-    x, time = rng.standard_normal((N, H, W, C)), rng.standard_normal((N, E))
+    S = 3
+    p = layers.init_global_block(rng, (H, W), C, S, 7, E)
+    x = rng.standard_normal((N, H, W, C))
+    time = rng.standard_normal((N, E))
     np.testing.assert_array_equal(layers.global_block(p, x, time), x)
 
     def affine(layer, x):
@@ -111,19 +116,22 @@ def test_a_global_block_starts_as_the_identity_and_is_what_its_docstring_says(rn
         return x / (1 + np.exp(-x))
 
     p = tree.map(np.float64, shaken(rng, p))
-    mean, variance = x.mean(axis=(1, 2), keepdims=True), x.var(axis=(1, 2), keepdims=True)  # C = 8: groups of one
+    mean = x.mean(axis=(1, 2), keepdims=True)  # C = 8: groups of one
+    variance = x.var(axis=(1, 2), keepdims=True)
     h = (x - mean) / np.sqrt(variance + 1e-5) * p["norm"]["scale"] + p["norm"]["shift"]
     h = affine(p["squeeze"], silu(h))
-    to_unit = p["gather"]["w"].reshape(H, W, S, 7)
-    units = np.einsum("nhws,hwsu->nu", h, to_unit) + p["gather"]["b"]
+    to_unit = p["mix_in"]["w"].reshape(H, W, S, 7)
+    units = np.einsum("nhws,hwsu->nu", h, to_unit) + p["mix_in"]["b"]
     units = silu(units * (1 + affine(p["time_scale"], time)) + affine(p["time_shift"], time))
-    back = np.einsum("nu,uhws->nhws", units, p["scatter"]["w"].reshape(7, H, W, S)) + p["scatter"]["b"].reshape(H, W, S)
+    from_unit = p["mix_out"]["w"].reshape(7, H, W, S)
+    back = np.einsum("nu,uhws->nhws", units, from_unit) + p["mix_out"]["b"].reshape(H, W, S)
     np.testing.assert_allclose(layers.global_block(p, x, time), x + affine(p["expand"], back), atol=1e-9)
 
 
 def test_in_a_global_block_each_position_depends_on_every_other(rng):
     params = shaken(rng, layers.init_global_block(rng, (H, W), C, 3, 7, E))
-    x, time = rng.standard_normal((1, H, W, C)), rng.standard_normal((1, E))
+    x = rng.standard_normal((1, H, W, C))
+    time = rng.standard_normal((1, E))
     corner = x.copy()
     corner[0, 0, 0] = rng.standard_normal(C)
     difference = layers.global_block(params, corner, time) - layers.global_block(params, x, time)

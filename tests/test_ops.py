@@ -22,7 +22,8 @@ def naive_conv2d(x, k, b):
         total = b[o]
         for i in range(K):
             for j in range(K):
-                row, column = h + i - r, w + j - r
+                row = h + i - r
+                column = w + j - r
                 if 0 <= row < x.shape[1] and 0 <= column < x.shape[2]:
                     total += x[n, row, column] @ k[i, j, :, o]
         y[n, h, w, o] = total
@@ -56,8 +57,10 @@ def test_no_images_are_no_trouble(both_kinds):
 
 
 def test_windows_are_the_neighbourhoods_of_every_position(rng):
-    x, K = rng.standard_normal((N, H, W, C)), 3
-    padded, found = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), ops.windows(x, K)
+    x = rng.standard_normal((N, H, W, C))
+    K = 3
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    found = ops.windows(x, K)
     assert found.shape == (W, N * H, K * K * C)
     for n, h, w in np.ndindex(N, H, W):
         expected = padded[n, h : h + K, w : w + K].swapaxes(0, 1)  # column, row, channel
@@ -66,13 +69,17 @@ def test_windows_are_the_neighbourhoods_of_every_position(rng):
 
 @pytest.mark.parametrize("K", [1, 3, 5, 11])  # the last is larger than the images
 def test_convolution_equals_the_naive_loop(rng, both_kinds, K):
-    x, k, b = rng.standard_normal((N, H, W, C)), rng.standard_normal((K, K, C, O)), rng.standard_normal(O)
+    x = rng.standard_normal((N, H, W, C))
+    k = rng.standard_normal((K, K, C, O))
+    b = rng.standard_normal(O)
     np.testing.assert_allclose(ops.conv2d(x, k, b), naive_conv2d(x, k, b), atol=1e-12)
 
 
 @pytest.mark.parametrize("N", [1, 16, 35])
 def test_a_convolution_of_many_images_is_that_of_each(rng, both_kinds, N):
-    x, k, b = rng.standard_normal((N, H, W, C)), rng.standard_normal((3, 3, C, O)), rng.standard_normal(O)
+    x = rng.standard_normal((N, H, W, C))
+    k = rng.standard_normal((3, 3, C, O))
+    b = rng.standard_normal(O)
     np.testing.assert_allclose(ops.conv2d(x, k, b), np.concatenate([ops.conv2d(x[n : n + 1], k, b) for n in range(N)]))
     assert_directional(lambda p: anp.sum(anp.sin(ops.conv2d(*p))), [x, 0.1 * k, b], rng, directions=2)
 
@@ -100,7 +107,8 @@ def test_norm_silu_of_a_constant_image_is_the_silu_of_its_shift():
 
 
 def test_norm_silu_of_extreme_scales_is_finite(rng):
-    x, scale = rng.standard_normal((N, H, W, C), dtype=np.float32), np.full(C, 1e4, np.float32)
+    x = rng.standard_normal((N, H, W, C), dtype=np.float32)
+    scale = np.full(C, 1e4, np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         value, gradients = value_and_grad(lambda a: ops.norm_silu(*a, 2).sum())([x, scale, 0 * scale])
@@ -132,7 +140,8 @@ def test_mean_equals_its_definition_and_is_a_scalar(rng):
 
 
 def test_bernoulli_log_likelihood_equals_its_definition(rng):
-    logits, x = rng.standard_normal((N, H, W, 1)) * 3, rng.random((N, H, W, 1))
+    logits = rng.standard_normal((N, H, W, 1)) * 3
+    x = rng.random((N, H, W, 1))
     p = 1 / (1 + np.exp(-logits))
     expected = (x * np.log(p) + (1 - x) * np.log(1 - p)).reshape(N, -1).sum(axis=1)
     np.testing.assert_allclose(ops.bernoulli_log_likelihood(logits, x), expected)
@@ -156,9 +165,13 @@ def test_extreme_logits_stay_finite_and_probabilities_within_0_and_1(dtype):
 
 def test_gradients_of_layers_so_large_that_their_products_are_cut(rng, both_kinds):
     """Along random directions, against finite differences: here the entries are too many to try each."""
-    x, k, b = rng.standard_normal((2, 14, 12, 24)), rng.standard_normal((3, 3, 24, 40)), rng.standard_normal(40)
+    x = rng.standard_normal((2, 14, 12, 24))
+    k = rng.standard_normal((3, 3, 24, 40))
+    b = rng.standard_normal(40)
     assert_directional(lambda p: anp.sum(anp.sin(ops.conv2d(*p))), [x, 0.1 * k, b], rng)
-    x, w, b = rng.standard_normal((60, 784)), rng.standard_normal((784, 300)), rng.standard_normal(300)
+    x = rng.standard_normal((60, 784))
+    w = rng.standard_normal((784, 300))
+    b = rng.standard_normal(300)
     assert_directional(lambda p: anp.sum(anp.sin(ops.dense(*p))), [x, 0.03 * w, b], rng, rtol=1e-5)
 
 
@@ -167,7 +180,9 @@ def test_dense_gradients(rng):
     assert_gradients(
         ops.dense, [rng.standard_normal((2, 3, 4, C)), rng.standard_normal((C, O)), rng.standard_normal(O)]
     )
-    x, w, b = rng.standard_normal((2, 5, C)), rng.standard_normal((C, O)), rng.standard_normal(O)
+    x = rng.standard_normal((2, 5, C))
+    w = rng.standard_normal((C, O))
+    b = rng.standard_normal(O)
     np.testing.assert_allclose(ops.dense(x, w, b), x @ w + b, rtol=1e-12)
     assert_gradients(lambda x: ops.dense(x, w, b), [x])  # of an argument alone
     assert_gradients(lambda w, b: ops.dense(x, w, b), [w, b])
@@ -175,7 +190,9 @@ def test_dense_gradients(rng):
 
 @pytest.mark.parametrize("K", [1, 3])
 def test_convolution_gradients_of_images_in_another_memory_order(rng, K):
-    x, k, b = rng.standard_normal((N, 2, H, W)), rng.standard_normal((K, K, 2, 3)), rng.standard_normal(3)
+    x = rng.standard_normal((N, 2, H, W))
+    k = rng.standard_normal((K, K, 2, 3))
+    b = rng.standard_normal(3)
     assert_gradients(lambda x, k, b: ops.conv2d(x.transpose((0, 2, 3, 1)), k, b), [x, k, b])
 
 
@@ -280,7 +297,8 @@ def test_values_and_gradients_keep_their_dtype(rng, name, dtype):
 
 
 def test_convolution_of_mixed_dtypes_does_not_lose_precision(rng):
-    x, k = rng.standard_normal((N, H, W, C), dtype=np.float32), rng.standard_normal((3, 3, C, O))
+    x = rng.standard_normal((N, H, W, C), dtype=np.float32)
+    k = rng.standard_normal((3, 3, C, O))
     y = ops.conv2d(x, k, np.zeros(O))
     assert y.dtype == np.float64
     np.testing.assert_allclose(y, naive_conv2d(x, k, np.zeros(O)), rtol=1e-12, atol=1e-12)
@@ -321,9 +339,11 @@ def test_answers_and_incoming_gradients_are_left_as_they_were_too(rng):
 )
 def test_the_costly_gradient_of_an_input_that_needs_none_is_not_computed(rng, f, shapes, part, monkeypatch):
     x, *weights = (rng.standard_normal(shape) for shape in shapes)
-    calls, original = [], getattr(ops, part)
+    calls = []
+    original = getattr(ops, part)
     monkeypatch.setattr(ops, part, lambda *args, **more: calls.append(args) or original(*args, **more))
-    counts, gradients = [], []
+    counts = []
+    gradients = []
     for with_x in (True, False):
         arrays = [x, *weights] if with_x else weights
         _, found = value_and_grad(lambda a, with_x=with_x: f(*a).sum() if with_x else f(x, *a).sum())(arrays)

@@ -12,7 +12,9 @@ import pytest
 
 def test_adam_follows_the_algorithm_on_scalars(rng):
     p = {"w": np.array([0.5]), "b": [np.array([-2.0])]}
-    expected, m, v = [0.5, -2.0], [0.0, 0.0], [0.0, 0.0]
+    expected = [0.5, -2.0]
+    m = [0.0, 0.0]
+    v = [0.0, 0.0]
     moments = init_moments(p)
     for step in range(1, 6):
         g = rng.standard_normal(2)
@@ -26,7 +28,8 @@ def test_adam_follows_the_algorithm_on_scalars(rng):
 
 def test_adam_works_in_place_and_in_float32():
     p = {"w": np.ones(3, np.float32)}
-    w, moments = p["w"], init_moments(p)
+    w = p["w"]
+    moments = init_moments(p)
     adam_step(p, {"w": np.ones(3, np.float32)}, moments, 1, lr=0.1)
     assert p["w"] is w and w[0] == pytest.approx(0.9, rel=1e-5)  # the first step has size lr, whatever the gradient
     assert moments["m"]["w"].dtype == moments["v"]["w"].dtype == w.dtype == np.float32
@@ -39,7 +42,9 @@ def test_where_the_gradient_is_none_nothing_changes(rng, step_of):
     params["list"] = [rng.standard_normal(16), rng.standard_normal(16)]
     g = tree.map(lambda p: rng.standard_normal(p.shape), params)
     part = {"mine": g["mine"], "other": None, "list": [None, g["list"][1]]}
-    whole, moments, whole_moments = tree.map(np.copy, params), init_moments(params), init_moments(params)
+    whole = tree.map(np.copy, params)
+    moments = init_moments(params)
+    whole_moments = init_moments(params)
     before = tree.map(np.copy, params)
     for step in (1, 2):
         step_of(params, part, moments, step, 0.1)
@@ -67,7 +72,8 @@ def test_the_average_of_none_is_passed_over(rng):
 @pytest.mark.parametrize("step_of", [adam_step, muon_step])
 def test_moments_of_a_dead_unit_end_at_zero_and_not_just_above(step_of):
     """As the loops of the scripts have it: what is no normal number is set to zero every hundred steps."""
-    p, g = {"w": np.ones((8, 8), np.float32)}, {"w": np.eye(8, dtype=np.float32)}
+    p = {"w": np.ones((8, 8), np.float32)}
+    g = {"w": np.eye(8, dtype=np.float32)}
     moments = init_moments(p)
     for step in range(1, 2001):
         if step % 100 == 0:
@@ -82,7 +88,8 @@ def test_only_what_is_no_normal_number_is_set_to_zero_and_in_place():
     tiny = np.finfo(np.float32).tiny
     numbers = np.array([1, -1, 1e-30, -1e-30, tiny, -tiny, 0.9 * tiny, -0.9 * tiny], np.float32)
     arrays = {"m": {"w": numbers.copy(), "b": [np.zeros((2, 3), np.float32), None]}, "v": numbers.copy()}
-    m, v = arrays["m"]["w"], arrays["v"]
+    m = arrays["m"]["w"]
+    v = arrays["v"]
     flush_denormals(arrays)
     assert arrays["m"]["w"] is m and arrays["v"] is v and m.dtype == np.float32
     np.testing.assert_array_equal(m, [*numbers[:6], 0, 0])
@@ -111,7 +118,8 @@ def test_ema_forgets_its_start_before_it_reaches_its_decay():
 
 
 def test_ema_of_constant_weights_arrives_and_then_averages_slowly():
-    ema, params = {"w": np.zeros(2)}, {"w": np.ones(2)}
+    ema = {"w": np.zeros(2)}
+    params = {"w": np.ones(2)}
     for step in range(1, 60):
         ema_step(ema, params, step, decay=0.99)
     np.testing.assert_allclose(ema["w"], 1, atol=1e-6)

@@ -1,6 +1,6 @@
 """The figures: panels, titles, what is drawn where; and that files are written whole."""
 
-from scratchgen.machinery import plots
+from scratchgen import plots
 
 import numpy as np
 import pytest
@@ -84,12 +84,22 @@ def test_vae_loss_has_both_terms_for_train_and_test():
 
 @pytest.mark.parametrize("T", [1, 2, 60, 200])
 def test_ddpm_loss_second_panel_is_the_mean_error_by_t(T):
-    t = 1 + np.arange(2 * T) % T
-    left, right = plots.ddpm_loss(DDPM_LOG, t, t / 10, T, bins=40).axes
+    """Each point is of one 40th of the images, or of one t if there are fewer."""
+    t = np.repeat(1 + np.arange(T), 2)
+    errors = np.random.default_rng(0).random(2 * T)
+    left, right = plots.ddpm_loss(DDPM_LOG, t, errors, bins=40).axes
     assert left.get_title().startswith("loss") and right.get_title() == "test loss over t"
+    lines = {line.get_label(): list(line.get_ydata()) for line in left.lines}
+    assert lines == {part: [row[f"{part}_loss"] for row in DDPM_LOG] for part in ("train", "test")}
     x, y = right.lines[0].get_data()
     assert len(x) == min(T, 40)
-    np.testing.assert_allclose(y, np.asarray(x) / 10, rtol=1e-9, atol=0.05 if T % min(T, 40) else 0)
+    size, rest = divmod(2 * T, len(x))
+    start = 0
+    for part in range(len(x)):
+        stop = start + (size + 1 if part < rest else size)  # equal but for one image
+        assert (x[part], y[part]) == pytest.approx((t[start:stop].mean(), errors[start:stop].mean()))
+        start = stop
+    assert start == 2 * T
 
 
 def test_row_of_times_has_one_titled_panel_each():
@@ -141,32 +151,7 @@ def test_bound_over_t():
     assert "4.13" in axes.get_title()
 
 
-def test_distance_over_steps():
-    curves = {"ddpm": [(200, 3.0), (10, 30.0)], "ddim": [(10, 9.0), (20, 4.0)]}
-    (axes,) = plots.distance_over_steps(curves, {"training images": 1.0, "VAE": 50.0}, 2048).axes
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert drawn["ddpm"] == [[10, 30], [200, 3]] and drawn["ddim"] == [[10, 9], [20, 4]]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "20", "200"]
-    assert {text.get_text() for text in axes.texts} == {"training images", "VAE"} and "2,048" in axes.get_title()
-
-
 def test_binarised_pixels_have_no_floor_in_the_figure():
     log = [{"epoch": 1} | {f"{p}_{k}": 1.0 for p in ("train", "test") for k in ("elbo", "reconstruction", "kl")}]
     assert all(len(axes.lines) == 2 for axes in plots.vae_loss(log, None).axes)
     assert len(plots.vae_loss(log, 5.0).axes[0].lines) == 3
-
-
-def test_over_guidance_has_a_panel_a_measure_and_a_line_a_guide():
-    numbers = [{"distance": 5 - w, "precision": 0.8 + w / 10, "recall": 0.7, "agreement": w} for w in (0, 1)]
-    curves = {"early": [(1, numbers[1]), (0, numbers[0])], "unlabelled": [(0, numbers[0])]}
-    panels = plots.over_guidance(curves, 10_000).axes
-    assert [axes.get_title() for axes in panels] == [
-        "Fréchet distance, 10,000 samples",
-        "precision",
-        "recall",
-        "agreement",
-    ]
-    drawn = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in panels]
-    assert drawn[0] == {"early": [[0, 5], [1, 4]], "unlabelled": [[0, 5]]} and drawn[3]["early"] == [[0, 0], [1, 1]]
-    del numbers[0]["agreement"]  # a model that knows no classes
-    assert len(plots.over_guidance(curves, 10).axes) == 3

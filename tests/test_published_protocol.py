@@ -5,14 +5,15 @@ import os
 import signal
 from functools import partial
 
-from scratchgen import vae
+from scratchgen import tree, vae
 from scratchgen.data import load_idx
 from scratchgen.evaluate import __main__ as evaluate
-from scratchgen.evaluate import metrics, reports
-from scratchgen.evaluate.load import load_run
-from scratchgen.machinery import checkpoint, cli, training
+from scratchgen.evaluate import metrics
+from scratchgen.machinery import checkpoint, cli
+from scratchgen.machinery import run as machinery
 from scratchgen.machinery.parallel import Ranks
 from scratchgen.optim import cosine_decay
+from scratchgen.trained import VAE, load_run
 
 import numpy as np
 import pytest
@@ -60,34 +61,34 @@ def whole(small_data, tmp_path_factory):
 def best_row_and_weights(folder):
     arrays, state = load(folder / "checkpoint.npz")
     held_out = [row["held_out_elbo"] for row in state["log"]]
-    params = vae.init_mlp_vae(np.random.default_rng(0), 4)
-    checkpoint.fill({"best": params}, folder / "checkpoint.npz")
-    return state["log"][int(np.argmax(held_out))], params, arrays, state
+    return state["log"][int(np.argmax(held_out))], tree.nested(arrays)["best"], arrays, state
 
 
 def test_it_measures_the_weights_of_the_best_epoch_on_binarised_pixels(whole, x_test):
     _, folder = whole
-    best, params, _, _ = best_row_and_weights(folder)
+    best, params, _, state = best_row_and_weights(folder)
     numbers = json.loads((folder / "metrics.json").read_text())
     assert numbers["elbo"] == best["test_elbo"] == numbers["reconstruction"] - numbers["kl"]
     x = protocol.binarised_test(x_test)
     assert set(np.unique(x)) == {0, 1}
-    eps = training.rng_for(0, training.TEST).standard_normal((len(x), 4), dtype=np.float32)
-    encode, decode = partial(vae.mlp_encode, params), partial(vae.mlp_decode, params)
+    eps = machinery.rng_for(0, machinery.TEST).standard_normal((len(x), 4), dtype=np.float32)
+    encode = partial(vae.mlp_encode, params)
+    decode = partial(vae.mlp_decode, params)
     reconstruction, kl = vae.elbo_terms(encode, decode, (x, eps))
     assert (reconstruction - kl).mean() == pytest.approx(best["test_elbo"], rel=1e-5)
     assert numbers["active_units"] == metrics.active_units(encode(x)[0]).sum()
     assert best["test_elbo"] < numbers["iwae_50"] < 0
     with Ranks(2) as ranks:
-        again = reports.importance_weighted_bound(encode, decode, x, 50, 0, ranks)
+        again = VAE(state["config"], {"params": params}).importance_weighted_bound(x, 50, 0, ranks)
     assert numbers["iwae_50"] == pytest.approx(again, rel=1e-6)
     assert (folder / "loss.png").exists()
 
 
 def test_the_best_weights_are_kept_when_later_epochs_are_worse(call, monkeypatch, tmp_path):
     """Held-out ELBOs are made up here: the second of four epochs is the best."""
-    weights, made_up = [], iter([-300.0, -200.0, -250.0, -220.0])
-    end_epoch = training.Run.end_epoch
+    weights = []
+    made_up = iter([-300.0, -200.0, -250.0, -220.0])
+    end_epoch = machinery.Run.end_epoch
 
     def fake_parallel(f, shard, ranks):
         def evaluate(x, eps):
@@ -103,7 +104,7 @@ def test_the_best_weights_are_kept_when_later_epochs_are_worse(call, monkeypatch
         end_epoch(run, *args)
 
     monkeypatch.setattr(protocol, "in_parallel", fake_parallel)
-    monkeypatch.setattr(training.Run, "end_epoch", keep)
+    monkeypatch.setattr(machinery.Run, "end_epoch", keep)
     call(*SMALL, "--epochs", 4, "--lr", 0.05, "--workers", 1, "--out", tmp_path)
     best, params, arrays, _ = best_row_and_weights(tmp_path)
     assert best["epoch"] == 2
@@ -128,9 +129,9 @@ def test_training_lowers_the_loss(whole):
 
 
 def test_evaluate_does_not_take_it_for_a_run_on_grey_pixels(whole, small_data):
-    with pytest.raises(checkpoint.CheckpointError, match="expected a run of this version"):
+    with pytest.raises(checkpoint.CheckpointError, match="expected a run of run_vae.py or run_ddpm.py, found another"):
         load_run(whole[1])
-    with pytest.raises(checkpoint.CheckpointError, match="expected a run of this version"):
+    with pytest.raises(checkpoint.CheckpointError, match="expected a run of run_vae.py or run_ddpm.py, found another"):
         evaluate.main([str(whole[1]), "--data", str(small_data)])
 
 
@@ -147,7 +148,7 @@ def test_stopped_and_resumed_with_other_workers_it_gives_the_same_bits(whole, st
     monkeypatch.setattr(protocol, "muon_step", step_and_stop)
     with pytest.raises(cli.Stopped):
         main_of(protocol, *flags, "--workers", 2, "--out", tmp_path)
-    assert checkpoint.load_state(tmp_path / "checkpoint.npz")["step"] == stop_at
+    assert load(tmp_path / "checkpoint.npz")[1]["step"] == stop_at
     monkeypatch.setattr(protocol, "muon_step", step_of)
     main_of(protocol, *flags, "--workers", 3, "--out", tmp_path, "--resume")
     (_, _, whole_arrays, whole_state), (_, _, arrays, state) = map(best_row_and_weights, (folder, tmp_path))
@@ -164,14 +165,15 @@ def test_stopped_and_resumed_with_other_workers_it_gives_the_same_bits(whole, st
 
 
 def test_warm_up_reaches_the_loss(call, monkeypatch, tmp_path):
-    betas, negative_elbo = [], vae.negative_elbo
+    betas = []
+    negative_elbo = vae.negative_elbo
 
     def recording(encode, decode, batch, beta):
         betas.append(float(beta))
         return negative_elbo(encode, decode, batch, beta)
 
     monkeypatch.setattr(vae, "negative_elbo", recording)
-    monkeypatch.setattr(training, "shard_size", lambda batch_size, cores: batch_size)  # one call a step
+    monkeypatch.setattr(machinery, "shard_size", lambda batch_size, cores: batch_size)  # one call a step
     flags = [*SMALL, "--batch-size", 16, "--train-images", 84, "--workers", 1, "--out", tmp_path]  # 64 are left
     call(*flags, "--epochs", 3, "--warm-up", 2)
     assert betas == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1, 1, 1, 1, 1]
@@ -180,12 +182,29 @@ def test_warm_up_reaches_the_loss(call, monkeypatch, tmp_path):
     assert betas == [1] * 4
 
 
-def test_learning_rate_and_weight_decay_reach_the_steps(call, monkeypatch, tmp_path):
-    taken, step_of = [], protocol.muon_step
-    monkeypatch.setattr(protocol, "muon_step", lambda *args: taken.append(args[3:]) or step_of(*args))
+@pytest.mark.parametrize("weight_decay", [0.2, 0])
+def test_weight_decay_shrinks_all_matrices_before_each_step_and_no_biases(weight_decay, call, monkeypatch, tmp_path):
+    """Each step finds the weights as the one before has left them, but for the decay, by 1 - lr W."""
+    taken = []
+    found = []
+    left = [vae.init_mlp_vae(machinery.rng_for(0, machinery.INIT), 4)]
+    step_of = protocol.muon_step
+
+    def step_and_record(params, gradient, moments, step, lr):
+        taken.append((step, lr))
+        found.append(tree.map(np.copy, params))
+        step_of(params, gradient, moments, step, lr)
+        left.append(tree.map(np.copy, params))
+
+    monkeypatch.setattr(protocol, "muon_step", step_and_record)
     flags = [*SMALL, "--batch-size", 16, "--train-images", 70, "--epochs", 2, "--workers", 1, "--out", tmp_path]
-    call(*flags, "--lr", 0.01, "--weight-decay", 0.2)
-    assert taken == [(step, cosine_decay(step, 8, 0.01), 0.2) for step in range(1, 9)]  # 50 are 16 + 16 + 16 + 2
+    call(*flags, "--lr", 0.01, "--weight-decay", weight_decay)
+    assert taken == [(step, cosine_decay(step, 8, 0.01)) for step in range(1, 9)]  # 50 are 16 + 16 + 16 + 2
+    for (_, lr), before, after in zip(taken, left, found, strict=False):
+        for name, one, other in zip(tree.names(before), tree.leaves(before), tree.leaves(after), strict=True):
+            decay = 1 - lr * weight_decay if name.endswith("w") else 1
+            np.testing.assert_allclose(other, decay * one, rtol=1e-6, err_msg=name)
+    assert np.any(left[-1]["mu"]["b"] != left[0]["mu"]["b"])  # biases are stepped all the same
 
 
 @pytest.mark.parametrize(

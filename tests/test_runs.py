@@ -42,7 +42,8 @@ def finish(command, **options):
 PROGRAM = """
 import itertools, os, sys
 sys.path.insert(0, {root!r})
-from scratchgen.machinery import cli, files, parallel, training
+from scratchgen.machinery import cli, files, parallel
+from scratchgen.machinery import run as run_module
 import run_{model} as script
 
 script.SHARD = 8
@@ -133,14 +134,14 @@ def test_another_seed_gives_another_run(whole_run, tmp_path):
 # A signal in the middle of epoch 2, between its steps 18 and 19; an epoch has 13.
 STEPS, STOP = 13, 18
 INTERRUPTED = """
-calls, stop_if_asked = itertools.count(1), training.Run.stop_if_asked
+calls, stop_if_asked = itertools.count(1), run_module.Run.stop_if_asked
 
 def interrupt(self):  # of all ranks rank 0 does it
     if next(calls) == {step} and parallel.rank == 0:
         os.kill({whom}, {how})
     stop_if_asked(self)
 
-training.Run.stop_if_asked = interrupt
+run_module.Run.stop_if_asked = interrupt
 """
 
 
@@ -149,7 +150,7 @@ def interrupt(how, model, *flags, whom="os.getpid()"):
     return run(model, *flags, "--workers", 2, change=change, start_new_session=True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])  # test_training.py has SIGTERM
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])  # test_run.py has SIGTERM
 def test_stopped_in_the_middle_of_epoch_2_and_resumed_gives_the_same_bits(how, whole_run, tmp_path):
     model, flags, whole, _, _ = whole_run
     # Ctrl-C on a terminal goes to the whole group of processes, which is what 0 means to kill(2).
@@ -161,7 +162,7 @@ def test_stopped_in_the_middle_of_epoch_2_and_resumed_gives_the_same_bits(how, w
         assert "--resume" in err.splitlines()[-1] and "Traceback" not in err
 
     # Elsewhere, too: with five cores a fresh run would have other shards, and so other bits.
-    change = "training.blas.available_cores = lambda: 5"
+    change = "run_module.blas.available_cores = lambda: 5"
     status, out, err = run(model, *flags, "--out", tmp_path, "--resume", "--workers", 1, change=change)
     assert status == 0, err
     assert_same_arrays(whole, tmp_path)
@@ -214,7 +215,7 @@ def and_start_another(*args):
 files.write_log = and_start_another
 """
     status, stdout, _ = run(model, *flags, "--workers", 2, "--out", tmp_path, change=change)
-    refused = f"second 2 run_{model}.py: {tmp_path}: another program of scratchgen is at work there; wait for its end"
+    refused = f"second 2 run_{model}.py: {tmp_path}: another program of scratchgen is at work there; wait"
     assert status == 0 and stdout.count(refused) == 4  # once an epoch, and at the end
     assert_same_arrays(whole, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
@@ -235,7 +236,7 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(whole_run, tmp_pat
     assert len(stderr.splitlines()) == 2  # the first says that these are not the published files
     assert {"vae": "checkpoint.npz", "ddpm": "preview.png"}[model] in stderr.splitlines()[1]  # what comes first
     assert (tmp_path / "checkpoint.npz").read_bytes() == before
-    assert not list(tmp_path.glob(".*"))
+    assert list(tmp_path.glob(".*")) == [tmp_path / ".lock"]
 
 
 def one_line_error(model, *flags):
@@ -262,7 +263,7 @@ def test_a_checkpoint_of_another_model_or_T_is_one_line(whole_run, small_data, t
     assert f"model {model}" in one_line_error(other, "--data", ROOT / "data", "--out", out, "--resume")
     key, flag = {"vae": ("latent_dim", "--latent-dim"), "ddpm": ("T", "--T")}[model]
     assert f"{key} 5" in run(model, *flags, "--out", out, flag, 6, "--resume")[2]
-    assert "nothing to resume" in run(model, *flags, "--out", tmp_path, "--resume")[2]
+    assert "found no such file" in run(model, *flags, "--out", tmp_path, "--resume")[2]
 
 
 LAST_STEP = ("--lr", 1e12, "--epochs", 1, "--batch-size", 200)
@@ -298,7 +299,8 @@ def test_measuring_what_is_not_there_is_one_line(tmp_path):
         (evaluate, []),
         (["docs/train_classifier.py"], [*no_data, "--out", tmp_path / "weights"]),
         (["docs/published_protocol.py"], [*no_data, "--out", tmp_path / "protocol"]),
-        (["docs/ladder.py"], [*no_data, "--runs", tmp_path / "runs"]),
+        (["docs/ablation.py"], [*no_data, "--runs", tmp_path / "runs"]),
+        (["docs/sweeps.py"], [tmp_path]),
     ):
         status, stdout, stderr = finish([sys.executable, *program, *map(str, flags)], cwd=ROOT)
         assert status == 2 and stdout == "" and stderr.count("\n") == 1 and "Traceback" not in stderr

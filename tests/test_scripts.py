@@ -12,13 +12,14 @@ from types import SimpleNamespace
 
 import run_ddpm
 import run_vae
-from scratchgen import data, denoisers, diffusion, improved, tree, vae
+from scratchgen import data, denoisers, diffusion, improved, plots, samplers, tree, vae
 from scratchgen.data import load_idx, scale
 from scratchgen.evaluate import __main__ as evaluate
-from scratchgen.evaluate.load import load_run
-from scratchgen.machinery import checkpoint, cli, parallel, plots, training
-from scratchgen.muon import muon_step
-from scratchgen.optim import adam_step, cosine_decay
+from scratchgen.machinery import blas, checkpoint, cli, parallel
+from scratchgen.machinery.run import INIT, NOISE, ORDER, SAMPLES, TEST, Run, rng_for, shard_size
+from scratchgen.optim import cosine_decay
+from scratchgen.samplers import SamplerConfig
+from scratchgen.trained import load_run
 
 import autograd.numpy as anp
 import numpy as np
@@ -56,9 +57,9 @@ def test_images(small_data):
 
 def rewrite(folder, change):
     """Apply ``change(name, array)`` to each array of a checkpoint."""
-    with np.load(folder / "checkpoint.npz") as file:
-        arrays = {name: file[name] if name == "state" else change(name, file[name]) for name in file.files}
-    np.savez(folder / "checkpoint.npz", **arrays)
+    arrays, state = checkpoint.load(folder / "checkpoint.npz")
+    arrays = {name: change(name, array) for name, array in arrays.items()}
+    checkpoint.save(folder / "checkpoint.npz", arrays, state)
 
 
 def metrics(folder):
@@ -67,8 +68,8 @@ def metrics(folder):
 
 @pytest.mark.parametrize("arch", vae.VAES)
 def test_vae_script(arch, record, call, test_images, tmp_path):
-    assert run_vae.OPTIMISER_STEP[arch] is {"mlp": adam_step, "gated": muon_step, "conv": muon_step}[arch]
-    steps_taken, latents = record(run_vae.OPTIMISER_STEP, arch), record(plots, "plot_latents")
+    steps_taken = record(run_vae, "adam_step" if arch == "mlp" else "muon_step")
+    latents = record(plots, "plot_latents")
     reconstructions, grids, losses = (record(plots, name) for name in ("reconstructions", "grid", "vae_loss"))
     flags = ["--arch", arch, "--latent-dim", 5, "--epochs", 2, "--batch-size", 16, "--train-images", 50]
     flags += ["--lr", 0.01, "--workers", 1, "--out", tmp_path]  # one rank, which steps all the weights
@@ -125,7 +126,7 @@ def trained_by_hand(loss, params, batches, steps, peak, decay=1.0):
 def orders(seed, count, batch_size, epochs):
     """The numbers of the images in each minibatch of a run."""
     for epoch in range(epochs):
-        order = training.rng_for(seed, training.ORDER, epoch).permutation(count)
+        order = rng_for(seed, ORDER, epoch).permutation(count)
         yield from (order[start : start + batch_size] for start in range(0, count, batch_size))
 
 
@@ -134,7 +135,9 @@ def test_a_run_of_the_vae_is_its_equations_and_nothing_else(call, small_data, te
     flags = ["--latent-dim", 3, "--epochs", 2, "--batch-size", 16, "--train-images", 40, "--seed", 7, "--lr", 0.004]
     call(run_vae, *flags, "--beta", 1.5, "--out", tmp_path)
     x_train = load_idx(small_data / "train-images-idx3-ubyte")[:40, ..., None] / 255
-    rng, init, x_test = training.rng_for(7, training.NOISE), training.rng_for(7, training.INIT), test_images / 255
+    x_test = test_images / 255
+    rng = rng_for(7, NOISE)
+    init = rng_for(7, INIT)
 
     def terms(params, x, eps):
         mu, log_var = vae.mlp_encode(params, x)
@@ -149,7 +152,7 @@ def test_a_run_of_the_vae_is_its_equations_and_nothing_else(call, small_data, te
     numbers = list(orders(7, 40, 16, 2))
     batches = [(x_train[n], rng.standard_normal((len(n), 3), dtype=np.float32)) for n in numbers]
     params, _, losses = trained_by_hand(loss, vae.init_mlp_vae(init, 3), batches, 6, 0.004)
-    eps_test = training.rng_for(7, training.TEST).standard_normal((40, 3), dtype=np.float32)
+    eps_test = rng_for(7, TEST).standard_normal((40, 3), dtype=np.float32)
     first, second = terms(params, x_test, eps_test)
     found, log = metrics(tmp_path), load(tmp_path / "checkpoint.npz")[1]["log"]
     assert (found["reconstruction"], found["kl"]) == pytest.approx((first, second), rel=1e-4)
@@ -166,7 +169,9 @@ def test_a_run_of_the_diffusion_model_is_its_equations_and_nothing_else(call, sm
     flags = ["--T", T, "--arch", "mlp", "--additions", "none", "--epochs", 2, "--batch-size", 16, "--lr", 0.004]
     call(run_ddpm, *flags, "--train-images", N, "--seed", 7, "--ema", 0.3, "--out", tmp_path)
     x_train = load_idx(small_data / "train-images-idx3-ubyte")[:N, ..., None] / 127.5 - 1
-    rng, init, x_test = training.rng_for(7, training.NOISE), training.rng_for(7, training.INIT), test_images / 127.5 - 1
+    x_test = test_images / 127.5 - 1
+    rng = rng_for(7, NOISE)
+    init = rng_for(7, INIT)
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, T) * 1000 / T)
 
     def errors(params, x_0, t, eps):
@@ -182,7 +187,7 @@ def test_a_run_of_the_diffusion_model_is_its_equations_and_nothing_else(call, sm
         batches.append((x_train[n], t, rng.standard_normal((len(n), 28, 28, 1), dtype=np.float32)))
     _, average, losses = trained_by_hand(loss, denoisers.init_mlp_denoiser(init), batches, 6, 0.004, decay=0.3)
     t_test = np.array([1 + n * T // N for n in range(N)])
-    eps_test = training.rng_for(7, training.TEST).standard_normal(x_test.shape, dtype=np.float32)
+    eps_test = rng_for(7, TEST).standard_normal(x_test.shape, dtype=np.float32)
     by_image = errors(average, x_test, t_test, eps_test).mean(axis=(1, 2, 3))
     log = load(tmp_path / "checkpoint.npz")[1]["log"]
     assert metrics(tmp_path)["test_loss"] == pytest.approx(by_image.mean(), rel=1e-4)
@@ -192,7 +197,7 @@ def test_a_run_of_the_diffusion_model_is_its_equations_and_nothing_else(call, sm
 
 
 def test_the_strip_has_the_six_times_of_the_sheet(record, call, tmp_path, monkeypatch):
-    quick = (lambda rng, inputs: {"w": np.ones(1, np.float32)}), (lambda params, x, t: params["w"] * x)
+    quick = (lambda rng, inputs: {"w": np.ones(1, np.float32)}), (lambda params, x, t, labels: params["w"] * x)
     monkeypatch.setitem(run_ddpm.DENOISERS, "mlp", quick)
     strips = record(plots, "row_of_times")
     flags = ["--T", 200, "--arch", "mlp", "--additions", "none", "--epochs", 1, "--train-images", 16]
@@ -202,12 +207,13 @@ def test_the_strip_has_the_six_times_of_the_sheet(record, call, tmp_path, monkey
 
 def test_beta_reaches_the_loss(record, call, tmp_path):
     losses = record(vae, "negative_elbo")
+    shards = 16 // shard_size(16, blas.available_cores())
     flags = ["--latent-dim", 2, "--batch-size", 16, "--train-images", 64, "--workers", 1, "--out", tmp_path]
     call(run_vae, *flags, "--epochs", 2, "--beta", 4)
-    assert [args[3] for args in losses] == [4] * 8 * (16 // training.shard_size(16, training.blas.available_cores()))
+    assert [args[3] for args in losses] == [4] * 8 * shards
     losses.clear()
     call(run_vae, *flags, "--epochs", 1)
-    assert [args[3] for args in losses] == [1] * 4 * (16 // training.shard_size(16, training.blas.available_cores()))
+    assert [args[3] for args in losses] == [1] * 4 * shards
 
 
 def names_as_tree(params):
@@ -219,7 +225,7 @@ def names_as_tree(params):
 def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
     rows, grids, gifs = (record(plots, name) for name in ("row_of_times", "grid", "save_gif"))
     losses = record(plots, "ddpm_loss")
-    sampled, not_sampled = record(improved, "sample"), record(diffusion, "sample")
+    sampled, not_sampled = record(samplers, "sample"), record(diffusion, "sample")
     if additions == "none":  # Algorithm 2 to the letter
         sampled, not_sampled = not_sampled, sampled
     flags = ["--T", 20, "--epochs", 2, "--batch-size", 16, "--train-images", 40, "--schedule", schedule]
@@ -248,8 +254,8 @@ def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
     assert len(frames) == 21 and columns == 4
     np.testing.assert_array_equal(frames[-1][0], path[-1])
     model = load_run(tmp_path)
-    best = {} if additions == "none" else {"sampler": "sde-dpm++", "steps": 20, "guidance": improved.GUIDANCE}
-    image = model.sample(16, training.rng_for(0, training.SAMPLES, 0), **best)
+    best = SamplerConfig("ddpm", 20) if additions == "none" else SamplerConfig("sde-dpm++", 20, improved.GUIDANCE)
+    image = model.sample(16, rng_for(0, SAMPLES, 0), config=best)
     np.testing.assert_array_equal(samples[:16], np.round(image * 255))
 
     m = metrics(tmp_path)
@@ -283,14 +289,14 @@ def test_the_guide_is_the_average_as_it_was_after_an_eighth_of_the_steps(record,
 
 
 def test_with_classes_the_network_is_told_the_labels_but_for_a_tenth(record, call, small_data, tmp_path):
-    told = record(denoisers.layers, "label_embedding")
+    told = record(denoisers, "label_embedding")
     flags = ["--T", 5, "--batch-size", 16, "--train-images", 100, "--epochs", 3, "--workers", 1, "--classes"]
     call(run_ddpm, *flags, "--out", tmp_path)
     config = load(tmp_path / "checkpoint.npz")[1]["config"]
     assert config["classes"] is True
     labels = load_idx(small_data / "train-labels-idx1-ubyte")[:100]
     first = np.concatenate([args[1] for args in told])[:100]  # of the first epoch, in the order of its minibatches
-    order = training.rng_for(0, training.ORDER, 0).permutation(100)
+    order = rng_for(0, ORDER, 0).permutation(100)
     dropped = first == -1
     assert 1 <= dropped.sum() <= 25
     np.testing.assert_array_equal(first[~dropped], labels[order][~dropped])
@@ -320,8 +326,8 @@ def test_a_run_forks_each_rank_once_and_no_step_does(flags, record, call, tmp_pa
 
 
 RUNS = {
-    "vae": (run_vae, "mlp", ["--latent-dim", 2]),
-    "vae, Muon": (run_vae, "gated", ["--latent-dim", 2, "--arch", "gated"]),
+    "vae": (run_vae, "adam_step", ["--latent-dim", 2]),
+    "vae, Muon": (run_vae, "muon_step", ["--latent-dim", 2, "--arch", "gated"]),
     "ddpm": (run_ddpm, "adam_step", ["--T", 5, "--arch", "mlp", "--additions", "none"]),
     "ddpm, Muon": (run_ddpm, "muon_step", ["--T", 5, "--arch", "mlp"]),
 }
@@ -333,8 +339,7 @@ def test_every_hundredth_step_begins_without_denormal_moments(run, workers, call
     """After every step one is put into each leaf of the moments, and before the next it is looked for: by the rank that
     owns the leaf, whose mistakes come to rank 0."""
     (module, name, flags), steps, denormal = RUNS[run], [], np.float32(1e-40)
-    place = run_vae.OPTIMISER_STEP if module is run_vae else vars(module)
-    step_of = place[name]
+    step_of = getattr(module, name)
 
     def planting(params, gradient, moments, step, *rest, **more):
         def look(g, *both):
@@ -350,7 +355,7 @@ def test_every_hundredth_step_begins_without_denormal_moments(run, workers, call
         tree.map(plant, gradient, moments["m"], moments["v"])
         steps.append(step)
 
-    monkeypatch.setitem(place, name, planting)
+    monkeypatch.setattr(module, name, planting)
     small = partial(denoisers.init_mlp_denoiser, hidden=16), denoisers.mlp_denoiser
     monkeypatch.setitem(denoisers.DENOISERS, "mlp", small)
     flags = [*flags, "--batch-size", 2, "--train-images", 104, "--epochs", 2, "--workers", workers]
@@ -358,19 +363,19 @@ def test_every_hundredth_step_begins_without_denormal_moments(run, workers, call
     assert steps == list(range(1, 105))
 
 
-LOSSES = ["simple_loss", "weighted_loss"]
-
-
 @pytest.mark.parametrize("additions", [[], ["v"], ["weights"], ["muon"], ["v", "black", "weights", "muon"]])
-@pytest.mark.filterwarnings("ignore:additions. weights without v")
 def test_the_additions_decide_on_loss_and_optimiser(additions, record, call, tmp_path):
-    losses = {name: record(improved if name == "weighted_loss" else diffusion, name) for name in LOSSES}
+    losses = record(diffusion, "simple_loss")
     steps = {name: record(run_ddpm, name) for name in ("adam_step", "muon_step")}
     flags = ["--T", 5, "--arch", "mlp", "--batch-size", 16, "--train-images", 40, "--workers", 1, "--out", tmp_path]
     call(run_ddpm, *flags, "--epochs", 2, "--lr", 0.01, "--additions", *(additions or ["none"]))
-    used = LOSSES["weights" in additions]
-    assert sum(len(args[2][0]) for args in losses.pop(used)) == 40 * 2  # of each step's shards, and of nothing else
-    assert list(losses.values()) == [[]]
+    assert sum(len(args[2][0]) for args in losses) == 40 * 2  # of each step's shards, and of nothing else
+    weights = [args[3] for args in losses]
+    if "weights" in additions:
+        expected = improved.step_weights(diffusion.make_schedule("linear", 5))
+        assert all(np.array_equal(found, expected) for found in weights)
+    else:
+        assert weights == [None] * len(losses)
     taken = steps.pop("muon_step" if "muon" in additions else "adam_step")
     assert [args[3:] for args in taken] == [(step, cosine_decay(step, 6, 0.01)) for step in range(1, 7)]
     assert list(steps.values()) == [[]]
@@ -405,19 +410,19 @@ def test_a_test_set_smaller_than_the_figures(small_data, tmp_path):
         assert (tmp_path / figure).exists()
 
 
-# ------------------------------------------------------------------------------- each rung of the ladder of additions
+# ------------------------------------------------------------------------------------------ each row of the ablation
 
-RUNGS = [list(improved.ADDITIONS)[:count] for count in range(len(improved.ADDITIONS) + 1)]
+ROWS = [list(improved.ADDITIONS)[:count] for count in range(len(improved.ADDITIONS) + 1)]
 
 
-@pytest.mark.parametrize("additions", RUNGS, ids=[" ".join(rung) or "none" for rung in RUNGS])
-def test_every_rung_stops_resumes_and_is_measured_alike(additions, call, finish, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("additions", ROWS, ids=[" ".join(row) or "none" for row in ROWS])
+def test_every_row_stops_resumes_and_is_measured_alike(additions, call, finish, monkeypatch, capsys, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     flags = ["--T", 5, "--train-images", 48, "--batch-size", 16, "--epochs", 2, "--workers", 1]
     chosen = ["--additions", *(additions or ["none"])]
     call(run_ddpm, *flags, *chosen, "--out", whole)
 
-    asked, calls = training.Run.stop_if_asked, itertools.count(1)
+    asked, calls = Run.stop_if_asked, itertools.count(1)
 
     def interrupt(run):
         if next(calls) == 4:  # between steps 4 and 5; an epoch has 3
@@ -425,17 +430,17 @@ def test_every_rung_stops_resumes_and_is_measured_alike(additions, call, finish,
         asked(run)
 
     with monkeypatch.context() as patch, pytest.raises(cli.Stopped):
-        patch.setattr(training.Run, "stop_if_asked", interrupt)
+        patch.setattr(Run, "stop_if_asked", interrupt)
         call(run_ddpm, *flags, *chosen, "--out", stopped)
-    half = checkpoint.load_state(stopped / "checkpoint.npz")
+    _, half = checkpoint.load(stopped / "checkpoint.npz")
     assert half["step"] == 4 and len(half["log"]) == 1 and half["config"]["additions"] == additions
 
-    others = RUNGS[(RUNGS.index(additions) + 1) % len(RUNGS)]
+    others = ROWS[(ROWS.index(additions) + 1) % len(ROWS)]
     before, other_flags = (stopped / "checkpoint.npz").read_bytes(), ["--additions", *(others or ["none"])]
     capsys.readouterr()
     status, stderr = finish(lambda: call(run_ddpm, *flags, *other_flags, "--out", stopped, "--resume"))
     assert status == 2 and len(stderr.splitlines()) == 1 and (stopped / "checkpoint.npz").read_bytes() == before
-    names = [" ".join(rung) or "none" for rung in (additions, others)]
+    names = [" ".join(row) or "none" for row in (additions, others)]
     assert "made with additions {}, this run has additions {};".format(*names) in stderr
 
     call(run_ddpm, *flags, *chosen, "--out", stopped, "--resume")
@@ -453,33 +458,33 @@ def test_every_rung_stops_resumes_and_is_measured_alike(additions, call, finish,
     assert 0 < measured[0]["bound_exact_2"]["bits_per_dimension"] < 100
 
 
-def test_a_damaged_metrics_json_is_one_line_of_the_ladder(monkeypatch, tmp_path):
-    ladder, seed = script("docs/ladder.py"), 3
-    rung = {"additions": [], "batch_size": 64, "T": 200, "epochs": 7, "lr": 1e-2, "seed": seed, "classes": False}
-    run = SimpleNamespace(config=rung, params={"w": np.zeros(2)})
-    monkeypatch.setattr(ladder, "load_run", lambda folder: run)
+def test_a_damaged_metrics_json_is_one_line_of_the_ablation(monkeypatch, tmp_path):
+    ablation, seed = script("docs/ablation.py"), 3
+    row = {"additions": [], "batch_size": 64, "T": 200, "epochs": 7, "lr": 1e-2, "seed": seed, "classes": False}
+    run = SimpleNamespace(config=row, params={"w": np.zeros(2)})
+    monkeypatch.setattr(ablation, "load_run", lambda folder: run)
     args = SimpleNamespace(runs=tmp_path, data=tmp_path, workers=1)
-    (tmp_path / "ladder-0-3").mkdir()
+    (tmp_path / "ablation-0-3").mkdir()
     for damaged in ("{", "[]", '{"weights": "CRC-32 00000000"}'):
-        (tmp_path / "ladder-0-3" / "metrics.json").write_text(damaged)
+        (tmp_path / "ablation-0-3" / "metrics.json").write_text(damaged)
         with pytest.raises(cli.UsageError, match="expected the numbers of this run"):
-            ladder.train_and_measure(args, 0, seed)
+            ablation.train_and_measure(args, 0, seed)
     run.config |= {"batch_size": 128}
     with pytest.raises(cli.UsageError, match="another batch_size"):
-        ladder.train_and_measure(args, 0, seed)
+        ablation.train_and_measure(args, 0, seed)
 
 
-def test_the_ladder_may_be_started_from_any_folder(monkeypatch, tmp_path):
+def test_the_ablation_may_be_started_from_any_folder(monkeypatch, tmp_path):
     (tmp_path / "runs" / "vae").mkdir(parents=True)
     (tmp_path / "runs" / "vae" / "checkpoint.npz").touch()
-    ladder, seen = script("docs/ladder.py"), []
+    ablation, seen = script("docs/ablation.py"), []
 
-    def train_and_measure(args, *rung):
+    def train_and_measure(args, *row):
         seen.append(args.runs)
         raise cli.UsageError("seen")
 
-    monkeypatch.setattr(ladder, "train_and_measure", train_and_measure)
+    monkeypatch.setattr(ablation, "train_and_measure", train_and_measure)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(cli.UsageError, match="seen"):
-        ladder.main(["--runs", "runs"])  # what it starts works in the project's folder
+        ablation.main(["--runs", "runs"])  # what it starts works in the project's folder
     assert seen == [tmp_path.resolve() / "runs"]

@@ -1,6 +1,11 @@
 """Trees of parameters: leaves, names and map agree on one order, and nesting survives."""
 
-from scratchgen import tree
+from functools import partial
+
+from scratchgen import improved, tree
+from scratchgen.denoisers import DENOISERS, init_unet
+from scratchgen.optim import init_moments
+from scratchgen.vae import VAES
 
 import numpy as np
 import pytest
@@ -50,3 +55,40 @@ def test_map_passes_over_none_and_leaves_it_where_it_is():
 def test_size_counts_elements():
     assert tree.size({"w": np.zeros((2, 3)), "b": [np.zeros(4)]}) == 10
     assert tree.size({"w": np.zeros((2, 3)), "b": [None, np.zeros(4)]}) == 10
+
+
+# -------------------------------------------------------------------------------------------------------------- nested
+
+NETWORKS = {f"vae {arch}": partial(init, latent_dim=4) for arch, (init, _, _) in VAES.items()}
+NETWORKS |= {f"ddpm {arch}": init for arch, (init, _) in DENOISERS.items()}
+NETWORKS["ddpm unet, all"] = partial(improved.init_denoiser, init_unet, additions=improved.ADDITIONS, classes=10)
+
+
+def same_structure(one, other):
+    """Whether both have the same containers, keys in the same order, and the very same arrays as leaves."""
+    if isinstance(one, dict):
+        return isinstance(other, dict) and [*one] == [*other] and all(same_structure(one[k], other[k]) for k in one)
+    if isinstance(one, list):
+        same = isinstance(other, list) and len(one) == len(other)
+        return same and all(same_structure(a, b) for a, b in zip(one, other, strict=True))
+    return one is other
+
+
+def test_nested_makes_lists_of_numbers_and_dicts_of_other_names():
+    assert tree.nested({"w": 1, "b/0": 2, "b/1": 3}) == {"w": 1, "b": [2, 3]}
+    assert tree.nested({"a/0/0/w": 1, "a/0/1/w": 2, "a/1/0/w": 3}) == {"a": [[{"w": 1}, {"w": 2}], [{"w": 3}]]}
+    assert tree.nested({"0": 1, "1": 2}) == [1, 2] and tree.nested({}) == {}
+
+
+def test_more_than_ten_items_stay_in_order():
+    example = {"layers": [{"w": number} for number in range(12)]}
+    assert tree.nested(dict(zip(tree.names(example), tree.leaves(example), strict=True))) == example
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_nested_is_the_inverse_of_names_and_leaves_for_each_network(network, rng):
+    params = NETWORKS[network](rng=rng)
+    arrays = {"params": params, "moments": init_moments(params)}
+    found = tree.nested(dict(zip(tree.names(arrays), tree.leaves(arrays), strict=True)))
+    assert same_structure(found, arrays)
+    assert len(tree.leaves(found)) == len(tree.names(arrays)) > 10

@@ -1,1 +1,1 @@
-"""How good is it? A finished run loaded again (`load`), measured (`metrics`, `classifier`), reported (`reports`)."""
+"""How good is it? A finished run measured (`metrics`, `classifier`) and reported (`reports`)."""

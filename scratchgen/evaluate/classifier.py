@@ -1,30 +1,21 @@
 """A small convolutional classifier of FashionMNIST: not for its labels, but for its features.
 
-`metrics.frechet_distance` compares images by what this network sees in them. Its weights lie beside this file, in
-``classifier.npz``, so that everyone measures with the same ruler; ``docs/train_classifier.py`` made them.
+`metrics.frechet_distance` compares images by the features of this network. Its weights lie beside this file, in
+``classifier.npz``, so that all distances are comparable; ``docs/train_classifier.py`` made them.
 
 Dimensions: N images, H = W = 28, one channel, in [0, 1]; K = 10 classes; F = 64 features.
 """
 
 from pathlib import Path
 
-from scratchgen.layers import conv, dense, init_conv, init_dense
+from scratchgen import tree
+from scratchgen.layers import conv, dense
 from scratchgen.machinery import checkpoint
 from scratchgen.ops import relu, space_to_depth
 
 import autograd.numpy as np
 
 WEIGHTS = Path(__file__).with_name("classifier.npz")
-
-
-def init_classifier(rng):
-    return {
-        "conv14": [init_conv(rng, 4, 32), init_conv(rng, 32, 32)],
-        "down": init_dense(rng, 4 * 32, 64),
-        "conv7": [init_conv(rng, 64, 64), init_conv(rng, 64, 32)],
-        "features": init_dense(rng, 7 * 7 * 32, 64),
-        "classes": init_dense(rng, 64, 10, gain=1.0),
-    }
 
 
 def features(params, x):  # (N, H, W, 1) -> (N, F)
@@ -38,16 +29,11 @@ def features(params, x):  # (N, H, W, 1) -> (N, F)
     return relu(dense(params["features"], np.reshape(h, (len(x), -1))))
 
 
-def logits(params, x):  # (N, H, W, 1) -> (N, K)
-    return logits_of(params, features(params, x))
-
-
-def logits_of(params, h):  # (N, F) -> (N, K)
+def logits(params, h):  # (N, F) -> (N, K)
     return dense(params["classes"], h)
 
 
 def load_classifier():
     """The weights that lie beside this file. Raises CheckpointError."""
-    params = init_classifier(np.random.default_rng(0))
-    checkpoint.fill(params, WEIGHTS, constant=True)
-    return params
+    named, _ = checkpoint.load(WEIGHTS)
+    return tree.nested(named)

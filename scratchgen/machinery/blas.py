@@ -117,7 +117,8 @@ def product(a, b, out=None):
     M, K, N = a.shape[-2:] + b.shape[-1:]
     transposed = b.strides[-1] != b.itemsize
     if transposed and M > 512:  # where the copy is much smaller than the product, a b that lies in rows is read faster
-        b, transposed = np.ascontiguousarray(b), False
+        b = np.ascontiguousarray(b)
+        transposed = False
     rows, columns = tile(M, K, N, transposed)
     if (rows, columns) == (M, N):
         return np.matmul(a, b, out=out)

@@ -12,12 +12,12 @@ import sys
 import threading
 import traceback
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from scratchgen import tree
+from scratchgen import plots
 from scratchgen.data import UserError
-from scratchgen.machinery import blas, parallel, plots
+from scratchgen.machinery import blas, parallel
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Diverged(UserError):
     """The loss is no longer a finite number."""
 
 
-class Stopped(Exception):
+class Stopped(KeyboardInterrupt):
     """The run was asked to stop by this signal, and has saved what it had."""
 
     def _render_traceback_(self):  # as of a `UserError`
@@ -47,6 +47,9 @@ class Stopped(Exception):
 
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line, without the whole usage above it."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         message += " (--help explains every flag)"
@@ -76,7 +79,7 @@ def number(kind, low, high=math.inf, above=False):
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
         return value
 
-    parse.__name__ = {int: "whole number", float: "number"}[kind]  # argparse says "invalid whole number value"
+    parse.__name__ = "whole number" if kind is int else "number"  # argparse says "invalid whole number value"
     return parse
 
 
@@ -100,9 +103,10 @@ def run_parser(prog, description, epochs, batch_size, lr, out):
 
     ``epochs`` maps each architecture to its default number of epochs; the first architecture is the default.
     """
-    p = OneLineParser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = OneLineParser(prog, description)
     by_arch = ", ".join(f"{count} for {arch}" for arch, count in epochs.items())
-    whole, positive = number(int, 1, high=10**9), number(float, 0, high=1e30, above=True)
+    whole = number(int, 1, high=10**9)
+    positive = number(float, 0, high=1e30, above=True)
     p.flag("--arch", "the network", choices=epochs, default=next(iter(epochs)))
     p.flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
     help = "images per gradient step, cut into shards for the workers; on several machines take more (performance.md)"
@@ -118,26 +122,10 @@ def run_parser(prog, description, epochs, batch_size, lr, out):
     return p
 
 
-def first_images(images, count):
-    """The first ``count`` images (and labels), or all of them for None. Raises UsageError if there are fewer."""
-    there = len(tree.leaves(images)[0])
-    if count is not None and count > there:
-        raise UsageError(f"--train-images {count} is out of range, the data has {there} training images")
-    return tree.map(lambda array: array[:count], images)
-
-
-def progress(total, done=0, description=None):
-    """A tqdm bar of images where somebody looks; a log file wants only what `tqdm.write` prints."""
-    options = {"unit": " images", "unit_scale": True, "dynamic_ncols": True, "disable": nobody_looks()}
-    return tqdm(desc=description, total=total, initial=done, **options)
-
-
-def progress_over(steps, total, description):
-    return tqdm(steps, description, total, unit=" steps", dynamic_ncols=True, disable=nobody_looks())
-
-
-def nobody_looks():
-    return parallel.rank > 0 or not (sys.stderr.isatty() or in_notebook())
+def progress(total, description, unit, steps=None, done=0):
+    """A tqdm bar, over ``steps`` if they are given; in a log there is only what `tqdm.write` prints."""
+    hidden = parallel.rank > 0 or not (sys.stderr.isatty() or in_notebook())
+    return tqdm(steps, description, total, initial=done, unit=f" {unit}", dynamic_ncols=True, disable=hidden)
 
 
 def in_notebook():
@@ -151,80 +139,99 @@ RESUMABLE = "stopped: the same command with --resume continues from the last che
 
 
 def run(main, when_stopped=RESUMABLE):
-    """Call ``main()`` and exit; what a user can put right becomes one line on stderr and a non-zero status.
+    """Call ``main()`` and exit; what a user can put right becomes one line on stderr and a non-zero status."""
+    plots.matplotlib.rcdefaults()  # figures look alike whatever a matplotlibrc says
+    set_up_output()
+    with on_stop(interrupt):
+        status, message = outcome(main, when_stopped)
+    if message:
+        tell(status, message)
+    sys.exit(status)
 
-    It owns the process: figures look alike whatever a matplotlibrc says, and SIGTERM or a closed terminal end it as
-    Ctrl-C does, so that nothing half-written stays.
-    """
-    plots.matplotlib.rcdefaults()
-    before = {number: signal.getsignal(number) for number in parallel.STOP_SIGNALS}
-    for number in [number for number, handler in before.items() if handler == signal.SIG_DFL]:
-        signal.signal(number, interrupt)
+
+def set_up_output():
+    """An epoch's line appears when the epoch ends, in a pipe too; no output stops a run."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the whole run
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-        # An epoch's line appears when the epoch ends, in a pipe too; a path that cannot be shown stops nothing.
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    status, message = 0, None
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a path may have any bytes
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+
+
+def outcome(main, when_stopped):
+    """The exit status of ``main()``, and the message of its failure or None."""
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # of a loss that is not finite `Run` says all, and once
             parallel.begin()
             main()
+        return 0, None
+    except Diverged as error:
+        return 1, str(error)
     except UserError as error:
-        status, message = 1 if isinstance(error, Diverged) else 2, str(error)
+        return 2, str(error)
     except Stopped as stop:
-        status, message = 128 + stop.args[0], STOPPED
+        return 128 + stop.args[0], STOPPED
     except KeyboardInterrupt as stop:
-        status, message = 128 + next(iter(stop.args), signal.SIGINT), when_stopped
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT), when_stopped
     except OSError as error:  # a full disk, a folder that may not be written
         where = f"{error.filename}: " if error.filename else ""
-        status, message = 1, f"{where}{error.strerror or error}"
+        return 1, f"{where}{error.strerror or error}"
     except MemoryError:
-        status, message = 1, "out of memory: try fewer --workers"
+        return 1, "out of memory: try fewer --workers"
     except Exception:  # a fault of ours
         if parallel.world():
             parallel.end(1, traceback.format_exc())
             sys.exit(1)
         raise
+
+
+def tell(status, message):
+    """Print the message, in one line that names the program."""
+    path = Path(sys.argv[0])
+    program = path.parent.name if path.stem == "__main__" else path.name
+    with suppress(OSError, UserError):  # a terminal that was closed; no MPI, which the message says
+        parallel.end(status, f"{program}: {' '.join(message.split())}"[:2000])
+
+
+@contextmanager
+def on_stop(handler):
+    """Until the block ends, Ctrl-C, SIGTERM and a closed terminal call ``handler(signal_number, frame)``."""
+    before = {}
+    try:
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for number in parallel.STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup, or a shell's &, has asked for
+                    before[number] = signal.signal(number, handler)
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if message:
-        program, message = Path(sys.argv[0]), " ".join(message.split())[:2000]  # a path may have line ends in it
-        with suppress(OSError, UserError):  # a terminal that was closed; no MPI, which the message says
-            parallel.end(status, f"{program.parent.name if program.stem == '__main__' else program.name}: {message}")
-    sys.exit(status)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def interrupt(signal_number, frame):
     raise KeyboardInterrupt(signal_number)
 
 
-class StopBetweenSteps:
-    """From here to `restore`, Ctrl-C, SIGTERM and a closed terminal raise Stopped: at once or, in the middle of a step
-    (``in_step``), when `Run` looks at ``received`` after it. A second one raises KeyboardInterrupt wherever it comes,
-    and then the last checkpoint on disk is what remains.
-    """
+class Stop:
+    """A handler for `on_stop` that raises Stopped: at once or, inside of ``with stop``, at the end of the block, before
+    which the state or a file is not whole. A second signal raises KeyboardInterrupt wherever it comes, and then the
+    last checkpoint on disk is what remains."""
 
-    def __init__(self):
-        self.received, self.in_step, self.handlers = None, False, {}
-        if threading.current_thread() is threading.main_thread():  # no other may
-            for number in parallel.STOP_SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup, or a shell's &, has asked for
-                    self.handlers[number] = signal.signal(number, self.note)
+    received = None
+    waits = False
 
-    def note(self, signal_number, frame):
+    def __call__(self, signal_number, frame):
         if self.received is not None:
             raise KeyboardInterrupt(signal_number)
         self.received = signal_number
-        if not self.in_step:
+        if not self.waits:
             raise Stopped(signal_number)
-        if sys.stderr.isatty():
-            with suppress(OSError):
-                os.write(2, b"\nstopping after this step\n")  # print is not safe in a signal handler
 
-    def restore(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+    def __enter__(self):
+        self.waits = True
+
+    def __exit__(self, kind, error, trace):
+        self.waits = False
+        if kind is None and self.received is not None:
+            raise Stopped(self.received)

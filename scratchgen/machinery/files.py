@@ -4,14 +4,12 @@ Also what a run writes as text, ``log.csv`` and ``metrics.json``, and the lock o
 """
 
 import csv
-import errno
-import io
 import itertools
 import json
 import os
 import zlib
 from contextlib import contextmanager, suppress
-from functools import wraps
+from functools import reduce, wraps
 from pathlib import Path
 
 from scratchgen import tree
@@ -52,6 +50,10 @@ def replacing(path):
     except OSError as error:
         error.filename = str(path)  # the user asked for this file, and never heard of the temporary one
         raise
+    except ValueError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which zipfile hides behind a complaint of its own
+            raise error.__context__ from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -62,13 +64,13 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
+@by_rank_0
 def write_log(path, rows):
     """``log.csv``: one row an epoch, the keys of the first row as its header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_metrics(path, numbers, params):
@@ -88,20 +90,19 @@ def add_evaluation(path, params, entry, numbers, seed):
 
 def read_metrics(path, params):
     """What metrics.json says of a model with these weights; if it is of others, nothing but their checksum."""
-    weights = 0
-    for leaf in tree.leaves(params):
-        weights = zlib.crc32(leaf, weights)
-    weights = f"CRC-32 {weights:08x}"
-    try:
+    weights = f"CRC-32 {crc(params):08x}"
+    with suppress(Exception):  # there is none, or it is not what we wrote
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        if metrics["weights"] == weights:
-            entries = metrics.get("evaluation", {}).values()
-            if all(isinstance(entry, dict) for entry in entries):
-                json.dumps(metrics, indent=2)  # Python 3.12 reads deeper nesting than it writes
-                return metrics
-    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass  # there is none, or it is not what we wrote
+        json.dumps(metrics, indent=2)  # Python 3.12 reads deeper nesting than it writes
+        entries = metrics.get("evaluation", {}).values()
+        if metrics["weights"] == weights and all(isinstance(entry, dict) for entry in entries):
+            return metrics
     return {"weights": weights}
+
+
+def crc(arrays):
+    """The CRC-32 of all numbers in a tree of arrays."""
+    return reduce(lambda crc, array: zlib.crc32(array, crc), tree.leaves(arrays), 0)
 
 
 def write_json(path, numbers):
@@ -112,8 +113,7 @@ def write_json(path, numbers):
 
 # ---------------------------------------------------------------------------------------- a folder, and who works there
 
-LOCK = ".lock"
-held = set()  # the open lock files of this process
+LOCK = ".lock"  # stays in the folder
 
 
 class FolderInUse(UserError):
@@ -122,58 +122,44 @@ class FolderInUse(UserError):
 
 @contextmanager
 def holding(folder):
-    """Until the block ends no other program of ours may work in this folder; what killed ones left half-written goes.
+    """Until the block ends no other program of ours may work in this folder; temporary files of killed ones go.
 
-    A file is locked, not the folder, since network file systems want one that is open for writing. Where nothing can be
-    written, or nothing locked, the block goes ahead without. Raises FolderInUse.
+    Where no file can be written or locked, the block goes ahead without. Raises FolderInUse.
     """
-    lock, owner = None if parallel.rank else locked(Path(folder) / LOCK), os.getpid()
+    lock = None if parallel.rank else locked(Path(folder) / LOCK)
     try:
         if lock is not None:
-            held.add(lock)
             for leftover in Path(folder).glob(".*.part-*"):
                 leftover.unlink(missing_ok=True)
         yield
     finally:
-        if lock in held and os.getpid() == owner:
-            held.discard(lock)
-            with suppress(OSError):  # Windows removes no file that is open
-                os.unlink(Path(folder) / LOCK)
-            os.close(lock)
+        if lock is not None:
+            os.close(lock)  # which unlocks it
 
 
 def locked(path):
     """The file, open and locked; None where that cannot be done. Raises FolderInUse."""
-    while True:
+    try:
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT)
-        except OSError:
-            return None
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            elif msvcrt:
-                msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
-            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(lock)):
-                return lock
-        except OSError as error:
-            os.close(lock)
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                words = "another program of scratchgen is at work there; wait for its end, or take another folder"
-                raise FolderInUse(f"{path.parent}: {words}") from None
-            path.unlink(missing_ok=True)
-            return None  # a file system without locks
-        else:
-            os.close(lock)  # who held it has removed it in between: once more
+        except PermissionError:  # another user's
+            lock = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt:
+            msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+        return lock
+    except OSError as error:
+        os.close(lock)
+        if isinstance(error, (BlockingIOError, PermissionError)):
+            raise FolderInUse(
+                f"{path.parent}: another program of scratchgen is at work there; wait, or take another folder"
+            ) from None
+        return None  # a file system without locks
 
-
-def let_go():
-    while held:
-        os.close(held.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=let_go)  # or a rank that outlives its run would hold the folder on
 
 # What a run makes. The checkpoint is last: a move that was interrupted still finds it, and goes on.
 MADE = ("*.png", "*.gif", "metrics.json", "log.csv", "checkpoint.npz")

@@ -120,7 +120,8 @@ class Ranks:
         rank = len(self.pipes)
         for pipe in self.pipes:  # or the others would not see rank 0 end
             pipe.close()
-        self.pipes, self.children = [theirs], []
+        self.pipes = [theirs]
+        self.children = []
         be_quiet()
 
     def __exit__(self, kind, error, trace):
@@ -146,7 +147,9 @@ class Ranks:
         for pipe in self.pipes:
             pipe.close()
         if self.pipes:
-            self.pipes, self.children, self.count = [], [], 1
+            self.pipes = []
+            self.children = []
+            self.count = 1
 
     # ---------------------------------------------------------------------------------------------------- how they meet
 
@@ -226,14 +229,14 @@ class Ranks:
 def as_told(error):
     """The error of a rank, to be raised by rank 0. What a user can put right stays what it is."""
     if isinstance(error, (UserError, OSError, MemoryError)):
-        with suppress(Exception):  # one that cannot travel
-            return pickle.loads(pickle.dumps(error))
+        return error
     return RuntimeError(f"rank {rank} failed:\n" + "".join(traceback.format_exception(error)))
 
 
 def receive(pipe):
     """The next message of another rank. Raises its error, or ChildProcessError if it was killed."""
-    poll, until = select.poll(), time.monotonic() + SPIN_SECONDS
+    poll = select.poll()
+    until = time.monotonic() + SPIN_SECONDS
     poll.register(pipe.fileno(), select.POLLIN)
     while not poll.poll(0) and time.monotonic() < until:
         os.sched_yield()
@@ -258,7 +261,8 @@ class MPIRanks(Ranks):
 
     def __init__(self, comm):
         super().__init__(workers=1)
-        self.comm, self.count = comm, comm.size
+        self.comm = comm
+        self.count = comm.size
         self.failed = comm.Dup()  # apart from what the others may be waiting for in comm
 
     def all_gather(self, part):
@@ -325,7 +329,8 @@ def end(status, message):
     others, too, which wait for it. Raises UserError, as `world` does, when it has printed."""
     print(message, file=sys.stderr, flush=True)  # rank 0
     if ranks := world():
-        all_fail, until = ranks.failed.Ibarrier(), time.monotonic() + 2
+        all_fail = ranks.failed.Ibarrier()
+        until = time.monotonic() + 2
         while not all_fail.Test():
             time.sleep(0.01)
             if time.monotonic() > until:

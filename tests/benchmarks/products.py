@@ -32,13 +32,18 @@ def cases():
         return rng.standard_normal(shape, dtype=np.float32)
 
     for H, C, O in CONVOLUTIONS:
-        x, g, name = random(N, H, H, C), random(N, H, H, O), f"convolution {H}x{H}, {C} to {O}"
-        y, dx = np.empty_like(g), np.empty_like(x)
+        x = random(N, H, H, C)
+        g = random(N, H, H, O)
+        name = f"convolution {H}x{H}, {C} to {O}"
+        y = np.empty_like(g)
+        dx = np.empty_like(x)
         yield f"{name}, forward", ops.windows(x, K), random(K * K * C, O), y.reshape(N * H, H, O).swapaxes(0, 1)
         yield f"{name}, dx", ops.windows(g, K), random(K * K * O, C), dx.reshape(N * H, H, C).swapaxes(0, 1)
         yield f"{name}, dk", x.reshape(N * H, H, C).transpose(1, 2, 0), ops.windows(g, K), None
     for M, C, O in DENSE:
-        x, w, g = random(M, C), random(C, O), random(M, O)
+        x = random(M, C)
+        w = random(C, O)
+        g = random(M, O)
         yield f"dense {M} x {C} to {O}, forward", x, w, None
         yield f"dense {M} x {C} to {O}, dx", g, w.T, None
         yield f"dense {M} x {C} to {O}, dw", x.T, g, None
@@ -67,7 +72,8 @@ def main():
     for name, a, b, out in tqdm(list(cases()), disable=not sys.stderr.isatty()):
         both = zip(*([rate(a, b, out, kind) for kind in (False, True)] for _ in range(args.rounds)), strict=True)
         whole, tiles = map(statistics.median, both)
-        (M, K), N = a.shape[-2:], b.shape[-1]
+        M, K = a.shape[-2:]
+        N = b.shape[-1]
         copied = M > 512 and b.strides[-1] != b.itemsize
         rows, columns = blas.tile(M, K, N, b.strides[-1] != b.itemsize and not copied)
         tqdm.write(f"{name:42}{f'{M} x {K} x {N}':>18}{whole:8.0f}{tiles:7.0f}   {rows} x {columns}")

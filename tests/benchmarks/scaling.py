@@ -17,14 +17,14 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from scratchgen import denoisers, diffusion, improved, tree, vae
+from scratchgen import denoisers, diffusion, improved, plots, samplers, tree, vae
 from scratchgen.data import load_fashion_mnist, minibatches, scale
-from scratchgen.evaluate.samples import SHARD as SAMPLE_SHARD
-from scratchgen.machinery import blas, plots
+from scratchgen.machinery import blas
 from scratchgen.machinery.parallel import Ranks, in_parallel, sharded
-from scratchgen.machinery.training import shard_size
+from scratchgen.machinery.run import shard_size
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, ema_step, init_moments
+from scratchgen.trained import SHARD as SAMPLE_SHARD
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -51,7 +51,8 @@ def train_images(count):
 def trainer(ranks, params, batch_size, loss, optimiser_step, ema):
     """A training step as a function of (batch, number of the step), for all ranks."""
     arrays = ranks.share({"params": params, "ema": tree.map(np.copy, params), "moments": init_moments(params)})
-    params, moments = arrays["params"], arrays["moments"]
+    params = arrays["params"]
+    moments = arrays["moments"]
     value_and_grad = sharded(loss, ranks, params, shard_size(batch_size, ranks.processes), batch_size)
 
     def step(batch, number):
@@ -81,18 +82,21 @@ def peak(ranks):
     return sum(ranks.all_gather(int(status.split("VmHWM:")[1].split()[0]))) / 1024
 
 
-def default_unet(schedule, rng):  # -> parameters, eps_theta, x_0_theta
+def default_unet(schedule, rng):  # -> parameters, Denoiser
     params = improved.init_denoiser(denoisers.init_unet, rng, improved.ADDITIONS)
-    return params, *improved.denoiser(denoisers.unet, schedule, improved.ADDITIONS)
+    return params, improved.Denoiser(denoisers.unet, schedule, improved.ADDITIONS)
 
 
 def unet(batch=UNET_BATCH, cores=CORES):
-    rng, schedule, ranks = np.random.default_rng(0), diffusion.make_schedule("linear", 200), Ranks(cores)
+    rng = np.random.default_rng(0)
+    ranks = Ranks(cores)
+    schedule = diffusion.make_schedule("linear", 200)
     images = scale(train_images(batch), -1, 1)
-    params, eps_theta, _ = default_unet(schedule, rng)
+    params, denoiser = default_unet(schedule, rng)
+    weights = improved.step_weights(schedule)
 
     def loss(params, batch):
-        return improved.weighted_loss(partial(eps_theta, params), schedule, batch)
+        return diffusion.simple_loss(partial(denoiser.eps, params), schedule, batch, weights)
 
     step = trainer(ranks, params, batch, loss, partial(muon_step, beta2=0.99), ema=True)
     return per_step(lambda number: step(diffusion.draw_batch(schedule, images, rng), number), ranks)
@@ -108,15 +112,19 @@ def vae_trainer(ranks, batch, rng):
 
 
 def vae_steps(batch=VAE_BATCH, cores=CORES):
-    rng, ranks = np.random.default_rng(0), Ranks(cores)
-    x, step = scale(train_images(batch), 0, 1), vae_trainer(ranks, batch, rng)
+    rng = np.random.default_rng(0)
+    ranks = Ranks(cores)
+    x = scale(train_images(batch), 0, 1)
+    step = vae_trainer(ranks, batch, rng)
     eps = rng.standard_normal((batch, 20), dtype=np.float32)
     return per_step(lambda number: step((x, eps), number), ranks, 30)
 
 
 def epoch(count):
-    rng, ranks = np.random.default_rng(0), Ranks(CORES)
-    images, step = train_images(count), vae_trainer(ranks, VAE_BATCH, rng)
+    rng = np.random.default_rng(0)
+    ranks = Ranks(CORES)
+    images = train_images(count)
+    step = vae_trainer(ranks, VAE_BATCH, rng)
     with ranks:
         start = time.perf_counter()
         for number, batch in enumerate(minibatches(images, VAE_BATCH, rng), 1):
@@ -125,13 +133,15 @@ def epoch(count):
 
 
 def sampling(T):
-    rng, schedule, ranks = np.random.default_rng(0), diffusion.make_schedule("linear", T), Ranks(CORES)
-    params, _, x_0_theta = default_unet(schedule, rng)
-    sharded_x_0 = in_parallel(partial(x_0_theta, params), SAMPLE_SHARD, ranks)
+    rng = np.random.default_rng(0)
+    ranks = Ranks(CORES)
+    schedule = diffusion.make_schedule("linear", T)
+    params, denoiser = default_unet(schedule, rng)
+    sharded_x_0 = in_parallel(partial(denoiser.x_0, params), SAMPLE_SHARD, ranks)
     x_T = rng.standard_normal((SAMPLES, 28, 28, 1), dtype=np.float32)
     with ranks:
         start = time.perf_counter()
-        for _ in improved.sample(sharded_x_0, schedule, x_T, rng):
+        for _ in samplers.sample(sharded_x_0, schedule, x_T, rng):
             pass
         return 1e3 * (time.perf_counter() - start), peak(ranks)
 

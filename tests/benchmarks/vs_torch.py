@@ -33,14 +33,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the run scripts
 environment = dict(os.environ)
 
 import run_ddpm
-from scratchgen import denoisers, diffusion, improved, muon, ops, tree, vae
-from scratchgen.evaluate.samples import SHARD as SAMPLE_SHARD
+from scratchgen import denoisers, diffusion, improved, muon, ops, samplers, tree, vae
 from scratchgen.layers import GROUPS, time_embedding
 from scratchgen.machinery import blas, files
 from scratchgen.machinery.parallel import Ranks, images_of, in_parallel, sharded, shards
-from scratchgen.machinery.training import shard_size
+from scratchgen.machinery.run import shard_size
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, ema_step, flush_denormals, init_moments
+from scratchgen.trained import SHARD as SAMPLE_SHARD
 
 import numpy as np
 from tqdm import tqdm
@@ -94,9 +94,10 @@ def res_block(p, name, x, time):
 def global_block(p, name, x, time):
     h = pointwise(p, name + "/squeeze", F.silu(norm(p, name + "/norm", x)))
     flat = h.flatten(1) if p["layout"] == "NCHW" else h.permute(0, 2, 3, 1).flatten(1)  # as it lies in memory
-    units = linear(p, name + "/gather", flat)
-    scale, shift = 1 + linear(p, name + "/time_scale", time), linear(p, name + "/time_shift", time)
-    back = linear(p, name + "/scatter", F.silu(torch.addcmul(shift, units, scale)))
+    units = linear(p, name + "/mix_in", flat)
+    scale = 1 + linear(p, name + "/time_scale", time)
+    shift = linear(p, name + "/time_shift", time)
+    back = linear(p, name + "/mix_out", F.silu(torch.addcmul(shift, units, scale)))
     back = (
         back.reshape(h.shape)
         if p["layout"] == "NCHW"
@@ -191,8 +192,8 @@ def exchange(name, array, layout):
         array = swap(array, array.ndim - 1, 49, 64)
     if layer == "hidden" and weight and len(array) == 49 * 64 and layout == "NCHW":
         array = swap(array, 0, 49, 64)
-    if layout == "NCHW" and (layer == "scatter" or (layer == "gather" and weight)):
-        array = swap(array, 0 if layer == "gather" else array.ndim - 1, *((196, 4) if "down" in name else (49, 16)))
+    if layout == "NCHW" and (layer == "mix_out" or (layer == "mix_in" and weight)):
+        array = swap(array, 0 if layer == "mix_in" else array.ndim - 1, *((196, 4) if "down" in name else (49, 16)))
     if not weight:
         return array
     if layer == "down":
@@ -206,7 +207,8 @@ class Peer:
     """PyTorch's copy of a tree of parameters in one layout, with what a training step of it needs."""
 
     def __init__(self, params, layout, loss, batch, muon=False, bfloat16=False):
-        self.names, self.loss = tree.names(params), loss
+        self.names = tree.names(params)
+        self.loss = loss
         self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
         self.batch = [tensor(array, layout) for array in batch]
         self.p = {
@@ -251,11 +253,13 @@ def orthogonalise(G):
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.T if len(G) > G.shape[1] else G
     X = X / (X.norm() + 1e-7)
-    S, product = X @ X.T, torch.eye(len(X))
+    S = X @ X.T
+    product = torch.eye(len(X))
     for _ in range(5):
         P = b * S + c * S @ S
         P.diagonal().add_(a)
-        S, product = P @ S @ P, P @ product
+        S = P @ S @ P
+        product = P @ product
     X = product @ X
     return X.T if len(G) > G.shape[1] else X
 
@@ -275,9 +279,11 @@ def image(array, layout):  # (N, H, W, C) -> (N, C, H, W)
 
 def assert_close(name, ours, theirs, tolerance):
     """Largest difference at most ``tolerance`` times the largest number."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    ours = np.asarray(ours)
+    theirs = np.asarray(theirs)
     assert ours.shape == theirs.shape and ours.dtype == np.float32, (name, ours.shape, theirs.shape, ours.dtype)
-    difference, size = np.abs(ours - theirs).max(), np.abs(theirs).max()
+    difference = np.abs(ours - theirs).max()
+    size = np.abs(theirs).max()
     assert size > 0 and difference <= tolerance * size, f"{name}: differs by {difference:.2e}, largest {size:.2e}"
 
 
@@ -353,16 +359,18 @@ def unet_case(rng):
     params = randomised(improved.init_denoiser(denoisers.init_unet, rng, improved.ADDITIONS), rng)
     x_0 = rng.uniform(-1, 1, (UNET_BATCH, 28, 28, 1)).astype(np.float32)
     batch = diffusion.draw_batch(schedule, x_0, rng)
-    return schedule, params, batch, *improved.denoiser(denoisers.unet, schedule, improved.ADDITIONS)
+    return schedule, params, batch, improved.Denoiser(denoisers.unet, schedule, improved.ADDITIONS)
 
 
 def unet_step(muon, ranks, rng):
-    schedule, params, (x_0, t, eps), eps_theta, _ = unet_case(rng)
+    schedule, params, (x_0, t, eps), denoiser = unet_case(rng)
+    weights = improved.step_weights(schedule)
 
     def loss(params, batch):
-        return improved.weighted_loss(partial(eps_theta, params), schedule, batch)
+        return diffusion.simple_loss(partial(denoiser.eps, params), schedule, batch, weights)
 
-    signal, noise = diffusion.at(schedule["sqrt_alpha_bar"], t), diffusion.at(schedule["sqrt_one_minus_alpha_bar"], t)
+    signal = diffusion.at(schedule["sqrt_alpha_bar"], t)
+    noise = diffusion.at(schedule["sqrt_one_minus_alpha_bar"], t)
     return training(
         params,
         loss,
@@ -377,21 +385,21 @@ def unet_step(muon, ranks, rng):
 
 
 def unet_sampling(ranks, rng):
-    schedule, params, (x_t, _, fresh), _, x_0_theta = unet_case(rng)
-    sharded_x_0 = in_parallel(partial(x_0_theta, params), SAMPLE_SHARD, ranks)
-    t = T // 2
-    up_to_t = {name: values[: t + 1] for name, values in schedule.items()}  # so that sampling starts there
+    schedule, params, (x_t, _, fresh), denoiser = unet_case(rng)
+    sharded_x_0 = in_parallel(partial(denoiser.x_0, params), SAMPLE_SHARD, ranks)
+    t = T // 2  # where sampling starts
     given = SimpleNamespace(standard_normal=lambda *shape, **dtype: fresh)  # in place of rng: both add the same noise
 
     def ours():
-        return next(improved.sample(sharded_x_0, up_to_t, x_t, given))[1]
+        return next(samplers.sample(sharded_x_0, schedule, x_t, given, start=t))[1]
 
     def theirs(layout, predict=predict_v):
         peer = Peer(params, layout, None, (image(x_t, layout), image(fresh, layout)))
         x, extra = peer.batch
         times = torch.full((len(x),), t)
-        constant = {name: float(values[t]) for name, values in schedule.items()}
-        signal, noise = constant["sqrt_alpha_bar"], constant["sqrt_one_minus_alpha_bar"]
+        constant = {name: float(values[t]) for name, values in schedule.items() if name != "T"}
+        signal = constant["sqrt_alpha_bar"]
+        noise = constant["sqrt_one_minus_alpha_bar"]
 
         @torch.inference_mode()
         def step():  # Algorithm 2
@@ -413,7 +421,8 @@ def conv2d(shape, backward, ranks, rng):
     size, C, O = shape
     x = rng.standard_normal((UNET_BATCH, size, size, C), dtype=np.float32)
     k = rng.standard_normal((3, 3, C, O), dtype=np.float32) * 0.1
-    b, g = rng.standard_normal(O, dtype=np.float32), rng.standard_normal((*x.shape[:3], O), dtype=np.float32)
+    b = rng.standard_normal(O, dtype=np.float32)
+    g = rng.standard_normal((*x.shape[:3], O), dtype=np.float32)
 
     def gradients(vjp, g):
         dx, dk, db = vjp(g)
@@ -540,8 +549,10 @@ def main():
     args = parse_arguments()
     cases = {name: case for name, case in CASES.items() if name.startswith(args.only)}
     torch.set_num_threads(args.workers)
-    square, products_count = np.ones((PRODUCT, PRODUCT), np.float32), args.workers * 2 * PRODUCT**3
-    rows, rates = [], []
+    square = np.ones((PRODUCT, PRODUCT), np.float32)
+    products_count = args.workers * 2 * PRODUCT**3
+    rows = []
+    rates = []
     with tqdm(total=args.rounds * len(cases), unit=" rounds", disable=not sys.stderr.isatty()) as progress:
         for name, case in cases.items():
             progress.set_description(name)

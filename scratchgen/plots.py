@@ -14,15 +14,16 @@ backend = os.environ.pop("MPLBACKEND", None)  # of a notebook, whose programs ma
 import matplotlib  # noqa: E402
 from matplotlib.animation import PillowWriter  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter  # noqa: E402
 
 if backend is not None:
     os.environ["MPLBACKEND"] = backend
     with suppress(ValueError):
         matplotlib.rcParams["backend"] = backend
 
-FORWARD, REVERSE = "forward: $x_t \\sim q(x_t|x_0)$", "reverse: $x_{t-1} \\sim p_\\theta(x_{t-1}|x_t)$"  # titles
-TRAIN, TEST = {"color": "C0", "label": "train"}, {"color": "C1", "label": "test", "linestyle": "--"}
+FORWARD = "forward: $x_t \\sim q(x_t|x_0)$"  # titles
+REVERSE = "reverse: $x_{t-1} \\sim p_\\theta(x_{t-1}|x_t)$"
+TRAIN = {"color": "C0", "label": "train"}
+TEST = {"color": "C1", "label": "test", "linestyle": "--"}
 
 
 @by_rank_0
@@ -51,21 +52,6 @@ def grid(images, columns, title, low=0, high=1, row_labels=()):
     show(axes, mosaic(images, rows, columns), low, high)
     if row_labels:
         axes.set_yticks([28 * row + 14 for row in range(rows)], row_labels, fontsize="small")
-        axes.tick_params(length=0)
-    return figure
-
-
-def classes(images, names, rows):
-    """Two panels: images of K classes, grey levels (10 K, H, W, 1), a row a class; and rows of one image of each class,
-    {label: (K, H, W, 1) in [-1, 1]}."""
-    figure = Figure(figsize=(14, 6.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    show(left, mosaic(images, len(names), len(images) // len(names)), 0, 255)
-    left.set(title="ten of each class")
-    show(right, mosaic(np.concatenate(list(rows.values())), len(rows), len(names)), -1, 1)
-    right.set(title="each class from the same noise, by guide and w")
-    for axes, labels in ((left, names), (right, rows)):
-        axes.set_yticks([28 * row + 14 for row in range(len(labels))], labels, fontsize="small")
         axes.tick_params(length=0)
     return figure
 
@@ -131,24 +117,24 @@ def vae_loss(log, floor):
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         curves(axes, log, key)
         axes.set(title=title, ylabel="nats per image")
-    for axes in panels[: 0 if floor is None else 2]:
+    for axes in [] if floor is None else panels[:2]:
         axes.axhline(-floor, color="gray", linewidth=1, linestyle=":", label="minus the entropy of the pixels")
         axes.legend()
     return figure
 
 
-def ddpm_loss(log, t, errors, T, bins=40):
-    """Two panels: the eps-loss by epoch, and the test loss over t from the final (t, error) of each test image."""
+def ddpm_loss(log, t, errors, bins=40):
+    """Two panels: the eps-loss by epoch, and the test loss over t from the final errors of test images, in order of t.
+
+    Each point is the mean of one of ``bins`` equal parts of the images.
+    """
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     curves(left, log, "loss")
     left.set(title="loss: mean of $(\\epsilon - \\epsilon_\\theta)^2$", ylabel="squared error per pixel")
-    edges = np.linspace(0.5, T + 0.5, min(bins, T) + 1)
-    bin_of = np.digitize(t, edges) - 1
-    count = np.bincount(bin_of, minlength=len(edges) - 1)
-    mean = np.bincount(bin_of, errors, minlength=len(edges) - 1) / np.maximum(count, 1)
-    centres = (edges[1:] + edges[:-1]) / 2
-    right.semilogy(centres[count > 0], mean[count > 0], marker=".", color="C1")
+    bins = min(bins, len(np.unique(t)))
+    t, errors = ([part.mean() for part in np.array_split(values, bins)] for values in (t, errors))
+    right.semilogy(t, errors, marker=".", color="C1")
     right.set(title="test loss over t", xlabel="t", ylabel="squared error per pixel")
     right.grid(alpha=0.3, which="both")
     return figure
@@ -162,7 +148,8 @@ def latent_use(kl, variance, spread, active):
     """
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    order, places = np.argsort(-kl), np.arange(len(kl))
+    order = np.argsort(-kl)
+    places = np.arange(len(kl))
     colours = np.where(active, "C0", "lightgray")[order]
     left.bar(places, kl[order], color=colours)
     left.set(title=f"KL of each dimension, {kl.sum():.1f} nats in all", ylabel="nats, mean over test images")
@@ -171,10 +158,9 @@ def latent_use(kl, variance, spread, active):
     right.axhline(1, color="gray", linewidth=1, linestyle=":", label="variance of the prior")
     right.set(title=f"{active.sum()} of {len(kl)} active: variance of $\\mu$ above 0.01", ylabel="over test images")
     figure.legend(fontsize="small", loc="outside lower right", ncols=3)
-    crowded = len(kl) > 20
     for axes in (left, right):
         axes.set_xlabel("latent dimension, by KL")
-        axes.set_xticks(places, order, fontsize="xx-small" if crowded else "small", rotation=90 if crowded else 0)
+        axes.set_xticks(places, order, fontsize="x-small", rotation=90)
         axes.grid(alpha=0.3, axis="y")
     return figure
 
@@ -192,44 +178,6 @@ def bound_over_t(t, bits, bound, weights):
     axes.set(xlabel="t", ylabel="$L_{t-1}$, bits per dimension")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    return figure
-
-
-def distance_over_steps(curves, levels, N):
-    """Frechet distance against steps: {sampler: [(steps, distance), ..]}, and horizontal lines {name: distance}."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot(title=f"Fréchet distance of {N:,} samples")
-    for name, points in curves.items():
-        steps, distances = zip(*sorted(points), strict=True)
-        axes.loglog(steps, distances, marker="o", label=name)
-    for name, distance in levels.items():
-        axes.axhline(distance, color="gray", linestyle=":", linewidth=1)
-        axes.annotate(name, (1, distance), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
-    every_steps = sorted({steps for points in curves.values() for steps, _ in points})
-    axes.set_xticks(every_steps, [str(n) for n in every_steps])
-    axes.xaxis.minorticks_off()
-    axes.margins(y=0.1)  # room for the names of the levels
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel="steps of the sampler", ylabel="Fréchet distance to the test images")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
-
-
-def over_guidance(curves, N):
-    """Distance, precision and recall, and agreement against w: {guide: [(w, their numbers by name), ..]}."""
-    agreement = all("agreement" in numbers for points in curves.values() for _, numbers in points)
-    panels = ["distance", "precision", "recall"] + ["agreement"] * agreement
-    figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for guide, points in curves.items():
-            w, numbers = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-            axes.plot(w, [each[name] for each in numbers], marker="o", label=guide)
-        axes.set(xlabel="w", title={"distance": f"Fréchet distance, {N:,} samples"}.get(name, name))
-        axes.grid(alpha=0.3)
-    axes.legend(title="guide")
     return figure
 
 

@@ -8,17 +8,19 @@ import signal
 import threading
 
 from scratchgen import tree
-from scratchgen.machinery import checkpoint, cli, files, parallel, training
+from scratchgen.machinery import checkpoint, cli, files, parallel
+from scratchgen.machinery import run as run_module
 from scratchgen.machinery.checkpoint import CheckpointError
-from scratchgen.machinery.cli import StopBetweenSteps
+from scratchgen.machinery.cli import Stop
 from scratchgen.machinery.parallel import Ranks
-from scratchgen.machinery.training import Run, rng_for
+from scratchgen.machinery.run import Run, rng_for
 
 import numpy as np
 import pytest
-from conftest import load
+from conftest import load, tamper
 
 IMAGES = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
+SETTINGS = {"model": "toy", "layers": ["dense", "relu"]}
 SIGNALS = parallel.STOP_SIGNALS
 
 
@@ -26,16 +28,16 @@ SIGNALS = parallel.STOP_SIGNALS
 def make(tmp_path):
     """A function that begins a run of 40 images with arrays of zeros; flags by name."""
 
-    def begin(model="toy", images=IMAGES, workers=1, test_images=IMAGES[:7], **flags):
+    def begin(settings=SETTINGS, images=IMAGES, workers=1, test_images=IMAGES[:7], **changed):
         for run in begun:  # the folder is held until the end of `with run`, which not every test has
             run.held.close()
-        settings = {"epochs": 2, "batch_size": 16, "seed": 0, "lr": 0.1, "out": tmp_path / "run", "resume": False}
-        settings |= {"workers": workers, "data": "data", "command": "python run_toy.py"} | flags
+        flags = {"epochs": 2, "batch_size": 16, "seed": 0, "lr": 0.1, "out": tmp_path / "run", "resume": False}
+        flags |= {"workers": workers, "data": "data", "command": "python run_toy.py"} | changed
         params = {"w": np.zeros(3, np.float32), "b": np.zeros(2, np.float32)}  # of two ranks the second owns w
         arrays = {"params": params, "moments": {"m": tree.map(np.zeros_like, params)}}
-        columns, ranks = ("train_loss", "test_loss"), Ranks(workers)
+        ranks = Ranks(workers)
         ranks.divide(params)
-        run = Run(model, argparse.Namespace(**settings), (images, test_images), arrays, ranks, columns)
+        run = Run(argparse.Namespace(**flags), settings, (images, test_images), arrays, ranks)
         begun.append(run)
         return run
 
@@ -69,6 +71,11 @@ def train(run, stop_at=None, how=signal.SIGINT):
     return run
 
 
+def step_of(path):
+    _, state = checkpoint.load(path)
+    return state["step"]
+
+
 # ------------------------------------------------------------------------------------------------------------- shards
 
 
@@ -76,16 +83,16 @@ def train(run, stop_at=None, how=signal.SIGINT):
     ("cores", "batch_64", "batch_128"), [(1, 32, 64), (2, 32, 64), (3, 22, 43), (4, 16, 32), (8, 8, 16), (96, 8, 16)]
 )
 def test_up_to_eight_cores_all_have_a_shard(cores, batch_64, batch_128):
-    assert (training.shard_size(64, cores), training.shard_size(128, cores)) == (batch_64, batch_128)
+    assert (run_module.shard_size(64, cores), run_module.shard_size(128, cores)) == (batch_64, batch_128)
     for batch in (1, 2, 7, 1000):
-        assert 1 <= training.shard_size(batch, cores) <= min(batch, 64)
+        assert 1 <= run_module.shard_size(batch, cores) <= min(batch, 64)
 
 
 def test_the_shards_are_those_of_the_machine_where_a_run_began(make, monkeypatch):
-    monkeypatch.setattr(training.blas, "available_cores", lambda: 4)
+    monkeypatch.setattr(run_module.blas, "available_cores", lambda: 4)
     assert [make(workers=n, out=make().args.out.with_name(f"{n}")).shard_size for n in (1, 2, 3)] == [4] * 3
     train(make())
-    monkeypatch.setattr(training.blas, "available_cores", lambda: 2)
+    monkeypatch.setattr(run_module.blas, "available_cores", lambda: 2)
     assert make(resume=True).shard_size == 4 and make(seed=1).shard_size == 8
 
 
@@ -93,10 +100,16 @@ def test_the_shards_are_those_of_the_machine_where_a_run_began(make, monkeypatch
 
 
 def test_what_is_drawn_for_one_purpose_changes_nothing_for_another():
-    purposes = [(training.INIT,), (training.NOISE,), (training.ORDER, 0), (training.ORDER, 1), (training.TEST,)]
+    purposes = [
+        (run_module.INIT,),
+        (run_module.NOISE,),
+        (run_module.ORDER, 0),
+        (run_module.ORDER, 1),
+        (run_module.TEST,),
+    ]
     firsts = [rng_for(seed, *purpose).random() for seed in (0, 1) for purpose in purposes]
     assert len(set(firsts)) == 10
-    assert rng_for(1, training.ORDER, 1).random() == firsts[8]  # and is the same each time
+    assert rng_for(1, run_module.ORDER, 1).random() == firsts[8]  # and is the same each time
 
 
 # ------------------------------------------------------------------------------------------------------ steps and means
@@ -136,6 +149,18 @@ def test_epoch_means_are_weighted_by_images(make):
     assert [row["train_kl"] for row in run.log] == [1.0, 2.0, 3.0]
 
 
+def test_labels_come_with_their_images_if_there_are_any(make):
+    labels = IMAGES.ravel() + 100
+    run = make(images=(IMAGES, labels), test_images=(IMAGES[:7], labels[:7]))
+    with run:
+        for _step, (images, found) in run.minibatches():
+            np.testing.assert_array_equal(images.ravel() + 100, found)
+    assert run.count == 40 and run.step == 3
+    run = make(images=(IMAGES, None), test_images=(IMAGES[:7], None))
+    with run:
+        assert [(len(images), found) for _, (images, found) in run.minibatches()] == [(16, None), (16, None), (8, None)]
+
+
 def test_a_row_an_epoch_in_log_csv_and_one_line_on_the_screen(make, capsys):
     run = train(make())
     with open(run.args.out / "log.csv", newline="") as file:
@@ -145,6 +170,18 @@ def test_a_row_an_epoch_in_log_csv_and_one_line_on_the_screen(make, capsys):
     assert [float(row["train_loss"]) for row in rows] == [row["train_loss"] for row in run.log]
     out = capsys.readouterr().out
     assert out.count("\n") == 2 and "epoch 1/2  summary" in out and "epoch 2/2  summary" in out
+
+
+def test_the_bar_counts_the_steps_of_all_sittings(make, monkeypatch):
+    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)  # or there is no bar
+    whole = train(make()).bar
+    with pytest.raises(cli.Stopped):
+        train(make(), stop_at=2)
+    resumed = make(resume=True)
+    with resumed:
+        assert (resumed.bar.n, resumed.bar.total) == (2, 6)
+    train(resumed := make(resume=True))
+    assert [(bar.n, bar.total) for bar in (whole, resumed.bar)] == [(6, 6)] * 2
 
 
 def test_what_it_took_goes_beside_the_models_own_numbers(make):
@@ -219,12 +256,14 @@ def test_outside_a_step_a_stop_does_not_wait_and_what_was_done_is_saved(make, tm
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
 def test_a_signal_that_was_to_be_ignored_is():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    stop = StopBetweenSteps()
+    stop = Stop()
     try:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.received is None and signal.SIGHUP not in stop.handlers
+        with cli.on_stop(stop):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
-        stop.restore()
         signal.signal(signal.SIGHUP, before)
 
 
@@ -238,13 +277,13 @@ def test_in_a_thread_no_signal_is_asked_for(make, workers):
 
 
 def test_a_checkpoint_is_saved_within_an_epoch_too(make, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(run_module, "SAVE_SECONDS", 0)
     run, steps = make(), []
     with run:
         for _epoch in run.epochs():
             for step, images in run.minibatches():
                 if step > 1:
-                    steps.append(checkpoint.load_state(run.path)["step"])
+                    steps.append(step_of(run.path))
                 take_step(run, images)
             run.end_epoch({"train": run.epoch_means, "test": {"loss": 0.0}}, "")
     assert steps == [1, 2, 3, 4, 5]
@@ -297,27 +336,41 @@ def test_a_log_that_cannot_be_replaced_ends_no_run(make, monkeypatch, capsys):
         {"log": [{"epoch": 1, "step": 3, "train_loss": 0.0, "test_loss": 0.0, "seconds": 1.0}] * 2},
     ],
 )
-def test_a_state_that_is_of_no_such_run_is_refused(make, change):
+@pytest.mark.parametrize("keep_checksum", [False, True])
+def test_a_state_that_was_changed_to_that_of_another_place_is_refused(make, change, keep_checksum):
     run = train(make())
     arrays, state = load(run.path)
-    checkpoint.save(run.path, arrays, state | change)
-    with pytest.raises(CheckpointError, match="expected a state of this run") as error:
+    tamper(run.path, arrays, state | change, keep_checksum)
+    with pytest.raises(CheckpointError, match="changed, or is of another version") as error:
         make(resume=True)
     assert "\n" not in str(error.value)
 
 
 def test_a_second_ctrl_c_stops_at_once():
     handlers = [signal.getsignal(s) for s in SIGNALS]
-    stop = StopBetweenSteps()
-    stop.in_step = True
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop.received == signal.SIGINT
-            os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        stop.restore()
+    stop = Stop()
+    with pytest.raises(KeyboardInterrupt) as interrupt, cli.on_stop(stop), stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert interrupt.value.args == (signal.SIGTERM,)
     assert [signal.getsignal(s) for s in SIGNALS] == handlers
+
+
+def test_a_signal_while_an_epoch_is_saved_waits_for_the_whole_checkpoint(make, monkeypatch):
+    saved = checkpoint.save
+    signals = [signal.SIGTERM]
+
+    def save(*args):
+        if args[2]["log"] and signals:
+            os.kill(os.getpid(), signals.pop())
+        saved(*args)
+
+    run = make()
+    monkeypatch.setattr(checkpoint, "save", save)
+    with pytest.raises(cli.Stopped) as stop:
+        train(run)
+    assert stop.value.args == (signal.SIGTERM,) and len(load(run.path)[1]["log"]) == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -342,7 +395,7 @@ def test_several_ranks_stop_together_and_rank_0_alone_decides(make, number):
     handlers, run = [signal.getsignal(s) for s in SIGNALS], make(workers=2)
     with pytest.raises(cli.Stopped) as stopped:
         train(run, 2, number)  # sent by each rank to itself
-    assert stopped.value.args == (number,) and checkpoint.load_state(run.path)["step"] == 2
+    assert stopped.value.args == (number,) and step_of(run.path) == 2
     assert [signal.getsignal(s) for s in SIGNALS] == handlers
     assert parallel.rank == 0 and run.ranks.count == 1 and run.ranks.children == []
 
@@ -353,7 +406,7 @@ def test_a_loss_that_is_not_finite_for_one_rank_ends_all(make):
         for _epoch in run.epochs():
             for step, _images in run.minibatches():
                 run.record(float("nan") if step == 2 and run.ranks.rank == run.ranks.count - 1 else 1.0, {"loss": 1.0})
-    assert checkpoint.load_state(run.path)["step"] == 0
+    assert step_of(run.path) == 0
     with files.holding(run.args.out):
         pass
 
@@ -363,7 +416,10 @@ def test_a_run_is_resumed_only_with_the_settings_it_was_made_with(make, tmp_path
     for change, words in (
         ({"seed": 1}, "seed 0, this run has seed 1"),
         ({"lr": 0.2}, "lr 0.1, this run has lr 0.2"),
-        ({"model": "other"}, "model toy, this run has model other"),
+        ({"epochs": 3}, "epochs 2, this run has epochs 3"),
+        ({"batch_size": 8}, "batch_size 16, this run has batch_size 8"),
+        ({"settings": SETTINGS | {"model": "other"}}, "model toy, this run has model other"),
+        ({"settings": SETTINGS | {"layers": []}}, "layers dense relu, this run has layers none"),
         ({"images": IMAGES[:39]}, "40 of CRC-32"),
         ({"test_images": IMAGES[:6]}, "test_images 7 of CRC-32"),
     ):

@@ -1,52 +1,52 @@
-"""Climb from the paper to the default, one addition at a time: train each rung three times, measure, show samples.
+"""The ablation: from the paper to the default, one addition at a time, each trained three times and measured.
 
-For each rung and seed this runs, from the folder of the run scripts (here for the third, with seed 1):
-  python run_ddpm.py --T 200 --batch-size 64 --additions v black --seed 1 --out runs/ladder-2-1
-  python -m scratchgen.evaluate runs/ladder-2-1 --bound 100 --frechet 10000 --sampler sde-dpm++ --sample-steps 20
+For each row and seed this runs, from the folder of the run scripts (here for the third, with seed 1):
+  python run_ddpm.py --T 200 --batch-size 64 --additions v black --seed 1 --out runs/ablation-2-1
+  python -m scratchgen.evaluate runs/ablation-2-1 --bound 100 --frechet 10000 --sampler sde-dpm++ --steps 20
 
 The last addition, guide, changes no training: the sixth run is measured without and with it. The seventh is the default
 run: that with minibatches of 128 images. A finished run is not trained again, and one that was stopped is resumed;
 `python run_vae.py` must have been run. Four hours or so on two cores. Prints the table of quality.md, the mean over the
-seeds and how far they differ, and writes ddpm_ladder.png.
+seeds and how far they differ, and writes ddpm_ablation.png.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
-from scratchgen import improved  # before NumPy, whose threads it sets up
-from scratchgen.evaluate.load import load_run
-from scratchgen.machinery import cli, files, plots
+from scratchgen import improved, plots  # before NumPy, whose threads it sets up
+from scratchgen.machinery import cli, files
+from scratchgen.samplers import SamplerConfig
+from scratchgen.trained import load_run
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = [list(improved.ADDITIONS)[:count] for count in (0, 1, 2, 3, 4, 6, 6)]
 BATCH_SIZE = [64, 64, 64, 64, 64, 64, 128]
-UNGUIDED, GUIDED = "sde-dpm++, 20 steps", f"sde-dpm++, 20 steps, w = {improved.GUIDANCE:g}"
+UNGUIDED = SamplerConfig("sde-dpm++", 20)
+GUIDED = SamplerConfig("sde-dpm++", 20, improved.GUIDANCE)
 COLUMNS = ("test loss", "bits per dimension", "Frechet distance", "precision", "recall")
 
 
 def main(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = cli.OneLineParser("docs/ladder.py", description=__doc__, formatter_class=formatter)
+    parser = cli.OneLineParser("docs/ablation.py", __doc__)
     parser.flag("--runs", "the folder of the runs", type=Path, default=ROOT / "runs")
-    parser.flag("--figure", "where the figure goes", type=Path, default=ROOT / "docs" / "figures" / "ddpm_ladder.png")
-    parser.flag("--seeds", "train each rung with these", type=cli.number(int, 0), nargs="+", default=[0, 1, 2])
+    parser.flag("--figure", "where the figure goes", type=Path, default=ROOT / "docs" / "figures" / "ddpm_ablation.png")
+    parser.flag("--seeds", "train each row with these", type=cli.number(int, 0), nargs="+", default=[0, 1, 2])
     cli.add_data_flags(parser)
     args = parser.parse_args(argv)
     args.runs = args.runs.resolve()  # the scripts are started from another folder
     if not (args.runs / "vae" / "checkpoint.npz").exists():
         raise cli.UsageError(f"{args.runs / 'vae'}: expected a finished run of run_vae.py to compare with")
-    measured = {}  # (rung, seed) -> what metrics.json has
-    for seed in args.seeds:  # whoever stops early has all rungs of the first seeds
+    measured = {}  # (row, seed) -> what metrics.json has
+    for seed in args.seeds:  # whoever stops early has all rows of the first seeds
         for number in range(len(TRAINED)):
             measured[number, seed] = train_and_measure(args, number, seed)
 
     names = ["none", *(f"+ {name}" for name in improved.ADDITIONS), "+ batch of 128"]
     drawn = [*((number, UNGUIDED) for number in range(6)), (5, GUIDED), (6, GUIDED)]
-    rows = [[numbers_of(measured[number, seed], way) for seed in args.seeds] for number, way in drawn]
+    rows = [[numbers_of(measured[number, seed], config) for seed in args.seeds] for number, config in drawn]
     print(f"| additions | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|", sep="\n")
     for name, row in zip(names, rows, strict=True):
         print(f"| {name} | {' | '.join(map(mean_and_spread, zip(*row, strict=True), (4, 2, 1, 3, 3)))} |")
@@ -55,49 +55,50 @@ def main(argv=None):
         print(f"| {peer} | | | {found['distance']:.1f} | {found['precision']:.3f} | {found['recall']:.3f} |")
 
     images = []
-    for number, way in drawn:
-        how = {"sampler": "sde-dpm++", "steps": 20, "guidance": improved.GUIDANCE * (way == GUIDED)}
+    for number, config in drawn:
         model = load_run(folder_of(args, number, args.seeds[0]))
-        images.append(model.sample(10, np.random.default_rng(0), **how))  # for each rung from the same noise
+        images.append(model.sample(10, np.random.default_rng(0), config=config))  # for each row from the same noise
     plots.save(plots.grid(np.concatenate(images), 10, "samples by additions", row_labels=names), args.figure)
 
 
 def folder_of(args, number, seed):
-    return args.runs / f"ladder-{number}-{seed}"
+    return args.runs / f"ablation-{number}-{seed}"
 
 
 def train_and_measure(args, number, seed):
-    """What metrics.json has of this rung, trained and measured as far as it is not yet."""
+    """What metrics.json has of this row, trained and measured as far as it is not yet."""
     folder, more = folder_of(args, number, seed), ["--data", args.data.resolve(), "--workers", args.workers]
     additions, batch_size = TRAINED[number], BATCH_SIZE[number]
     train = [ROOT / "run_ddpm.py", "--T", 200, "--batch-size", batch_size, "--additions", *(additions or ["none"])]
     train += ["--seed", seed, "--out", folder]
     if not (folder / "metrics.json").exists():
         run(*train, *more, *(["--resume"] if (folder / "checkpoint.npz").exists() else []))
-    rung = load_run(folder)
+    model = load_run(folder)
     expected = {"additions": additions, "batch_size": batch_size, "T": 200, "epochs": 7, "lr": 1e-2, "seed": seed}
     expected |= {"classes": False}
-    if other := [name for name, value in expected.items() if rung.config[name] != value]:
-        raise cli.UsageError(f"{folder}: expected the run of this rung, found one with another {other[0]}")
+    if other := [name for name, value in expected.items() if model.config[name] != value]:
+        raise cli.UsageError(f"{folder}: expected the run of this row, found one with another {other[0]}")
 
     def metrics():
-        found = files.read_metrics(path := folder / "metrics.json", rung.params)
+        found = files.read_metrics(path := folder / "metrics.json", model.params)
         if "test_loss" not in found:
             raise cli.UsageError(f"{path}: expected the numbers of this run; run_ddpm.py --resume writes them again")
         return found
 
-    wanted, how = {UNGUIDED}, ["--sampler", "sde-dpm++", "--sample-steps", 20]
+    wanted = {str(UNGUIDED)}
+    flags = ["--sampler", "sde-dpm++", "--steps", 20]
     if "guide" in additions:
-        wanted, how = {UNGUIDED, GUIDED}, [*how, "--guidance", 0, improved.GUIDANCE]
+        wanted.add(str(GUIDED))
+        flags += ["--guidance", 0, improved.GUIDANCE]
     evaluation = metrics().get("evaluation", {})
     if not wanted <= evaluation.get("frechet_10000", {}).keys() or "bound_exact_100" not in evaluation:
         measure = ["-m", "scratchgen.evaluate", folder, "--bound", 100, "--frechet", 10000]
-        run(*measure, "--vae", args.runs / "vae", *how, *more)
+        run(*measure, "--vae", args.runs / "vae", *flags, *more)
     return metrics()
 
 
-def numbers_of(metrics, name):
-    found = metrics["evaluation"]["frechet_10000"][name]
+def numbers_of(metrics, config):
+    found = metrics["evaluation"]["frechet_10000"][str(config)]
     bits = metrics["evaluation"]["bound_exact_100"]["bits_per_dimension"]
     return metrics["test_loss"], bits, found["distance"], found["precision"], found["recall"]
 

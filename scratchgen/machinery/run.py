@@ -1,6 +1,6 @@
 """The book-keeping of a training run, so that a script's loop shows nothing but the algorithm.
 
-    run = Run("vae", args, (train_images, test_images), {"params": params, ...}, ranks, ("train_elbo", "test_elbo"))
+    run = Run(args, {"model": "vae", "arch": args.arch, ...}, (train_images, test_images), {"params": ..}, ranks)
     with ranks, run:
         for epoch in run.epochs():
             for step, images in run.minibatches():
@@ -24,9 +24,9 @@ from scratchgen.machinery import blas, checkpoint, cli, files
 
 import numpy as np
 
-INIT, NOISE, ORDER, TEST, SAMPLES, PREVIEW = range(6)  # what random numbers are for
+INIT, NOISE, ORDER, TEST, SAMPLES = range(5)  # what random numbers are for
+STATE = ("shard_size", "step", "seconds", "epoch_means", "log")  # attributes of a Run that its checkpoint keeps
 SAVE_SECONDS = 60  # between two checkpoints: what a kill or a power cut can cost
-NOT_SETTINGS = {"workers", "data", "out", "resume", "latents", "iwae", "command"}  # what training does not depend on
 
 
 def rng_for(seed, *purpose):
@@ -35,38 +35,45 @@ def rng_for(seed, *purpose):
 
 
 def shard_size(batch_size, cores):
-    """How many images a rank differentiates at a time: such that up to eight cores all have work, as nearly as the
-    batch allows, but hardly more shards than cores, as each costs some Python besides. There are two at least, and none
-    has more than 64 images. --workers has no say, so that it cannot change results."""
-    return min(64, math.ceil(batch_size / min(max(2, cores), 8)))  # larger ones only take more memory
+    """How many images a rank differentiates at a time: one shard a core for 2 to 8 cores, and at most 64 images, as
+    larger ones only take more memory. --workers has no say, so that it cannot change results."""
+    return min(64, math.ceil(batch_size / min(max(2, cores), 8)))
 
 
 class Run:
     """One training run: begun afresh, or resumed from its checkpoint with --resume.
 
+    ``args`` are the flags of `cli.run_parser`. ``settings`` are the model's own: a run is only resumed with the same,
+    and the same epochs, batch size, learning rate, seed and images. ``images`` are those to train on and those to test
+    with, each an array or a pair of images and labels (None: no labels), of which `minibatches` hands out as it gets.
     ``arrays`` is a tree, {"params": .., "moments": ..} for example, that the steps change in place: they must change
-    ``run.arrays``, the copy in memory that all ranks see. ``run.rng`` is the generator that the steps draw from.
-    ``images`` are those to train on and those to test with, each an array or, with labels, a pair of arrays, of which
-    `minibatches` hands out as it gets; ``columns`` is what `end_epoch` logs, beside epoch, step and seconds. Raises
+    ``run.arrays``, the copy in memory that all ranks see. ``run.rng`` is the generator that the steps draw from. Raises
     CheckpointError or FolderInUse.
     """
 
-    def __init__(self, model, args, images, arrays, ranks, columns):
-        self.args = args
+    def __init__(self, args, settings, images, arrays, ranks):
         self.images, test_images = images
+        self.config = settings | {
+            "epochs": args.epochs,
+            "batch_size": args.batch_size,
+            "lr": args.lr,
+            "seed": args.seed,
+            "train_images": checkpoint.fingerprint(self.images),
+            "test_images": checkpoint.fingerprint(test_images),
+        }
+        ranks.agree(f"the images in {args.data}", f"{self.config['train_images']}, {self.config['test_images']}")
+        self.args = args
+        self.ranks = ranks
         self.count = len(tree.leaves(self.images)[0])
         self.steps_per_epoch = math.ceil(self.count / args.batch_size)
         self.total_steps = args.epochs * self.steps_per_epoch
-        self.ranks = ranks
-        self.arrays, self.rng = ranks.share(arrays), rng_for(args.seed, NOISE)
-        settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-        self.config = {"model": model} | settings
-        self.config["train_images"] = checkpoint.fingerprint(self.images)
-        self.config["test_images"] = checkpoint.fingerprint(test_images)
-        self.step, self.epoch_means, self.log, seconds = 0, {}, [], 0.0
+        self.arrays = ranks.share(arrays)
+        self.rng = rng_for(args.seed, NOISE)
+        self.step = 0
+        self.epoch_means = {}
+        self.log = []
+        self.seconds = 0.0
         self.shard_size = ranks.broadcast(shard_size(args.batch_size, blas.available_cores()))
-
-        ranks.agree(f"the images in {args.data}", f"{self.config['train_images']}, {self.config['test_images']}")
 
         self.path = args.out / "checkpoint.npz"
         args.out.mkdir(parents=True, exist_ok=True)
@@ -74,55 +81,38 @@ class Run:
             held.enter_context(files.holding(args.out))
             if args.resume:
                 state = checkpoint.resume(self.path, self.config, self.arrays)
-                self.step, self.epoch_means, self.log = state["step"], state["epoch_means"], state["log"]
-                self.shard_size, seconds = state["shard_size"], state["seconds"]  # shards as where the run began
                 self.rng.bit_generator.state = state["rng"]
-                self.check_place(columns)
+                for name in STATE:  # the shards, too, are those of where the run began
+                    setattr(self, name, state[name])
             else:
                 files.put_aside(args.out)
-            self.began, self.saved_at = time.monotonic() - seconds, time.monotonic()
-            self.saved = self.step, len(self.log)  # what the checkpoint on disk is of
+            self.saved_at = time.monotonic()
+            self.began = self.saved_at - self.seconds
             if not args.resume:
                 self.save()  # a disk that cannot be written is found out now, and now there is something to resume
             self.held = held.pop_all()
-
-    def check_place(self, columns):
-        """Raise CheckpointError if the state is of no run with these epochs and these columns of the log."""
-        begun = self.step - len(self.log) * self.steps_per_epoch  # steps of the next epoch
-        ends = [(epoch, epoch * self.steps_per_epoch) for epoch in range(1, len(self.log) + 1)]
-        if not (
-            0 <= begun <= self.steps_per_epoch
-            and self.step <= self.total_steps
-            and self.shard_size in {shard_size(self.args.batch_size, cores) for cores in range(1, 9)}
-            and all(row.keys() == {"epoch", "step", *columns, "seconds"} for row in self.log)
-            and [(row["epoch"], row["step"]) for row in self.log] == ends
-        ):
-            where = f"step {self.step} after {len(self.log)} epochs, shards of {self.shard_size}"
-            raise checkpoint.CheckpointError(f"{self.path}: expected a state of this run, found {where} or another log")
 
     def save(self):
         """Raises OSError, or Diverged if the last step has spoilt the weights; then the checkpoint before stays."""
         if not all(np.isfinite(leaf).all() for leaf in tree.leaves(self.arrays)):
             check_finite(math.nan, self.step)
         self.seconds = time.monotonic() - self.began
-        names = ("config", "shard_size", "step", "seconds", "epoch_means", "log")
-        state = {name: getattr(self, name) for name in names} | {"rng": self.rng.bit_generator.state}
+        state = {name: getattr(self, name) for name in STATE}
+        state |= {"config": self.config, "rng": self.rng.bit_generator.state}
         checkpoint.save(self.path, self.arrays, state)
-        self.saved_at, self.saved = time.monotonic(), (self.step, len(self.log))
+        self.saved_at = time.monotonic()
 
     def __enter__(self):
-        self.stop = cli.StopBetweenSteps()
-        done = self.step // self.steps_per_epoch * self.count
-        done += self.step % self.steps_per_epoch * self.args.batch_size
-        self.bar = cli.progress(self.args.epochs * self.count, done)
+        self.stop = cli.Stop()
+        self.held.enter_context(cli.on_stop(self.stop))
+        self.bar = cli.progress(self.total_steps, None, "steps", done=self.step)
         return self
 
     def __exit__(self, kind, error, trace):
         try:
-            if kind is cli.Stopped and self.saved != (self.step, len(self.log)):
+            if kind is cli.Stopped:
                 self.save()
         finally:
-            self.stop.restore()
             self.held.close()
             with suppress(OSError):  # a terminal that was closed
                 self.bar.close()
@@ -141,31 +131,19 @@ class Run:
             self.epoch_means = {}
         # The order depends on seed and epoch alone: a run that resumes inside the epoch skips what it has seen.
         order = rng_for(self.args.seed, ORDER, epoch)
-        self.stop.in_step = True  # until the script's step is done, the state is not whole
-        for images in minibatches(self.images, self.args.batch_size, order, skip=done):
-            size = len(tree.leaves(images)[0])
-            self.weight = size / self.count  # of this minibatch in the means of the epoch
-            yield self.step + 1, images
-            self.step += 1
-            self.ranks.from_owners(self.arrays["params"])
-            self.stop_if_asked()
-            self.bar.update(size)
-        self.collect()
-        self.stop.in_step = False
-        if self.stop.received is not None:  # since the last step
-            raise cli.Stopped(self.stop.received)
-
-    def collect(self):
-        """Let all ranks have the whole state. After each step they have the weights; the rest stays with its owners."""
-        self.ranks.from_owners(self.arrays)
+        with self.stop:  # waits until the script's step is done
+            for images in minibatches(self.images, self.args.batch_size, order, skip=done):
+                self.weight = len(tree.leaves(images)[0]) / self.count  # of this minibatch in the means of the epoch
+                yield self.step + 1, images
+                self.step += 1
+                self.ranks.from_owners(self.arrays["params"])
+                self.stop_if_asked()
+                self.bar.update()
+            self.ranks.from_owners(self.arrays)
 
     def record(self, loss, means):
-        """Add a minibatch's means to ``epoch_means``, which is whole when the epoch ends.
-
-        Raises Diverged if one of the numbers is not finite.
-        """
-        for number in (loss, *means.values()):
-            check_finite(number, self.step + 1)
+        """Add a minibatch's means to ``epoch_means``, which is whole when the epoch ends. Raises Diverged."""
+        check_finite(loss, self.step + 1)
         for name, mean in means.items():
             self.epoch_means[name] = self.epoch_means.get(name, 0.0) + self.weight * float(mean)
         self.bar.set_postfix(loss=f"{means.get('loss', loss):.4g}", refresh=False)
@@ -181,8 +159,9 @@ class Run:
             check_finite(number, self.step)
         self.seconds = time.monotonic() - self.began
         self.log.append({"epoch": len(self.log) + 1, "step": self.step} | row | {"seconds": self.seconds})
-        self.write_log()
-        self.save()
+        with self.stop:
+            self.write_log()
+            self.save()
         cli.tqdm.write(f"epoch {len(self.log)}/{self.args.epochs}  {summary}  {self.seconds:.0f} s")
 
     def stop_if_asked(self):
@@ -190,7 +169,7 @@ class Run:
         due = time.monotonic() - self.saved_at > SAVE_SECONDS
         asked, due = self.ranks.broadcast((self.stop.received, due))
         if asked is not None or due:
-            self.collect()
+            self.ranks.from_owners(self.arrays)  # the moments, say, stay with their owners between steps
             if asked is not None:
                 raise cli.Stopped(asked)
             self.save()
@@ -204,14 +183,14 @@ class Run:
     def write_metrics(self, numbers, params):
         """``metrics.json``: the model's own numbers, and what it took to get them."""
         self.write_log()  # whose last version may have been lost
-        numbers = numbers | {
+        about = {
             "seconds": round(self.log[-1]["seconds"], 1),  # of training, over all the sittings of a resumed run
             "epochs": len(self.log),
             "seed": self.args.seed,
             "parameters": tree.size(params),
             "command": self.args.command,
         }
-        files.write_metrics(self.args.out / "metrics.json", numbers, params)
+        files.write_metrics(self.args.out / "metrics.json", numbers | about, params)
 
 
 def check_finite(loss, step):

@@ -1,0 +1,236 @@
+"""A trained model as an object with methods: where a notebook starts.
+
+    from scratchgen.trained import load_run  # before NumPy, whose threads it sets up
+    import numpy as np
+
+    model = load_run("runs/ddpm")  # or load_trained("ddpm"), whose weights came with the package
+    images = model.sample(4, np.random.default_rng(0))  # (4, 28, 28, 1) in [0, 1]
+
+Dimensions: N images, H = W = 28, one channel; D latent dimensions; T steps from image to noise.
+"""
+
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+
+from scratchgen import diffusion, improved, samplers, tree, vae
+from scratchgen.data import CLASSES, UserError
+from scratchgen.denoisers import DENOISERS
+from scratchgen.machinery import checkpoint, cli
+from scratchgen.machinery.parallel import images_of, in_parallel
+from scratchgen.machinery.run import SAMPLES, rng_for
+from scratchgen.samplers import GUIDES, SAMPLERS, SamplerConfig
+
+import numpy as np
+
+IMPORTANCE = 102  # what random numbers are for, beside those of `run`
+
+
+class VAE:
+    """A trained VAE. ``config`` has the settings of its run, ``arrays`` "params"."""
+
+    def __init__(self, config, arrays):
+        self.config = config
+        self.params = arrays["params"]
+        _, self.encoder, self.decoder = vae.VAES[config["arch"]]
+
+    def encode(self, x):
+        """mu and log_var of q(z | x), each (N, D), for images (N, H, W, 1) in [0, 1]."""
+        return self.encoder(self.params, x)
+
+    def decode(self, z):
+        """The logits of the pixels, (N, H, W, 1), for codes (N, D)."""
+        return self.decoder(self.params, z)
+
+    def sample(self, N, rng):
+        """Images decoded from z ~ N(0, I): (N, H, W, 1) in [0, 1]."""
+        return self.generate(rng.standard_normal((N, self.config["latent_dim"]), dtype=np.float32))
+
+    def generate(self, z):
+        """Images decoded from codes (N, D): (N, H, W, 1) in [0, 1]."""
+        return vae.generate(self.decode, z)
+
+    def importance_weighted_bound(self, x, K, seed, ranks):
+        """`vae.importance_weighted_bound`, the mean over images x in nats per image, computed by all ranks."""
+
+        def bound(x, image):
+            rngs = [rng_for(seed, IMPORTANCE, n) for n in image]
+            return vae.importance_weighted_bound(self.encode, self.decode, x, K, rngs)
+
+        return float(over_images(bound, [x, np.arange(len(x))], 8, ranks, f"IWAE, K = {K}").mean())
+
+
+class DDPM:
+    """A trained diffusion model. ``config`` has the settings of its run, ``arrays`` the moving average "ema" of its
+    weights and, with the addition "guide", that average as it was "early" in training.
+
+    Images x_t are (N, H, W, 1) in [-1, 1], time steps t (N,) in 1..T. Labels are (N,) in 0..9 (-1: none), and None for
+    a model that was trained without --classes.
+    """
+
+    def __init__(self, config, arrays):
+        _, network = DENOISERS[config["arch"]]
+        self.config = config
+        self.schedule = diffusion.make_schedule(config["schedule"], config["T"])
+        self.denoiser = improved.Denoiser(network, self.schedule, config["additions"])
+        self.params = arrays["ema"]
+        self.early = arrays.get("early")
+
+    def eps_theta(self, x_t, t, labels=None):
+        """The predicted noise in x_t."""
+        return self.denoiser.eps(self.params, x_t, t, labels)
+
+    def x_0_theta(self, x_t, t, labels=None):
+        """The predicted clean image."""
+        return self.denoiser.x_0(self.params, x_t, t, labels)
+
+    def x_0_guided(self, x_t, t, labels, config):
+        """The predicted clean image, guided as the SamplerConfig says."""
+        x_0 = self.x_0_theta(x_t, t, labels)
+        if not config.guidance:
+            return x_0
+        if config.guide == "early":
+            x_0_guide = self.denoiser.x_0(self.early, x_t, t, labels)
+        else:
+            x_0_guide = self.x_0_theta(x_t, t, np.full(len(x_t), -1))
+        return improved.guided(x_0, x_0_guide, config.guidance)
+
+    def sampler_config(self, **chosen):
+        """A SamplerConfig with the fields that are ``chosen``; None stands for not chosen. Raises UserError.
+
+        Defaults: second order, 20 steps, guided if there is a guide; Algorithm 2 for a run without additions; with an
+        explicit sampler, T steps and no guidance.
+        """
+        T = self.config["T"]
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        if "sampler" in chosen or not self.config["additions"]:
+            default = SamplerConfig("ddpm", T)
+        else:
+            default = SamplerConfig("sde-dpm++", min(T, 20), 0.0 if self.early is None else improved.GUIDANCE)
+        return self.checked(replace(default, **chosen))
+
+    def checked(self, config):
+        """The same SamplerConfig. Raises UserError if this model cannot draw so."""
+        samplers.timesteps(self.config["T"], config.steps)
+        if config.guidance and config.guide == "early" and self.early is None:
+            raise UserError("expected no guidance, this run was trained without the addition guide")
+        if config.guide == "unlabelled" and not self.config["classes"]:
+            raise UserError("expected no guide without labels, this run was trained without --classes")
+        return config
+
+    def trajectory(self, x_T, rng, labels=None, config=None):
+        """From the noise x_T, (N, H, W, 1), to images: yield (s, x_s) for each s after T at which the sampler stops.
+
+        ``labels`` are what to draw; the default for a model with classes is one class after the other. ``config`` is a
+        SamplerConfig, by default `sampler_config` of nothing. Images at s = 0 may still be a little beyond [-1, 1].
+        Raises UserError.
+        """
+        config = self.checked(config or self.sampler_config())
+        if labels is not None and not self.config["classes"]:
+            raise UserError("expected no labels, this run was trained without --classes")
+        if labels is None and self.config["classes"]:
+            labels = np.arange(len(x_T)) % len(CLASSES)
+        if config == SamplerConfig("ddpm", self.config["T"]) and "v" not in self.config["additions"]:
+            return diffusion.sample(partial(self.eps_theta, labels=labels), self.schedule, x_T, rng)  # the paper's
+        x_0_theta = partial(self.x_0_guided, labels=labels, config=config)
+        return samplers.sample(x_0_theta, self.schedule, x_T, rng, config.steps, *SAMPLERS[config.sampler])
+
+    def sample(self, N, rng, labels=None, config=None):
+        """Images from noise that ``rng`` draws, as in `trajectory`, but clipped to [0, 1]: (N, H, W, 1)."""
+        x_T = rng.standard_normal((N, 28, 28, 1), dtype=np.float32)
+        *_, (_, x_0) = self.trajectory(x_T, rng, labels, config)
+        return np.clip((x_0 + 1) / 2, 0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------- load
+
+MODELS = {"vae": VAE, "ddpm": DDPM}
+WEIGHTS = {name: Path(__file__).with_name("weights") / f"{name}.npz" for name in ("vae", "ddpm", "ddpm-classes")}
+
+
+def load_run(folder):
+    """The VAE or the DDPM that was trained in this folder. Raises CheckpointError."""
+    path = Path(folder) / "checkpoint.npz"
+    named, state = checkpoint.load(path)
+    config = state["config"]
+    if config["model"] not in MODELS:
+        raise checkpoint.CheckpointError(f"{path}: expected a run of run_vae.py or run_ddpm.py, found another")
+    if not state["log"]:
+        raise checkpoint.CheckpointError(f"{path}: expected a trained model, found one in its first epoch")
+    return MODELS[config["model"]](config, tree.nested(named))
+
+
+def load_trained(name):
+    """The model whose weights came with the package: one of WEIGHTS. Raises CheckpointError.
+
+    They are those of the default runs of seed 0, rounded so that they take a sixth of the space (docs/pack.py): to
+    float16, and in large matrices to whole numbers times one scale for each column.
+    """
+    arrays, state = checkpoint.load(WEIGHTS[name])
+    named = {
+        place: array.astype(np.float32) * np.float32(arrays.get(f"{place}/scale", 1))
+        for place, array in arrays.items()
+        if place.rpartition("/")[0] not in arrays  # or it is the scale of the array in front
+    }
+    return MODELS[state["config"]["model"]](state["config"], tree.nested(named))
+
+
+# ----------------------------------------------------------------------------------------------------------------- draw
+
+SHARD = 16  # images that one rank draws at a time
+
+
+def draw(model, N, seed, ranks, labels=None, **options):
+    """N samples of a model as grey levels, uint8 (N, 28, 28, 1), drawn by all ranks; ``options`` go to its ``sample``.
+
+    For the same seed the first images have the same noise whatever N is, and however they are drawn from it.
+    """
+    if labels is None and model.config.get("classes"):
+        labels = np.arange(N) % len(CLASSES)  # all equally often
+
+    def from_shard(numbers):
+        rng = rng_for(seed, SAMPLES, numbers[0])
+        of_shard = options if labels is None else options | {"labels": labels[numbers]}
+        return np.round(model.sample(len(numbers), rng, **of_shard) * 255).astype(np.uint8)
+
+    return over_images(from_shard, [np.arange(N)], SHARD, ranks, "samples")
+
+
+def over_images(f, arrays, shard, ranks, description):
+    """``f(*arrays)`` as `in_parallel` computes it, but in steps, for a progress bar."""
+    in_one_step = in_parallel(f, shard, ranks)
+    N = len(arrays[0])
+    step = shard * ranks.count * ranks.threads
+    results = []
+    with cli.progress(N, description, "images") as bar:
+        for start in range(0, N, step):
+            results.append(in_one_step(*images_of(arrays, slice(start, start + step))))
+            bar.update(len(results[-1]))
+    return np.concatenate(results)
+
+
+# ----------------------------------------------------------------------- flags of the programs that draw with a model
+
+CONFIG = [field.name for field in fields(SamplerConfig)]
+
+
+def add_sampler_flags(parser, nargs=None):
+    """A flag for each field of a SamplerConfig, which is None where it is not given."""
+    help = (
+        "diffusion: ddpm adds noise at each step, ddim none; dpm++ and sde-dpm++ are ddim and ddpm of second order, "
+        "for few steps (default: sde-dpm++, 20 steps, guided; T steps of ddpm for a run without additions)"
+    )
+    parser.flag("--sampler", help, choices=SAMPLERS, nargs=nargs)
+    help = "diffusion: the sampler's steps, at most T (default: T for a --sampler that is named)"
+    parser.flag("--steps", help, type=cli.number(int, 1), nargs=nargs, metavar="S")
+    help = "diffusion: w, how far to go away from the guide (default: 0 for a --sampler that is named)"
+    parser.flag("--guidance", help, type=cli.number(float, 0, high=100), nargs=nargs, metavar="W")
+    help = "diffusion: the guide, the network early in its training or without labels (default: early)"
+    parser.flag("--guide", help, choices=GUIDES, nargs=nargs)
+
+
+def refuse(args, names, kind):
+    """Raise UserError if one of these flags is given."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} is for {kind}, which {args.run or args.model} is not")
