@@ -103,16 +103,17 @@ def main(argv=None):
     if prior_kl > 0.5:
         print("warning: x_T still shows the image, but sampling starts from pure noise: expect poor samples")
 
-    with ranks, run:  # from here on, each of several ranks runs the same lines
+    with ranks, run:  # as in run_vae.py
         for epoch in run.epochs():
             for step, (images, labels) in run.minibatches():
-                batch = diffusion.draw_batch(schedule, scale(images, -1, 1), run.rng)  # Algorithm 1, lines 2 to 4
+                batch = diffusion.draw_batch(schedule, scale(images, -1, 1), run.rng)  # Algorithm 1, lines 3 and 4
                 if args.classes:
                     labels = improved.drop_labels(labels, run.rng)
-                value, terms, gradient = value_and_grad(params, (*batch, labels))  # line 5: gradient, and step along it
+                value, terms, gradient = value_and_grad(params, (*batch, labels))  # line 5: the gradient ...
                 if step % 100 == 0:
                     flush_denormals(ranks.own(moments))  # numbers so small that a processor is slow with them
-                optimiser_step(params, gradient, moments, step, cosine_decay(step, run.total_steps, args.lr))
+                lr = cosine_decay(step, run.total_steps, args.lr)
+                optimiser_step(params, gradient, moments, step, lr)  # ... and the step
                 ema_step(ranks.own(arrays["ema"]), params, step, args.ema)
                 if step == early_step and "early" in arrays:
                     tree.map(np.copyto, ranks.own(arrays["early"]), arrays["ema"])
@@ -121,7 +122,7 @@ def main(argv=None):
             fifth = tree.map(lambda part: part[::5], test_batch)
             test_loss = float(evaluate(*fifth).mean(dtype=np.float64))
             summary = f"loss: train {run.epoch_means['loss']:.5f}, test {test_loss:.5f}"
-            # From the same noise each time, and as samples.png.
+            # From the same noise each time, that of samples.png; unguided, since there is no guide at first.
             x = draw(model, 32, args.seed, ranks, config=model.sampler_config(guidance=0))
             plots.save(plots.grid(x, 8, f"preview after epoch {epoch}", 0, 255), args.out / "preview.png")
             run.end_epoch({"train": run.epoch_means, "test": {"loss": test_loss}}, summary)
@@ -153,7 +154,7 @@ def draw_trajectories(model, x_0, seed, folder):
     frames = sorted({round(t) for t in np.linspace(T, 0, 51)}, reverse=True)  # of the animation
     x_T = rng.standard_normal((16, *x_0.shape[1:]), dtype=np.float32)
     trajectory = model.trajectory(x_T, rng, config=SamplerConfig("ddpm", T))
-    trajectory = cli.progress(T, "Algorithm 2", "steps", trajectory)
+    trajectory = cli.progress(T, "Algorithm 2", " steps", trajectory)
     seen = {T: x_T} | {t: x_t for t, x_t in trajectory if t in times or t in frames}
     plots.save(plots.row_of_times([seen[t][0] for t in times], times, plots.REVERSE), folder / "trajectory.png")
     plots.save_gif([seen[t] for t in frames], 4, folder / "sampling.gif")

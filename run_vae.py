@@ -56,17 +56,20 @@ def main(argv=None):
     optimiser_step = adam_step if args.arch == "mlp" else muon_step  # docs/quality.md compares them
     model = VAE(run.config, run.arrays)
 
-    def loss(params, batch):  # batch is (x, eps): every random number is drawn before, so that the loss is pure
+    # params are an argument, because gradients are recorded by what is passed here. batch is (x, eps): every random
+    # number is drawn before, so that the loss is pure.
+    def loss(params, batch):
         return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, args.beta)
 
     def both_terms(x, eps):  # -> (N, 2)
         return np.stack(vae.elbo_terms(model.encode, model.decode, (x, eps)), axis=1)
 
+    # gradients.value_and_grad, but each rank (one of several processes) differentiates some shards of the minibatch.
     value_and_grad = sharded(loss, ranks, params, run.shard_size, args.batch_size)
     evaluate = in_parallel(both_terms, SHARD, ranks)
 
     print(f"VAE {args.arch}: {tree.size(params):,} parameters, {len(train_images):,} training images")
-    with ranks, run:  # from here on, each of several ranks runs the same lines
+    with ranks, run:  # from here on, every rank runs the same lines, and steps the parameters that it owns
         for _epoch in run.epochs():
             for step, images in run.minibatches():
                 x = scale(images, 0, 1)

@@ -26,7 +26,7 @@ QUESTIONS = {  # question -> file and the functions in it that are to be written
     7: [("scratchgen/diffusion.py", ["make_schedule", "q_sample"])],
     8: [("scratchgen/diffusion.py", ["prior_kl"])],
     9: [("scratchgen/diffusion.py", ["q_posterior"])],
-    10: [("scratchgen/diffusion.py", ["gaussian_kl", "loss_weights"])],
+    10: [("scratchgen/diffusion.py", ["gaussian_kl", "bound_weights"])],
     11: [("scratchgen/diffusion.py", ["draw_batch", "squared_errors", "simple_loss"])],
     12: [("scratchgen/diffusion.py", ["predict_x_0", "p_sample", "sample"])],
 }

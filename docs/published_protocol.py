@@ -51,7 +51,7 @@ def parse_arguments(argv):
     )
     parser.flag("--warm-up", help, type=natural, default=100, metavar="N")
     help = "shrink every matrix of weights by W times the learning rate at each step"
-    parser.flag("--weight-decay", help, type=cli.number(float, 0), default=0.02, metavar="W")
+    parser.flag("--weight-decay", help, type=cli.number(float, 0, high=1e9), default=0.02, metavar="W")
     help = "hold out the last N training images, and keep the weights of the epoch whose ELBO on them is best"
     parser.flag("--hold-out", help, type=cli.number(int, 1), default=10_000, metavar="N")
     parser.flag(

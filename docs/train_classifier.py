@@ -64,7 +64,7 @@ def main(argv=None):
     value_and_grad = sharded(cross_entropy, ranks, params, SHARD, BATCH)
     logits_of = in_parallel(lambda x: logits(params, features(params, x)), SHARD, ranks)
     total_steps, step, began = EPOCHS * math.ceil(len(images) / BATCH), 0, time.monotonic()
-    with ranks, cli.progress(total_steps, None, "steps") as bar:
+    with ranks, cli.progress(total_steps, None, " steps") as bar:
         for epoch in range(EPOCHS):
             for rows in minibatches(np.arange(len(images)), BATCH, rng_for(args.seed, 1, epoch)):
                 step += 1

@@ -36,9 +36,9 @@ def init_unet(rng, inputs=1, global_blocks=False, classes=0, channels=(32, 64), 
     """Two resolutions: 14 x 14 with channels[0], 7 x 7 with channels[1]."""
     shallow, deep = channels
 
-    def init_global(channels, factor):  # factor^2 channels at each position: as many numbers as the image has pixels
+    def init_global(width, factor):  # factor^2 channels at each position: as many numbers as the image has pixels
         positions = size[0] // factor, size[1] // factor
-        return init_global_block(rng, positions, channels, factor**2, GLOBAL_UNITS, TIME_WIDTH)
+        return init_global_block(rng, positions, width, factor**2, GLOBAL_UNITS, TIME_WIDTH)
 
     params = {
         "time": [init_dense(rng, TIME_WIDTH, TIME_WIDTH), init_dense(rng, TIME_WIDTH, TIME_WIDTH)],
@@ -87,8 +87,8 @@ def unet(params, x, t, labels=None):  # (N, H, W, 1 or 2), (N,), (N,) -> (N, H, 
     for number, block in enumerate(params["middle_blocks"]):
         h = res_block(block, h, time)
         if "global_middle" in params:
-            for block in params["global_middle"][number]:
-                h = global_block(block, h, time)
+            for mixing in params["global_middle"][number]:
+                h = global_block(mixing, h, time)
     h = depth_to_space(dense(params["up"], h), 2)  # (N, 14, 14, C)
     h = np.concatenate([h, skip], axis=3)
     for block in params["up_blocks"]:

@@ -172,7 +172,7 @@ def gaussian_kl(mean, variance, mean_theta, variance_theta):
     return 0.5 * (ratio - 1 - np.log(ratio) + (mean - mean_theta) ** 2 / variance_theta)
 
 
-def loss_weights(schedule):
+def bound_weights(schedule):
     """w_t for t = 2..T, (T - 1,): where no x_0 is clipped, L_{t-1} = w_t ||eps - eps_theta||^2, Eq. (12)."""
     return schedule["beta"][2:] / (2 * schedule["alpha"][2:] * (1 - schedule["alpha_bar"][1:-1]))
 

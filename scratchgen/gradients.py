@@ -63,6 +63,7 @@ def op(forward):
             return [gradient() if callable(gradient) else gradient for gradient in chosen]
 
         parents = [args[number]._node for number in recorded]
+        # autograd's name for a node that is made without a function; only those without parents are roots.
         node = Node.new_root(forward.__name__, answer.shape, parents, vjp_of_recorded)
         return new_box(answer, args[recorded[0]]._trace, node)
 

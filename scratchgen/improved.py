@@ -1,9 +1,11 @@
 """What we added to the diffusion model of `diffusion.py`, each addition with its source and its effect.
 
 `run_ddpm.py --additions` takes any of the names in ADDITIONS; with "none", what the network predicts, the loss, the
-optimiser and the sampler are the paper's. Three are in other files: "muon" is the optimiser in `muon.py`, "global" the
-`global_block` in `layers.py`, and the samplers of fewer steps are in `samplers.py`. docs/quality.md has the ablation,
-from none to all, one row per addition.
+optimiser and the sampler are the paper's. Two of them are in other files: "muon" is the optimiser in `muon.py`, and
+"global" the `global_block` in `layers.py`. docs/quality.md has the ablation, from none to all, one row per addition.
+
+An effect is a change of the Frechet distance between samples and test images (like FID, but of the features of our own
+classifier; docs/quality.md), drawn unguided in 20 steps of `samplers.py` unless it says otherwise.
 
 Dimensions: N images, H height, W width. Images are (N, H, W, 1) in [-1, 1], t is (N,) integers in 1..T, and so are
 labels, which are None for a network without classes; the label -1 stands for no label.
@@ -44,9 +46,9 @@ class Denoiser:
         eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v
         x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
 
-    Karras et al. 2022 (Sec. 5) call this preconditioning, and the factors of x_t and v c_skip and c_out. Where x_t is
-    nearly all noise, a network that predicts eps has to copy x_t, and its error grows by 1 / sqrt(alpha_bar_t) on the
-    way to x_0. Here c_skip copies x_t, the network predicts x_0, and its error does not grow.
+    Karras et al. 2022 (Sec. 5) call this preconditioning, and the factors of x_t and v in such an equation c_skip and
+    c_out. Where x_t is nearly all noise, a network that predicts eps has to copy x_t, and its error grows by
+    1 / sqrt(alpha_bar_t) on the way to x_0. Here c_skip copies x_t, v is nearly -x_0, and its error does not grow.
     Effect: Frechet distance 53 -> 38 (docs/quality.md).
 
     "black": the network sees `above_black` beside x_t.
@@ -103,9 +105,10 @@ def above_black(schedule, x_t, t):
 def step_weights(schedule):
     """The weight 1 / sqrt(alpha_bar_t) of each t in `diffusion.simple_loss`, (T + 1,) float32: "weights".
 
-    The content of a picture is decided where alpha_bar_t falls from 0.5 to 0.01. In terms of v, L_simple is
-    alpha_bar_t ||v - v_theta||^2, and counts less and less there. Scoring v itself (Salimans and Ho 2022) gives more
-    weight to the noisiest steps, at which little can be known. This is the geometric mean of both.
+    The content of a picture is decided where alpha_bar_t falls from 0.5 to 0.01. There L_simple counts less and less:
+    eps - eps_theta = sqrt(alpha_bar_t) (v - v_theta), so that it weighs the squared error of v by alpha_bar_t. Salimans
+    and Ho 2022 weigh that error by 1, which gives more to the noisiest steps, at which little can be known. We take
+    the geometric mean, sqrt(alpha_bar_t). Divided by alpha_bar_t, it is the weight of the squared error of eps.
     Effect: Frechet distance 29 -> 24.
     """
     return (1 / np.sqrt(schedule["alpha_bar"])).astype(np.float32)
@@ -125,8 +128,8 @@ def guided(x_0, x_0_guide, w):
     """Extrapolate a prediction of x_0 away from the guide's: x_0 + w (x_0 - x_0_guide), clipped to [-1, 1].
 
     Without the clip it would lead far beyond where the two differ much. Where nothing is clipped that is
-    eps + w (eps - eps_guide). The score of x_t is linear in eps, so if both are exact, for two densities p and q of
-    x_t, the result is exact for p (p / q)^w, normalised.
+    eps + w (eps - eps_guide). The score of x_t is linear in eps. So if both are exact at one t, for densities p_1 and
+    p_0 (the guide's) of x_t, the result is exact for p_1 (p_1 / p_0)^w, normalised.
 
     The guide of "guide" is the network itself early in its training ("autoguidance", Karras et al. 2024, whose w is one
     more): it makes the errors of the network, only larger ones, so the direction away from it leads away from the

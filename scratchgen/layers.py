@@ -2,7 +2,7 @@
 
 Dimensions: N images, H height, W width, C channels in, O channels out, E the width of the time embedding.
 Parameters are dicts and lists of float32 arrays; randomness enters as a ``numpy.random.Generator``. Where both have the
-same name, ``layers.f(params, x)`` calls ``ops.f(x, ...)``.
+same name, ``layers.f(params, x)`` calls ``ops.f(x, ...)``; ``conv`` calls ``ops.conv2d``.
 """
 
 from scratchgen import ops
@@ -13,7 +13,8 @@ GROUPS = 8  # of every group norm; channel counts are multiples of it
 
 
 def init_dense(rng, inputs, outputs, gain=2.0):
-    """Weights from N(0, gain / inputs), biases zero. Gain 2 keeps it through a ReLU (He et al. 2015)."""
+    """Weights from N(0, gain / inputs), biases zero. Gain 2 preserves the mean square of activations through a
+    ReLU (He et al. 2015)."""
     w = rng.standard_normal((inputs, outputs), dtype=np.float32)
     w *= float(gain / inputs) ** 0.5
     return {"w": w, "b": np.zeros(outputs, np.float32)}

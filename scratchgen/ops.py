@@ -8,7 +8,8 @@ y. A function under ``@op`` (gradients.py) returns y and ``vjp``. In the backwar
 argument x, or a function that computes it where it is costly and often not needed: an input image has no gradient.
 ``vjp`` uses the variables of the forward pass. The equations stand above both.
 
-Sums over positions are products with a row of ones: BLAS is seven times faster at that than ``np.sum`` over an axis.
+``product(a, b)`` is a @ b, in tiles where that is faster (machinery/blas.py). Sums over positions are products with a
+row of ones: BLAS is seven times faster at that than ``np.sum`` over an axis.
 """
 
 from functools import cache

@@ -1,7 +1,7 @@
 """Adam, the learning-rate schedule, and the exponential moving average of the weights. (muon.py has another optimiser.)
 
-The functions that end in ``_step`` change arrays in place: parameters and moments are updated where they lie, which
-saves a pass over memory for each and keeps one copy of everything. Steps count from 1.
+The functions of this file that end in ``_step`` change arrays in place: parameters and moments are updated where they
+lie, which saves a pass over memory for each and keeps one copy of everything. Steps count from 1.
 """
 
 import math

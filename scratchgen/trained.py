@@ -23,7 +23,7 @@ from scratchgen.samplers import GUIDES, SAMPLERS, SamplerConfig
 
 import numpy as np
 
-IMPORTANCE = 102  # what random numbers are for, beside those of `run`
+IMPORTANCE = 102  # what random numbers are for: another number than those in `run` and `reports`
 
 
 class VAE:
@@ -131,7 +131,8 @@ class DDPM:
         if labels is None and self.config["classes"]:
             labels = np.arange(len(x_T)) % len(CLASSES)
         if config == SamplerConfig("ddpm", self.config["T"]) and "v" not in self.config["additions"]:
-            return diffusion.sample(partial(self.eps_theta, labels=labels), self.schedule, x_T, rng)  # the paper's
+            # The paper's Algorithm 2. With "v", `samplers.sample` takes the same steps, but does not clip x_0.
+            return diffusion.sample(partial(self.eps_theta, labels=labels), self.schedule, x_T, rng)
         x_0_theta = partial(self.x_0_guided, labels=labels, config=config)
         return samplers.sample(x_0_theta, self.schedule, x_T, rng, config.steps, *SAMPLERS[config.sampler])
 
@@ -202,7 +203,7 @@ def over_images(f, arrays, shard, ranks, description):
     N = len(arrays[0])
     step = shard * ranks.count * ranks.threads
     results = []
-    with cli.progress(N, description, "images") as bar:
+    with cli.progress(N, description, " images") as bar:
         for start in range(0, N, step):
             results.append(in_one_step(*images_of(arrays, slice(start, start + step))))
             bar.update(len(results[-1]))

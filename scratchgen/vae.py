@@ -55,28 +55,6 @@ def negative_elbo(encode, decode, batch, beta=1.0):
     return beta * terms["kl"] - terms["reconstruction"], terms
 
 
-def importance_weighted_bound(encode, decode, x, K, rngs, block=500):
-    """log of the mean of K importance weights w = p(x | z) p(z) / q(z | x), z ~ q(z | x), in nats per image, (N,).
-
-    In expectation it is the bound of Burda, Grosse and Salakhutdinov 2016, Eq. (8): the ELBO for K = 1, and ever
-    closer to log p(x) from below as K grows. x is (N, H, W, 1), ``rngs`` one generator an image. Float32, but for the
-    sum over a block's weights and over the blocks.
-    """
-    mu, log_var = encode(x)
-    sigma = np.exp(0.5 * log_var)
-    bound = np.full(len(x), -np.inf)
-    for n, rng in enumerate(rngs):
-        for start in range(0, K, block):
-            eps = rng.standard_normal((min(block, K - start), mu.shape[1]), dtype=np.float32)
-            z = mu[n] + sigma[n] * eps
-            # log p(z) - log q(z | x): of both Gaussians, - D/2 log 2 pi cancels.
-            log_ratio = 0.5 * (eps**2 - z**2 + log_var[n]).sum(axis=1, dtype=np.float64)
-            log_w = bernoulli_log_likelihood(decode(z), x[n]) + log_ratio
-            largest = max(bound[n], log_w.max())  # taken out, so that exp cannot overflow
-            bound[n] = largest + np.log(np.exp(bound[n] - largest) + np.exp(log_w - largest).sum())
-    return bound - math.log(K)
-
-
 def generate(decode, z):
     """Images as the decoder's pixel probabilities, in [0, 1]: (N, D) -> (N, H, W, 1)."""
     return sigmoid(decode(z))
@@ -118,7 +96,7 @@ def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28, gated=False
     *before, last = hidden
     outputs = 2 * last if gated else last  # which the activation halves, or not
     return {
-        # Gain 1 at the end, though a ReLU follows.
+        # The last layer of the encoder has gain 1, too, though a ReLU follows.
         "encoder": init_mlp(rng, [pixels, *before, outputs], gated),
         **init_gaussian(rng, last, latent_dim),
         "decoder": init_mlp(rng, [latent_dim, *hidden, pixels], gated),
@@ -135,8 +113,8 @@ def mlp_decode(params, z, activation=relu):  # (N, D) -> (N, H, W, 1)
 
 
 # ------------------------------------------------------- convolutions at 14 x 14 and 7 x 7, and the same way back
-# `space_to_depth` and a dense layer are a 2 x 2 convolution of stride 2, a dense layer and `depth_to_space` its inverse
-# in shape.
+# `space_to_depth` and a dense layer are a 2 x 2 convolution of stride 2; a dense layer and `depth_to_space` are a
+# transposed one.
 
 
 def init_conv_vae(rng, latent_dim, hidden=256):
@@ -184,3 +162,28 @@ VAES = {
     "gated": gated,
     "conv": (init_conv_vae, conv_encode, conv_decode),
 }
+
+
+# ------------------------------------------------------------------------- a tighter bound, to measure a trained model
+
+
+def importance_weighted_bound(encode, decode, x, K, rngs, block=500):
+    """log of the mean of K importance weights w = p(x | z) p(z) / q(z | x), z ~ q(z | x), in nats per image, (N,).
+
+    In expectation it is the bound of Burda, Grosse and Salakhutdinov 2016, Eq. (8): the ELBO for K = 1, and ever
+    closer to log p(x) from below as K grows. x is (N, H, W, 1), ``rngs`` one generator an image. Float32, but for the
+    sum over a block's weights and over the blocks.
+    """
+    mu, log_var = encode(x)
+    sigma = np.exp(0.5 * log_var)
+    bound = np.full(len(x), -np.inf)
+    for n, rng in enumerate(rngs):
+        for start in range(0, K, block):
+            eps = rng.standard_normal((min(block, K - start), mu.shape[1]), dtype=np.float32)
+            z = mu[n] + sigma[n] * eps
+            # log p(z) - log q(z | x): of both Gaussians, - D/2 log 2 pi cancels.
+            log_ratio = 0.5 * (eps**2 - z**2 + log_var[n]).sum(axis=1, dtype=np.float64)
+            log_w = bernoulli_log_likelihood(decode(z), x[n]) + log_ratio
+            largest = max(bound[n], log_w.max())  # taken out, so that exp cannot overflow
+            bound[n] = largest + np.log(np.exp(bound[n] - largest) + np.exp(log_w - largest).sum())
+    return bound - math.log(K)

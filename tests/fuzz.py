@@ -155,7 +155,7 @@ def main():
             path, refused, numbers = Path(folder, f"{kind}.npz"), 0, range(round(share * args.inputs))
             if args.only:
                 numbers = [int(args.only[1])] if args.only[0] == kind else []
-            for number in cli.progress(len(numbers), kind, "inputs", numbers):
+            for number in cli.progress(len(numbers), kind, " inputs", numbers):
                 try:
                     attempt(path, np.random.default_rng([args.seed, number_of_kind, number]))
                 except (DataError, checkpoint.CheckpointError) as error:

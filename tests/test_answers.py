@@ -442,7 +442,7 @@ def test_question_9_the_bound_on_the_excess_of_the_variance():
     rng = np.random.default_rng(0)
     bound = s["beta"][2:] / (s["alpha"][2:] * (1 - s["alpha_bar"][1:-1]))  # for t = 2 .. 200
     assert bound[0] == pytest.approx(2.0, abs=0.01) and 0.111 < bound[18:].max() < 0.112  # t = 2, and from 20 on
-    np.testing.assert_allclose(bound, 2 * diffusion.loss_weights(s), rtol=1e-12)
+    np.testing.assert_allclose(bound, 2 * diffusion.bound_weights(s), rtol=1e-12)
     for t in (2, 5, 20, 60, 150):
         a = s["sqrt_alpha_bar"][t]
         b = s["sqrt_one_minus_alpha_bar"][t]
@@ -513,7 +513,7 @@ def test_question_10_given_x_0_or_not_the_best_model_is_the_same():
 
 
 def test_question_10_the_weight_that_the_simple_loss_drops_is_large_only_at_small_t():
-    w = diffusion.loss_weights(make_schedule("linear", 200))  # for t = 2 .. 200
+    w = diffusion.bound_weights(make_schedule("linear", 200))  # for t = 2 .. 200
     assert w[0] == pytest.approx(1.0, abs=0.005) and w[8] == pytest.approx(0.11, abs=0.005)
     assert np.all((w[18:] > 0.02) & (w[18:] < 0.06))  # from t = 20 on
 

@@ -64,8 +64,8 @@ def test_no_pickle_is_needed(path):
     [
         ("T", 1000, "T 200, this run has T 1000"),
         ("model", "vae", "model ddpm"),
-        ("additions", ["v"], "additions v black, this run has additions v"),
-        ("additions", [], "additions v black, this run has additions none"),
+        ("additions", ["v"], "additions ['v', 'black'], this run has additions ['v']"),
+        ("additions", [], "additions ['v', 'black'], this run has additions []"),
     ],
 )
 def test_another_runs_checkpoint_is_refused_in_one_line(path, arrays, key, value, words):

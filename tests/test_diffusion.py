@@ -272,7 +272,7 @@ def test_without_a_clip_a_term_is_the_weighted_squared_error(rng, schedule):
     assert np.abs(denoiser.x_0(None, x_t, t)).max(axis=(1, 2, 3)).min() > 1.1
     errors = ((eps - denoiser.eps(None, x_t, t)).astype(float) ** 2).sum(axis=(1, 2, 3))
     found = diffusion.bound_terms(partial(denoiser.x_0, None), schedule, x_0, t, eps)
-    np.testing.assert_allclose(found, diffusion.loss_weights(schedule)[t - 2] * errors, rtol=1e-3)
+    np.testing.assert_allclose(found, diffusion.bound_weights(schedule)[t - 2] * errors, rtol=1e-3)
 
 
 def test_the_divergence_of_gaussians_against_quadrature():

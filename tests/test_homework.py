@@ -310,7 +310,7 @@ def test_question_10_the_kl_is_the_weighted_squared_error_of_the_noise(schedule,
     """w_t ||eps - eps_theta||^2 with w_t = beta_t^2 / (2 beta~_t alpha_t (1 - alpha_bar_t)), by Eq. (6)."""
     x_0 = rng.uniform(-1, 1, (1, 4, 6, 1))
     eps, wrong = rng.standard_normal((2, 1, 4, 6, 1))
-    weights = diffusion.loss_weights(schedule)
+    weights = diffusion.bound_weights(schedule)
     assert weights.shape == (199,)
     for t in range(2, 201, 9):
         alpha_bar = schedule["alpha_bar"][t]

@@ -9,7 +9,7 @@ from scratchgen import tree, vae
 from scratchgen.data import load_idx
 from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.evaluate import metrics
-from scratchgen.machinery import checkpoint, cli
+from scratchgen.machinery import checkpoint, cli, parallel
 from scratchgen.machinery import run as machinery
 from scratchgen.machinery.parallel import Ranks
 from scratchgen.optim import cosine_decay
@@ -173,7 +173,7 @@ def test_warm_up_reaches_the_loss(call, monkeypatch, tmp_path):
         return negative_elbo(encode, decode, batch, beta)
 
     monkeypatch.setattr(vae, "negative_elbo", recording)
-    monkeypatch.setattr(machinery, "shard_size", lambda batch_size, cores: batch_size)  # one call a step
+    monkeypatch.setattr(parallel, "shard_size", lambda batch_size, cores: batch_size)  # one call a step
     flags = [*SMALL, "--batch-size", 16, "--train-images", 84, "--workers", 1, "--out", tmp_path]  # 64 are left
     call(*flags, "--epochs", 3, "--warm-up", 2)
     assert betas == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1, 1, 1, 1, 1]

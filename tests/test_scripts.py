@@ -16,7 +16,7 @@ from scratchgen import data, denoisers, diffusion, improved, plots, samplers, tr
 from scratchgen.data import load_idx, scale
 from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.machinery import blas, checkpoint, cli, parallel
-from scratchgen.machinery.run import INIT, NOISE, ORDER, SAMPLES, TEST, Run, rng_for, shard_size
+from scratchgen.machinery.run import INIT, NOISE, ORDER, SAMPLES, TEST, Run, rng_for
 from scratchgen.optim import cosine_decay
 from scratchgen.samplers import SamplerConfig
 from scratchgen.trained import load_run
@@ -207,7 +207,7 @@ def test_the_strip_has_the_six_times_of_the_sheet(record, call, tmp_path, monkey
 
 def test_beta_reaches_the_loss(record, call, tmp_path):
     losses = record(vae, "negative_elbo")
-    shards = 16 // shard_size(16, blas.available_cores())
+    shards = 16 // parallel.shard_size(16, blas.available_cores())
     flags = ["--latent-dim", 2, "--batch-size", 16, "--train-images", 64, "--workers", 1, "--out", tmp_path]
     call(run_vae, *flags, "--epochs", 2, "--beta", 4)
     assert [args[3] for args in losses] == [4] * 8 * shards
@@ -440,8 +440,8 @@ def test_every_row_stops_resumes_and_is_measured_alike(additions, call, finish, 
     capsys.readouterr()
     status, stderr = finish(lambda: call(run_ddpm, *flags, *other_flags, "--out", stopped, "--resume"))
     assert status == 2 and len(stderr.splitlines()) == 1 and (stopped / "checkpoint.npz").read_bytes() == before
-    names = [" ".join(row) or "none" for row in (additions, others)]
-    assert "made with additions {}, this run has additions {};".format(*names) in stderr
+    expected = f"made with additions {list(additions)}, this run has additions {list(others)};"
+    assert expected in " ".join(stderr.split())
 
     call(run_ddpm, *flags, *chosen, "--out", stopped, "--resume")
     (a, state_a), (b, state_b) = (load(folder / "checkpoint.npz") for folder in (whole, stopped))

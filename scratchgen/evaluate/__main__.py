@@ -74,7 +74,9 @@ def measure(args, model):
     peer = None
     if args.frechet and not is_vae:
         folder = args.vae or args.run.resolve().parent / "vae"
-        peer = load_vae(folder)
+        peer = load_run(folder) if (folder / "checkpoint.npz").exists() else None
+        if not isinstance(peer, VAE):
+            raise cli.UsageError(f"{folder}: expected a run of run_vae.py to compare with; --vae names a folder")
         check_data(folder, peer, data, args)
     first_images(data["test_images"], args.bound, "--bound")
     first_images(data["train_images"], args.frechet, "--frechet")
@@ -103,13 +105,6 @@ def check_data(folder, model, data, args):
                 f"{folder} was trained on other images than those in {args.data}, or tested on others; "
                 "--data names their folder"
             )
-
-
-def load_vae(folder):
-    """The VAE of the run in this folder. Raises UsageError if there is none."""
-    if (folder / "checkpoint.npz").exists() and isinstance(model := load_run(folder), VAE):
-        return model
-    raise cli.UsageError(f"{folder}: expected a run of run_vae.py to compare with; --vae names another folder")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ class Report:
 # ----------------------------------------------------------------------------------------------------------------- VAE
 
 
-def measure_vae(report, model, data, ranks, K=None):
-    """How much each latent dimension is used; with K the importance-weighted bound."""
+def measure_vae(report, model, data, ranks, K):
+    """How much each latent dimension is used, and the importance-weighted bound if K is not None."""
     x = scale(data["test_images"], 0, 1)
     codes = over_images(lambda x: np.stack(model.encode(x), axis=1), [x], SHARD, ranks, "codes")  # (N, 2, D)
     mu = codes[:, 0]
@@ -76,8 +76,8 @@ def measure_vae(report, model, data, ranks, K=None):
 # ----------------------------------------------------------------------------------------------------- diffusion model
 
 
-def measure_bound(report, model, data, ranks, N=None):
-    """The variational bound by one t an image; with N, the first N images at every t, and the parts of that sum."""
+def measure_bound(report, model, data, ranks, N):
+    """The variational bound by one t an image and, if N is given, of the first N images at every t, with its parts."""
     T = model.config["T"]
     x = scale(data["test_images"], -1, 1)
     labels = data.get("test_labels")
@@ -98,7 +98,7 @@ def measure_bound(report, model, data, ranks, N=None):
         parallel = in_parallel(terms_of, SHARD, ranks)
         times = 1 + np.arange(T)
         all_terms = np.empty((N, T))
-        for t in cli.progress(T, "bound, all t", "steps", times):
+        for t in cli.progress(T, "bound, all t", " steps", times):
             eps = rng.standard_normal(x[:N].shape, dtype=np.float32)
             all_terms[:, t - 1] = bits(parallel(x[:N], np.full(N, t), eps, None if labels is None else labels[:N]))
         over_t = all_terms.mean(axis=0)
@@ -111,7 +111,7 @@ def measure_bound(report, model, data, ranks, N=None):
             ("    L_0, the decoder", f"{parts['decoder']:.3f}", ""),
         ]
         report.add(f"bound_exact_{N}", numbers | parts, *lines)
-    weights = diffusion.bits_per_dimension(diffusion.loss_weights(model.schedule), 1)  # in bits, too
+    weights = diffusion.bits_per_dimension(diffusion.bound_weights(model.schedule), 1)  # in bits, too
     report.write(plots.save, plots.bound_over_t(times, over_t, mean, weights), report.folder / "bound.png")
 
 
@@ -125,7 +125,7 @@ def mean_and_error(bits):
 # ------------------------------------------------------------------------------------------- samples beside real images
 
 
-def measure_samples(report, model, data, ranks, N, draws, configs, peer=None):
+def measure_samples(report, model, data, ranks, N, draws, configs, peer):
     """N samples by each of the SamplerConfigs (a VAE: by none), beside training images and a ``peer``, a VAE.
 
     The seed of each of the ``draws`` gives the same noise to all that is compared.

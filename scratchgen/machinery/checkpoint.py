@@ -72,7 +72,7 @@ def resume(path, config, arrays):
         found = state["config"].get(key)
         if found != wanted:
             raise CheckpointError(
-                f"{path}: made with {key} {shown(found)}, this run has {key} {shown(wanted)}; "
+                f"{path}: made with {key} {found}, this run has {key} {wanted}; "
                 "resume with the same settings, or start afresh in another --out"
             )
     pairs = list(zip(tree.names(arrays), tree.leaves(arrays), strict=True))
@@ -82,10 +82,6 @@ def resume(path, config, arrays):
     for name, leaf in pairs:
         leaf[...] = named[name]
     return state
-
-
-def shown(setting):
-    return " ".join(setting) or "none" if isinstance(setting, list) else setting
 
 
 def fingerprint(images):

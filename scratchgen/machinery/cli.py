@@ -38,7 +38,7 @@ class Diverged(UserError):
     """The loss is no longer a finite number."""
 
 
-class Stopped(KeyboardInterrupt):
+class Stopped(Exception):
     """The run was asked to stop by this signal, and has saved what it had."""
 
     def _render_traceback_(self):  # as of a `UserError`
@@ -69,13 +69,13 @@ class OneLineParser(argparse.ArgumentParser):
         return args
 
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a number from ``low`` to ``high``, or strictly above ``low``."""
+def number(kind, low, high=math.inf):
+    """An argparse type: a number from ``low`` to ``high``."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf or (above and value == low):
-            bounds = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+        if not low <= value <= high:
+            bounds = f"at least {low}" + (f" and at most {high}" if high < math.inf else "")
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {bounds}")
         return value
 
@@ -106,7 +106,7 @@ def run_parser(prog, description, epochs, batch_size, lr, out):
     p = OneLineParser(prog, description)
     by_arch = ", ".join(f"{count} for {arch}" for arch, count in epochs.items())
     whole = number(int, 1, high=10**9)
-    positive = number(float, 0, high=1e30, above=True)
+    positive = number(float, 1e-9, high=1e30)
     p.flag("--arch", "the network", choices=epochs, default=next(iter(epochs)))
     p.flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
     help = "images per gradient step, cut into shards for the workers; on several machines take more (performance.md)"
@@ -125,7 +125,7 @@ def run_parser(prog, description, epochs, batch_size, lr, out):
 def progress(total, description, unit, steps=None, done=0):
     """A tqdm bar, over ``steps`` if they are given; in a log there is only what `tqdm.write` prints."""
     hidden = parallel.rank > 0 or not (sys.stderr.isatty() or in_notebook())
-    return tqdm(steps, description, total, initial=done, unit=f" {unit}", dynamic_ncols=True, disable=hidden)
+    return tqdm(steps, description, total, initial=done, unit=unit, dynamic_ncols=True, disable=hidden)
 
 
 def in_notebook():
@@ -151,9 +151,8 @@ def run(main, when_stopped=RESUMABLE):
 
 def set_up_output():
     """An epoch's line appears when the epoch ends, in a pipe too; no output stops a run."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the whole run
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  None if it was closed by whoever started us
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a path may have any bytes
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"

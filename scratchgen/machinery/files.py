@@ -91,7 +91,8 @@ def add_evaluation(path, params, entry, numbers, seed):
 def read_metrics(path, params):
     """What metrics.json says of a model with these weights; if it is of others, nothing but their checksum."""
     weights = f"CRC-32 {crc(params):08x}"
-    with suppress(Exception):  # there is none, or it is not what we wrote
+    # There is none, or it is not what we wrote.
+    with suppress(FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         metrics = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(metrics, indent=2)  # Python 3.12 reads deeper nesting than it writes
         entries = metrics.get("evaluation", {}).values()

@@ -15,6 +15,7 @@ The ranks are processes of this machine, forked from the caller (`Ranks`), or th
 several machines (`MPIRanks`). Where nothing may be forked there is one rank, which maps its shards over threads.
 """
 
+import math
 import mmap
 import operator
 import os
@@ -179,8 +180,7 @@ class Ranks:
         """Raise UserError unless the value is the same for all ranks."""
         values = self.all_gather(value)
         if len(set(values)) > 1:
-            words = "ranks found different ones; all machines must see the same folders and files"
-            raise UserError(f"{what}: {words} ({values})")
+            raise UserError(f"{what}: ranks found different ones ({values}); all machines must see the same files")
 
     def map(self, f, items):
         """[f(item) for item in items]: each rank computes items rank, rank + count, .., and all get all results."""
@@ -341,6 +341,12 @@ def end(status, message):
 
 
 # --------------------------------------------------------------------------------------------- what the ranks divide up
+
+
+def shard_size(batch_size, cores):
+    """How many images a rank differentiates at a time: one shard a core for 2 to 8 cores, and at most 64 images, as
+    larger ones only take more memory. --workers has no say, so that it cannot change results."""
+    return min(64, math.ceil(batch_size / min(max(2, cores), 8)))
 
 
 def shards(N, shard_size):

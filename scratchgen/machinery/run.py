@@ -20,7 +20,7 @@ from contextlib import ExitStack, suppress
 
 from scratchgen import tree
 from scratchgen.data import minibatches
-from scratchgen.machinery import blas, checkpoint, cli, files
+from scratchgen.machinery import blas, checkpoint, cli, files, parallel
 
 import numpy as np
 
@@ -32,12 +32,6 @@ SAVE_SECONDS = 60  # between two checkpoints: what a kill or a power cut can cos
 def rng_for(seed, *purpose):
     """A generator for one purpose of a run: what is drawn for another does not change its numbers."""
     return np.random.default_rng([seed, *purpose])
-
-
-def shard_size(batch_size, cores):
-    """How many images a rank differentiates at a time: one shard a core for 2 to 8 cores, and at most 64 images, as
-    larger ones only take more memory. --workers has no say, so that it cannot change results."""
-    return min(64, math.ceil(batch_size / min(max(2, cores), 8)))
 
 
 class Run:
@@ -73,7 +67,7 @@ class Run:
         self.epoch_means = {}
         self.log = []
         self.seconds = 0.0
-        self.shard_size = ranks.broadcast(shard_size(args.batch_size, blas.available_cores()))
+        self.shard_size = ranks.broadcast(parallel.shard_size(args.batch_size, blas.available_cores()))
 
         self.path = args.out / "checkpoint.npz"
         args.out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +99,7 @@ class Run:
     def __enter__(self):
         self.stop = cli.Stop()
         self.held.enter_context(cli.on_stop(self.stop))
-        self.bar = cli.progress(self.total_steps, None, "steps", done=self.step)
+        self.bar = cli.progress(self.total_steps, None, " steps", done=self.step)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -146,7 +140,7 @@ class Run:
         check_finite(loss, self.step + 1)
         for name, mean in means.items():
             self.epoch_means[name] = self.epoch_means.get(name, 0.0) + self.weight * float(mean)
-        self.bar.set_postfix(loss=f"{means.get('loss', loss):.4g}", refresh=False)
+        self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
 
     def end_epoch(self, numbers, summary):
         """Add a row to the log, {"test": {"elbo": -240.0}} as "test_elbo", and save.
@@ -175,10 +169,8 @@ class Run:
             self.save()
 
     def write_log(self):
-        try:
+        with suppress(PermissionError):  # Windows, a spreadsheet that shows it: it is written again later
             files.write_log(self.args.out / "log.csv", self.log)
-        except PermissionError as error:  # on Windows, a spreadsheet that shows it; the checkpoint has it all
-            cli.tqdm.write(f"warning: log.csv stays as it was ({error.strerror}); it is written again later")
 
     def write_metrics(self, numbers, params):
         """``metrics.json``: the model's own numbers, and what it took to get them."""

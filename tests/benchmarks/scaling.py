@@ -20,8 +20,7 @@ from pathlib import Path
 from scratchgen import denoisers, diffusion, improved, plots, samplers, tree, vae
 from scratchgen.data import load_fashion_mnist, minibatches, scale
 from scratchgen.machinery import blas
-from scratchgen.machinery.parallel import Ranks, in_parallel, sharded
-from scratchgen.machinery.run import shard_size
+from scratchgen.machinery.parallel import Ranks, in_parallel, shard_size, sharded
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, ema_step, init_moments
 from scratchgen.trained import SHARD as SAMPLE_SHARD

@@ -36,8 +36,7 @@ import run_ddpm
 from scratchgen import denoisers, diffusion, improved, muon, ops, samplers, tree, vae
 from scratchgen.layers import GROUPS, time_embedding
 from scratchgen.machinery import blas, files
-from scratchgen.machinery.parallel import Ranks, images_of, in_parallel, sharded, shards
-from scratchgen.machinery.run import shard_size
+from scratchgen.machinery.parallel import Ranks, images_of, in_parallel, shard_size, sharded, shards
 from scratchgen.muon import muon_step
 from scratchgen.optim import adam_step, ema_step, flush_denormals, init_moments
 from scratchgen.trained import SHARD as SAMPLE_SHARD
