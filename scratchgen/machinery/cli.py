@@ -124,14 +124,14 @@ def run_parser(prog, description, epochs, batch_size, lr, out):
 
 def progress(total, description, unit, steps=None, done=0):
     """A tqdm bar, over ``steps`` if they are given; in a log there is only what `tqdm.write` prints."""
-    hidden = parallel.rank > 0 or not (sys.stderr.isatty() or in_notebook())
-    return tqdm(steps, description, total, initial=done, unit=unit, dynamic_ncols=True, disable=hidden)
+    shown = parallel.rank == 0 and (sys.stderr.isatty() or in_notebook())
+    return tqdm(steps, description, total, initial=done, unit=unit, dynamic_ncols=True, disable=not shown)
 
 
 def in_notebook():
     """Whether this process is a notebook's kernel, not one that has only imported its modules."""
     ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+    return hasattr(ipython and ipython.get_ipython(), "kernel")
 
 
 STOPPED = "stopped and saved: the same command with --resume continues"

@@ -140,7 +140,7 @@ class Run:
         check_finite(loss, self.step + 1)
         for name, mean in means.items():
             self.epoch_means[name] = self.epoch_means.get(name, 0.0) + self.weight * float(mean)
-        self.bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+        self.bar.set_postfix(loss=f"{means.get('loss', loss):.4g}", refresh=False)
 
     def end_epoch(self, numbers, summary):
         """Add a row to the log, {"test": {"elbo": -240.0}} as "test_elbo", and save.
