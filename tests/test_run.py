@@ -359,18 +359,23 @@ def test_a_second_ctrl_c_stops_at_once():
 
 def test_a_signal_while_an_epoch_is_saved_waits_for_the_whole_checkpoint(make, monkeypatch):
     saved = checkpoint.save
-    signals = [signal.SIGTERM]
+    finished = []  # of the calls that save an epoch, of which the first gets the signal
 
     def save(*args):
-        if args[2]["log"] and signals:
-            os.kill(os.getpid(), signals.pop())
+        if args[2]["log"]:
+            finished.append(False)
+            if len(finished) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
         saved(*args)
+        if args[2]["log"]:
+            finished[-1] = True
 
     run = make()
     monkeypatch.setattr(checkpoint, "save", save)
     with pytest.raises(cli.Stopped) as stop:
         train(run)
     assert stop.value.args == (signal.SIGTERM,) and len(load(run.path)[1]["log"]) == 1
+    assert finished[0] is True
 
 
 @pytest.mark.parametrize("workers", [1, 2])

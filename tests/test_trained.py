@@ -280,8 +280,27 @@ class Sure:
 def test_classes_are_drawn_equally_often():
     levels = draw(Sure(), 12, 0, Ranks(1))[:, 0, 0, 0].tolist()
     assert levels == [round(25.5 * k) for k in [*range(10), 0, 1]]
+    several_shards = np.arange(40)[::-1] % 7  # the label of an image, not of its place in a shard
+    found = draw(Sure(), 40, 0, Ranks(1), labels=several_shards)[:, 0, 0, 0]
+    np.testing.assert_array_equal(found, np.round(several_shards / 10 * 255))
     asked = draw(Sure(), 3, 0, Ranks(1), labels=np.array([4, 4, 2]))[:, 0, 0, 0].tolist()
     assert asked == [round(25.5 * k) for k in (4, 4, 2)]
+
+
+@pytest.mark.parametrize(("guide", "seen"), [("early", ("early", 3)), ("unlabelled", ("ema", -1))])
+def test_the_guide_is_the_early_network_or_the_same_without_the_label(guide, seen):
+    class Marked:
+        """Its x_0 is a number for the parameters plus one for the label."""
+
+        def x_0(self, params, x_t, t, labels):
+            return np.full(x_t.shape, {"ema": 0.1, "early": 0.2}[params] + labels[0] / 100, np.float32)
+
+    model = model_of(["v", "guide"], 5, classes=True)
+    model.params, model.early, model.denoiser = "ema", "early", Marked()
+    x_t = np.zeros((2, 28, 28, 1), np.float32)
+    x_0 = model.x_0_guided(x_t, np.full(2, 4), np.full(2, 3), SamplerConfig("ddim", 5, 2.0, guide))
+    x_0_guide = {"ema": 0.1, "early": 0.2}[seen[0]] + seen[1] / 100
+    np.testing.assert_allclose(x_0, 0.13 + 2 * (0.13 - x_0_guide), rtol=1e-5)
 
 
 def test_the_figure_of_classes_and_guides():
