@@ -36,6 +36,7 @@ def main(argv=None):
     parser.flag("--seeds", "train each row with these", type=cli.number(int, 0), nargs="+", default=[0, 1, 2])
     cli.add_data_flags(parser)
     args = parser.parse_args(argv)
+    plots.check_figure(args.figure)
     args.runs = args.runs.resolve()  # the scripts are started from another folder
     if not (args.runs / "vae" / "checkpoint.npz").exists():
         raise cli.UsageError(f"{args.runs / 'vae'}: expected a finished run of run_vae.py to compare with")

@@ -80,16 +80,31 @@ def write(folder, left_out=tuple(QUESTIONS)):
     tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
     behind = [name for name, text in tests.items() if '"docs' in text or "README" in text]
     ignored = shutil.ignore_patterns("__pycache__", "benchmarks", "mutation.py", *behind)
+    questions = {}  # file -> what is left out of it
+    for question in left_out:
+        for file, names in QUESTIONS[question]:
+            questions.setdefault(ROOT / file, []).append((names, question))
+
+    def copy(source, target):  # never the answers first, and not that a file may only be read
+        source = Path(source)
+        if source not in questions:
+            shutil.copyfile(source, target)
+            return
+        text = source.read_text(encoding="utf-8")
+        for names, question in questions[source]:
+            text = without_bodies(text, names, question)
+        Path(target).write_text(text, encoding="utf-8")
+
+    folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=ignored, dirs_exist_ok=True)
+            shutil.copytree(source, folder / name, ignore=ignored, copy_function=copy)
         else:
-            shutil.copyfile(source, folder / name)
-    for question in left_out:
-        for file, names in QUESTIONS[question]:
-            text = (folder / file).read_text(encoding="utf-8")
-            (folder / file).write_text(without_bodies(text, names, question), encoding="utf-8")
+            copy(source, folder / name)
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            path.chmod(path.stat().st_mode | 0o700)  # copytree makes it as its source is
     (folder / "README.md").write_text(readme(), encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from scratchgen import tree  # before NumPy, whose threads it sets up
 from scratchgen.data import load_fashion_mnist, minibatches, scale
 from scratchgen.evaluate.classifier import WEIGHTS, features, logits
 from scratchgen.layers import init_conv, init_dense
-from scratchgen.machinery import checkpoint, cli
+from scratchgen.machinery import checkpoint, cli, files
 from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
 from scratchgen.machinery.run import check_finite, rng_for
 from scratchgen.ops import mean
@@ -52,10 +52,8 @@ def main(argv=None):
     help = f"where the weights go; distances are measured with those in {WEIGHTS}"
     parser.flag("--out", help, type=Path, default=Path("runs/classifier.npz"), metavar="FILE")
     args = parser.parse_args(argv)
-    if args.out.is_dir():
-        parser.error(f"--out {args.out} is a folder")
+    files.check_output(args.out)
     data, ranks = load_fashion_mnist(args.data), ranks_for(args.workers)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     images, labels = data["train_images"], data["train_labels"]
     x_test, labels_test = scale(data["test_images"], 0, 1), data["test_labels"]
 

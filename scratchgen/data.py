@@ -16,6 +16,7 @@ from scratchgen import tree
 
 import numpy as np
 
+DATA = Path(__file__).parents[1] / "data"  # beside the run scripts; a package that is installed elsewhere has none
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 MAX_RANK = 32  # more than any array has; NumPy stops at 64
 READ_BYTES = 1 << 20
@@ -120,7 +121,7 @@ def dotted(name):  # as some copies are named
     return name.replace("-idx", ".idx")
 
 
-def load_fashion_mnist(folder, labels=True):
+def load_fashion_mnist(folder=DATA, labels=True):
     """The files in ``folder``, as a dict of uint8 arrays.
 
     "train_images" and "test_images" are (N, 28, 28, 1), "train_labels" and "test_labels" are (N,) in 0..9; without

@@ -9,8 +9,6 @@ examples:
   python -m scratchgen.draw --sampler ddpm          Algorithm 2 of Ho et al., one step after the other, unguided
   python -m scratchgen.draw runs/ddpm --seed 1      from the checkpoint of your own run
   python -m scratchgen.draw runs/ddpm -n 10000 --samples   for a metric of your own
-
-Classes: {classes}.
 """
 
 import argparse
@@ -21,7 +19,7 @@ from scratchgen import plots
 from scratchgen.data import CLASSES
 from scratchgen.machinery import cli, files
 from scratchgen.machinery.parallel import ranks_for
-from scratchgen.trained import CONFIG, VAE, add_sampler_flags, draw, load_run, load_trained, refuse
+from scratchgen.trained import CONFIG, VAE, add_sampler_flags, draw, load_run, load_trained, refuse, sampler_configs
 
 import numpy as np
 
@@ -37,14 +35,14 @@ def a_class(text):
 
 
 def parse_arguments(argv):
-    classes = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
-    parser = cli.OneLineParser("python -m scratchgen.draw", __doc__.format(classes=classes))
+    parser = cli.OneLineParser("python -m scratchgen.draw", __doc__)
     help = "the --out of a run script (default: weights of the package)"
     parser.flag("run", help, type=Path, nargs="?", metavar="RUN_FOLDER")
     parser.flag("--model", "which weights of the package (default: ddpm)", choices=["vae", "ddpm"])
-    help = "diffusion: what to draw, by name or number; of a run of your own, if it was trained with --classes"
+    classes = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
+    help = f"diffusion: what to draw, by name or number, if the run was trained with --classes: {classes}"
     parser.flag("--class", help, type=a_class, nargs="+", metavar="NAME")
-    add_sampler_flags(parser)
+    add_sampler_flags(parser, nargs=1)
     parser.flag("--seed", "decides every random number", type=cli.number(int, 0), default=0)
     parser.flag("-n", "how many images", type=cli.number(int, 1), default=64, metavar="N")
     parser.flag("--out", "the figure", type=Path, default=Path("drawn.png"), metavar="FILE")
@@ -57,6 +55,11 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.run and args.model:
         raise cli.UsageError(f"--model is for the weights of the package, and {args.run} has its own")
+    if args.n < len(getattr(args, "class") or ()):
+        raise cli.UsageError(f"-n {args.n}: expected an image or more for each class")
+    plots.check_figure(args.out)
+    if args.samples:
+        files.check_output(args.out.with_suffix(".npz"))
     if not args.run:
         args.model = args.model or "ddpm"
     name = "ddpm-classes" if getattr(args, "class") and args.model == "ddpm" else args.model
@@ -66,7 +69,7 @@ def main(argv=None):
     if isinstance(model, VAE):
         refuse(args, ["class", *CONFIG], "a diffusion model")
     else:
-        options["config"] = model.sampler_config(**{name: getattr(args, name) for name in CONFIG})
+        [options["config"]] = sampler_configs(model, args)
         title = f"{options['config']}, {title}"
         if classes := getattr(args, "class"):
             options["labels"] = np.array(classes)[np.arange(args.n) * len(classes) // args.n]

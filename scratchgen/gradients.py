@@ -10,6 +10,7 @@ from functools import wraps
 
 from scratchgen import tree
 
+import numpy as np
 from autograd.core import VJPNode, add_outgrads
 from autograd.tracer import getval, isbox, new_box, notrace_primitives, toposort
 
@@ -51,12 +52,14 @@ def op(forward):
     """
 
     @wraps(forward)
+    @np.errstate(under="ignore")  # too small for float32 is 0, also where a notebook has called np.seterr(all="raise")
     def primitive(*args):
         recorded = [number for number, arg in enumerate(args) if isbox(arg)]
         if not recorded:
             return forward(*args)[0]
         answer, vjp = forward(*map(getval, args))
 
+        @np.errstate(under="ignore")
         def vjp_of_recorded(g):
             gradients = vjp(g)
             chosen = [gradients[number] for number in recorded]

@@ -5,25 +5,45 @@ Images come as (N, H, W, 1) in the range given by ``low`` and ``high``, by defau
 
 import os
 from contextlib import suppress
+from functools import cache
 
-from scratchgen.machinery.files import by_rank_0, replacing
+from scratchgen.data import UserError
+from scratchgen.machinery.files import by_rank_0, check_output, replacing
 
 import numpy as np
-
-backend = os.environ.pop("MPLBACKEND", None)  # of a notebook, whose programs may run where its backend is unknown
-import matplotlib  # noqa: E402
-from matplotlib.animation import PillowWriter  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-if backend is not None:
-    os.environ["MPLBACKEND"] = backend
-    with suppress(ValueError):
-        matplotlib.rcParams["backend"] = backend
 
 FORWARD = "forward: $x_t \\sim q(x_t|x_0)$"  # titles
 REVERSE = "reverse: $x_{t-1} \\sim p_\\theta(x_{t-1}|x_t)$"
 TRAIN = {"color": "C0", "label": "train"}
 TEST = {"color": "C1", "label": "test", "linestyle": "--"}
+
+
+@cache
+def import_matplotlib():
+    """The module. Raises UserError: importing it reads settings and writes a cache, and so may fail."""
+    backend = os.environ.pop("MPLBACKEND", None)  # of a notebook, whose programs may run where its backend is unknown
+    try:
+        import matplotlib.animation
+        import matplotlib.figure
+    except Exception as error:
+        raise UserError(f"matplotlib cannot be imported: {error}") from None
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+    return matplotlib
+
+
+def new_figure(width, height):  # in inches
+    return import_matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def check_figure(path):
+    """Raise UserError or OSError now if `save` could not write to ``path`` later."""
+    kinds = new_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise UserError(f"{path}: expected a name that ends in one of .{', .'.join(kinds)}")
+    check_output(path)
 
 
 @by_rank_0
@@ -47,7 +67,7 @@ def show(axes, picture, low=0, high=1, **options):
 def grid(images, columns, title, low=0, high=1, row_labels=()):
     """One panel with all images, ``columns`` to a row; ``row_labels`` stand at the left, from the top."""
     rows = len(images) // columns
-    figure = Figure(figsize=(0.6 * columns + 0.6, 0.6 * rows + 0.6), layout="constrained")
+    figure = new_figure(0.6 * columns + 0.6, 0.6 * rows + 0.6)
     axes = figure.add_subplot(title=title)
     show(axes, mosaic(images, rows, columns), low, high)
     if row_labels:
@@ -81,7 +101,7 @@ def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):
     z[:, j] = np.repeat(ticks[::-1], n)
     half = extent / (n - 1)  # half the distance between two images
     edges = (-extent - half, extent + half)
-    figure = Figure(figsize=(6.6, 6.6), layout="constrained")
+    figure = new_figure(6.6, 6.6)
     axes = figure.add_subplot(title=f"decoded from z, all but dimensions {i} and {j} zero")
     show(axes, mosaic(decode(z), n, n), extent=edges * 2)
     labels = [f"{tick:.1f}" for tick in ticks]
@@ -107,7 +127,7 @@ def vae_loss(log, floor):
 
     ``floor`` is the entropy of the pixels, None where they have none.
     """
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = new_figure(12, 3.6)
     panels = figure.subplots(1, 3)
     titles = {
         "elbo": "ELBO",
@@ -128,7 +148,7 @@ def ddpm_loss(log, t, errors, bins=40):
 
     Each point is the mean of one of ``bins`` equal parts of the images.
     """
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = new_figure(10, 3.8)
     left, right = figure.subplots(1, 2)
     curves(left, log, "loss")
     left.set(title="loss: mean of $(\\epsilon - \\epsilon_\\theta)^2$", ylabel="squared error per pixel")
@@ -146,10 +166,10 @@ def latent_use(kl, variance, spread, active):
     All are (D,): ``variance`` is that of mu over images and ``spread`` the mean of sigma^2. Their sum is the variance
     of z, 1 if codes are distributed as the prior is.
     """
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = new_figure(10, 3.6)
     left, right = figure.subplots(1, 2)
-    order = np.argsort(-kl)
-    places = np.arange(len(kl))
+    order = np.argsort(-kl)[:60]  # of more nobody could read the numbers, and thousands take a minute
+    places = np.arange(len(order))
     colours = np.where(active, "C0", "lightgray")[order]
     left.bar(places, kl[order], color=colours)
     left.set(title=f"KL of each dimension, {kl.sum():.1f} nats in all", ylabel="nats, mean over test images")
@@ -159,7 +179,7 @@ def latent_use(kl, variance, spread, active):
     right.set(title=f"{active.sum()} of {len(kl)} active: variance of $\\mu$ above 0.01", ylabel="over test images")
     figure.legend(fontsize="small", loc="outside lower right", ncols=3)
     for axes in (left, right):
-        axes.set_xlabel("latent dimension, by KL")
+        axes.set_xlabel("latent dimension, by KL" + (", the first 60" if len(kl) > 60 else ""))
         axes.set_xticks(places, order, fontsize="x-small", rotation=90)
         axes.grid(alpha=0.3, axis="y")
     return figure
@@ -170,7 +190,7 @@ def bound_over_t(t, bits, bound, weights):
 
     ``weights`` are the w_t for t = 2..T in bits: what L_{t-1} would be if no noise were predicted.
     """
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    figure = new_figure(7, 3.8)
     axes = figure.add_subplot(title=f"the terms of the bound, {bound:.2f} bits per dimension in all")
     axes.loglog(t, bits, marker=".", color="C1", label="of the network")
     axes.loglog(np.arange(2, len(weights) + 2), weights, "C0--", label="$w_t$, the term of $\\epsilon_\\theta = 0$")
@@ -183,7 +203,7 @@ def bound_over_t(t, bits, bound, weights):
 
 def row_of_times(images, times, title):
     """One row of panels, one image each, titled with its t: a sequence of (H, W, 1) in [-1, 1], and of integers."""
-    figure = Figure(figsize=(1.7 * len(times), 2.3), layout="constrained")
+    figure = new_figure(1.7 * len(times), 2.3)
     figure.suptitle(title)
     for axes, image, t in zip(figure.subplots(1, len(times), squeeze=False)[0], images, times, strict=True):
         show(axes, image[..., 0], -1, 1)
@@ -196,11 +216,11 @@ def save_gif(frames, columns, path, frames_per_second=12, pause=18):
     """An animation of mosaics: a sequence of (N, H, W, 1) in [-1, 1]; the last stays for ``pause`` frames."""
     pictures = [mosaic(frame, len(frame) // columns, columns) for frame in frames]
     H, W = pictures[0].shape
-    figure = Figure(figsize=(W / 100, H / 100))
+    figure = import_matplotlib().figure.Figure(figsize=(W / 100, H / 100))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     image = axes.imshow(pictures[0], cmap="gray", vmin=-1, vmax=1)
-    writer = PillowWriter(fps=frames_per_second)
+    writer = import_matplotlib().animation.PillowWriter(fps=frames_per_second)
     with replacing(path) as temporary, writer.saving(figure, temporary, dpi=200):
         for picture in pictures + pictures[-1:] * pause:
             image.set_data(picture)

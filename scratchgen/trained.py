@@ -9,6 +9,7 @@
 Dimensions: N images, H = W = 28, one channel; D latent dimensions; T steps from image to noise.
 """
 
+import itertools
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -184,15 +185,19 @@ SHARD = 16  # images that one rank draws at a time
 def draw(model, N, seed, ranks, labels=None, **options):
     """N samples of a model as grey levels, uint8 (N, 28, 28, 1), drawn by all ranks; ``options`` go to its ``sample``.
 
-    For the same seed the first images have the same noise whatever N is, and however they are drawn from it.
+    For the same seed the first images are the same whatever N is, and have the same noise however they are drawn from
+    it: the last shard is drawn whole, too.
     """
     if labels is None and model.config.get("classes"):
         labels = np.arange(N) % len(CLASSES)  # all equally often
 
     def from_shard(numbers):
         rng = rng_for(seed, SAMPLES, numbers[0])
-        of_shard = options if labels is None else options | {"labels": labels[numbers]}
-        return np.round(model.sample(len(numbers), rng, **of_shard) * 255).astype(np.uint8)
+        of_shard = options
+        if labels is not None:
+            of_shard = options | {"labels": np.resize(labels[numbers[0] :], SHARD)}
+        images = model.sample(SHARD, rng, **of_shard)[: len(numbers)]
+        return np.round(images * 255).astype(np.uint8)
 
     return over_images(from_shard, [np.arange(N)], SHARD, ranks, "samples")
 
@@ -215,8 +220,8 @@ def over_images(f, arrays, shard, ranks, description):
 CONFIG = [field.name for field in fields(SamplerConfig)]
 
 
-def add_sampler_flags(parser, nargs=None):
-    """A flag for each field of a SamplerConfig, which is None where it is not given."""
+def add_sampler_flags(parser, nargs):
+    """A flag for each field of a SamplerConfig: a list of values, or None where it is not given."""
     help = (
         "diffusion: ddpm adds noise at each step, ddim none; dpm++ and sde-dpm++ are ddim and ddpm of second order, "
         "for few steps (default: sde-dpm++, 20 steps, guided; T steps of ddpm for a run without additions)"
@@ -228,6 +233,17 @@ def add_sampler_flags(parser, nargs=None):
     parser.flag("--guidance", help, type=cli.number(float, 0, high=100), nargs=nargs, metavar="W")
     help = "diffusion: the guide, the network early in its training or without labels (default: early)"
     parser.flag("--guide", help, choices=GUIDES, nargs=nargs)
+
+
+def sampler_configs(model, args):
+    """A SamplerConfig for each combination of the values of these flags. Raises UserError."""
+    configs = {}  # by their names: with w = 0 there is no guide
+    for each in itertools.product(*(getattr(args, name) or [None] for name in CONFIG)):
+        config = model.sampler_config(**dict(zip(CONFIG, each, strict=True)))
+        configs[str(config)] = config
+    if args.guide and not any(config.guidance for config in configs.values()):
+        raise UserError("--guide needs a --guidance above 0")
+    return list(configs.values())
 
 
 def refuse(args, names, kind):

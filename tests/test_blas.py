@@ -154,6 +154,19 @@ def test_tiles_as_measured(monkeypatch, M, K, N, transposed, tile):
     blas.tile.cache_clear()
 
 
+SIMD = {"SIMD Extensions": {"found": ["X86_V4"]}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, SIMD, SIMD | {"Build Dependencies": {}}, SIMD | {"Build Dependencies": {"blas": {}}}]
+    + [{"SIMD Extensions": {}, "Build Dependencies": {"blas": {"name": "openblas"}}}],
+)
+def test_a_numpy_that_says_less_of_itself_has_no_small_kernels(config, monkeypatch):
+    monkeypatch.setattr(np, "show_config", lambda mode: config)
+    assert not blas.has_small_kernels()
+
+
 @pytest.mark.parametrize(
     ("features", "library", "small"),
     [("X86_V4", "scipy-openblas", True), ("AVX512_SKX", "openblas", True), ("AVX2", "openblas", False)]

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -11,12 +12,15 @@ from pathlib import Path
 
 import run_ddpm
 import run_vae
+from scratchgen import draw
 from scratchgen.data import DataError
+from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.machinery import cli, parallel
 from scratchgen.machinery.checkpoint import CheckpointError
 from scratchgen.machinery.files import FolderInUse
 
 import pytest
+from conftest import ROOT
 
 MODULES = {"vae": run_vae, "ddpm": run_ddpm}
 
@@ -175,6 +179,70 @@ def test_a_bar_says_what_it_counts_and_goes_on_from_what_is_done(monkeypatch, ca
     with cli.progress(10, None, " steps", done=4) as bar:
         bar.update()
         assert (bar.n, bar.total) == (5, 10)
+
+
+def test_tqdms_own_switch_turns_the_bar_off():
+    """TQDM_DISABLE is read when tqdm is imported."""
+    code = "from scratchgen.machinery import cli\ncli.sys.stderr.isatty = lambda: True\n"
+    code += "print(list(cli.progress(3, 'bound', ' steps', 'abc')))"
+    for variables, shown in (({"TQDM_DISABLE": "1"}, False), ({}, True)):
+        environment = os.environ | variables
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout == "['a', 'b', 'c']\n" and ("3/3" in done.stderr) == shown
+
+
+@pytest.mark.parametrize("flags", [["--guidance", "0", "0.5"], ["--sampler", "ddim", "ddpm"], ["--guide", "early"]])
+@pytest.mark.parametrize("folder", ["runs/ddpm", "/somewhere/ddpm", "../ddpm"])
+def test_a_folder_may_stand_where_one_would_write_it(flags, folder):
+    argvs = [[folder, "--frechet", "9", *flags], ["--frechet", "9", *flags, folder], [*flags, folder, "--frechet", "9"]]
+    found = [vars(evaluate.parse_arguments(argv)) for argv in argvs]
+    for args, argv in zip(found, argvs, strict=True):
+        assert args.pop("command").endswith(" ".join(argv))  # as it was written
+        assert args["run"] == Path(folder) and args == found[0]
+
+
+def test_what_is_no_folder_is_no_value_either(capsys):
+    for flags in (["--guidance", "0", "much"], ["--sampler", "ddim", "eulr"], ["--class", "boot", "hat"]):
+        program = draw if "--class" in flags else evaluate
+        with pytest.raises(SystemExit):
+            program.parse_arguments([*flags, *([] if program is draw else ["runs/x"])])
+        assert flags[-1] in capsys.readouterr().err
+    assert draw.parse_arguments(["--class", "boot", "runs/x"]).run == Path("runs/x")
+
+
+@pytest.mark.parametrize("program", [["run_vae.py"], ["run_ddpm.py"], ["-m", "scratchgen.draw"]])
+def test_a_matplotlib_that_cannot_be_imported_is_one_line(program, tmp_path):
+    """It writes a cache, and reads settings: where nothing may be written, or these are damaged, its import fails."""
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text("raise OSError('requires access to a writable\\ncache')")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, *program, "--out", str(tmp_path / "out.png")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "matplotlib cannot be imported: requires access to a writable cache" in done.stderr
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("switch", [["-W", "error"], ["-OO"], ["-bb"], ["-X", "dev"], ["-I"]])
+def test_pythons_own_switches(switch, small_data, tmp_path):
+    flags = ["--data", small_data, "--epochs", 1, "--train-images", 16, "--workers", 2, "--out", tmp_path / "out"]
+    command = [sys.executable, *switch, ROOT / "run_vae.py", *flags]
+    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.count("\n") == 1 and "not the published FashionMNIST" in done.stderr
+    assert done.returncode == ("error" in switch) and (tmp_path / "out" / "loss.png").exists() != ("error" in switch)
+    command = [sys.executable, *switch, "-m", "scratchgen.draw", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "9 boot" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXCPU"), reason="no such signal here")
+def test_a_limit_on_the_time_which_speaks_each_second_is_heard_once():
+    stop = cli.Stop()
+    with pytest.raises(cli.Stopped), stop:
+        stop(signal.SIGXCPU, None)
+        stop(signal.SIGXCPU, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop(signal.SIGINT, None)
 
 
 def test_in_a_log_there_is_no_bar(capsys):

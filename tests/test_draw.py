@@ -110,6 +110,9 @@ def test_every_class_has_a_name_and_a_number():
         (["--model", "vae", "--guidance", 0], "--guidance is for a diffusion model, which vae is not"),
         (["--model", "vae", "--guide", "early"], "--guide is for a diffusion model, which vae is not"),
         (["--model", "vae", "--sampler", "ddim"], "--sampler is for a diffusion model"),
+        (["--class", "boot", "bag", "coat", "-n", 2], "-n 2: expected an image or more for each class"),
+        (["--guide", "early", "--guidance", 0], "--guide needs a --guidance above 0"),
+        (["--guide", "early", "--sampler", "ddim"], "--guide needs a --guidance above 0"),
     ],
 )
 def test_flags_that_do_not_fit(flags, message, runs, tmp_path, monkeypatch):
@@ -118,6 +121,45 @@ def test_flags_that_do_not_fit(flags, message, runs, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=re.escape(message)):
         draw.main([str(flag).replace("RUNS", str(runs)) for flag in flags])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("drawn", "expected a name that ends in one of ."),
+        ("drawn.npz", "expected a name that ends in one of ."),
+        ("drawn.xyz", "expected a name that ends in one of ."),
+        (".png", "expected a name that ends in one of ."),
+        ("folder", "expected a name that ends in one of ."),
+        ("folder.png", "expected a file or nothing there, found a folder"),
+        ("/dev/null", "expected a name that ends in one of ."),
+        ("null.png", "expected a file or nothing there, found a folder or a device"),
+        ("file.png/x.png", "is no folder"),
+        ("n" * 260 + ".png", "too long"),
+        ("other.png", "expected a file"),  # whose .npz is a folder
+    ],
+)
+def test_where_the_picture_goes_is_looked_at_before_it_is_drawn(out, message, tmp_path, monkeypatch, finish):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder", "folder.png", "other.npz"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file.png").touch()
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(draw, "load_trained", None)
+    status, error = finish(lambda: draw.main(["--samples", "--out", out]))
+    named = {"file.png/x.png": "file.png: ", "other.png": "other.npz: "}.get(out, f"{out}: ")
+    assert status in (1, 2) and error.count("\n") == 1 and named in error
+    assert message in error or message == "is no folder" and re.search("Not a directory|File exists", error)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["new/folder/d.png", "d.PNG", "d.svg", "d.pdf", "n" * 240 + ".png", "link.png"])
+def test_where_a_picture_can_go_it_goes(out, runs, drawn, tmp_path):
+    (tmp_path / "link.png").symlink_to("elsewhere.png")
+    draw.main([str(runs / "vae"), "-n", "4", "--out", out])
+    assert (tmp_path / out).stat().st_size > 1000
+    assert (tmp_path / "link.png").is_symlink() and (tmp_path / "elsewhere.png").exists() == (out == "link.png")
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -2,12 +2,17 @@
 
 import contextlib
 import errno
+import fnmatch
 import gc
 import itertools
 import json
+import math
 import os
+import re
+import stat
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -48,6 +53,112 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(path, tmp_path):
         assert path.read_bytes() == b"the old file"
         assert temporary.suffix == ".npz" and temporary.parent == path.parent  # by which np.savez goes; one file system
     assert path.read_bytes() == b"the new file" and list(tmp_path.iterdir()) == [path]
+
+
+def test_of_a_link_the_target_is_replaced(tmp_path):
+    """It may lie on the disk that is large enough. So with a link to a link, and to what is not there yet."""
+    (tmp_path / "disk").mkdir()
+    for name, there in (("old", True), ("new", False)):
+        target, link, second = tmp_path / "disk" / name, tmp_path / f"{name}.npz", tmp_path / f"{name}-2.npz"
+        if there:
+            target.write_bytes(b"before")
+        link.symlink_to(Path("disk") / name)  # relative to where the link is
+        second.symlink_to(link)
+        for path in (link, second):
+            with files.replacing(path) as temporary:
+                assert temporary.parent == target.parent
+                temporary.write_text(str(path))
+            assert path.is_symlink() and target.read_text() == str(path) and not target.is_symlink()
+    assert len(list((tmp_path / "disk").iterdir())) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
+def test_what_is_no_file_is_not_replaced_and_said_before_anything_is_written(tmp_path):
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    for path in (*tmp_path.iterdir(), Path("/dev/null")):
+        with pytest.raises(OSError) as error, files.replacing(path):
+            pytest.fail("it went on")
+        assert error.value.filename == str(path) and error.value.strerror
+        with pytest.raises(OSError):
+            files.check_output(path)
+    assert stat.S_ISFIFO(os.stat(tmp_path / "fifo.png").st_mode) and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows_and_no_longer(tmp_path):
+    longest = tmp_path / ("n" * 251 + ".png")
+    with files.replacing(longest) as temporary:
+        temporary.write_bytes(b"x")
+    assert list(tmp_path.iterdir()) == [longest]
+    too_long = tmp_path / ("n" * 252 + ".png")
+    with pytest.raises(OSError) as error:
+        files.check_output(too_long)
+    assert error.value.filename == str(too_long)  # not that of a temporary file
+
+
+def test_two_containers_with_one_process_number_do_not_share_a_temporary_file(path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with files.replacing(path) as one, files.replacing(path) as other:
+        assert one != other
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+    assert path.read_bytes() == b"one"  # which is renamed last
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES])
+def test_a_file_system_that_cannot_flush_is_written_to(number, path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_flush_that_lost_data_keeps_the_old_file(number, path, monkeypatch):
+    def lose(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", lose)
+    with pytest.raises(OSError) as error, files.replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert error.value.errno == number and path.read_bytes() == b"the old file"
+
+
+@pytest.mark.parametrize("refusals", [3, math.inf])
+def test_a_file_that_a_viewer_shows_is_replaced_when_it_is_let_go(refusals, path, monkeypatch):
+    """Windows refuses to replace a file that is open. A second is waited for it, and no longer."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    real, clock, calls = os.replace, [0.0], itertools.count()
+
+    def replace(*paths):
+        if next(calls) < refusals:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        real(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
+    try:
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"new" and refusals == 3
+    except PermissionError as error:
+        assert error.filename == str(path) and path.read_bytes() == b"the old file" and 1 <= clock[0] < 1.2
+
+
+def test_what_can_be_written_is_known_before_it_is_written(path, tmp_path):
+    before = path.read_bytes()
+    files.check_output(path)
+    files.check_output(tmp_path / "new" / "folder" / "x.png")
+    assert path.read_bytes() == before and list((tmp_path / "new" / "folder").iterdir()) == []
+    with pytest.raises(OSError) as error:
+        files.check_output(path / "x.png")  # a file is no folder
+    assert str(path) in error.value.filename
 
 
 def test_the_log_is_one_row_an_epoch(tmp_path):
@@ -161,6 +272,33 @@ def test_however_deep_a_metrics_file_is_nested_what_is_measured_can_be_added(tmp
     assert json.loads(path.read_text())["evaluation"]["iwae_50"] == {"log_likelihood": -235.0, "seed": 0}
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"elbo": 1}', "\u00e4".encode("utf-16"), WEIGHTS % "CRC-32 0" + "{}}"])
+def test_a_metrics_file_that_says_nothing_of_these_weights_is_kept_beside(tmp_path, params, content, capsys):
+    path = tmp_path / "metrics.json"
+    content = content if isinstance(content, bytes) else content.encode()
+    writers = [
+        lambda: files.write_metrics(path, {"elbo": -240.0}, params),
+        lambda: files.add_evaluation(path, params, "bound", {"bits": 4.0}, seed=0),
+    ]
+    for number, write in enumerate(writers, 1):
+        path.write_bytes(content)
+        assert files.read_metrics(path, params).keys() == {"weights"} and path.exists()  # reading moves nothing
+        write()
+        assert (tmp_path / f"metrics-{number}.json").read_bytes() == content
+        assert f"kept as {tmp_path / f'metrics-{number}.json'}" in capsys.readouterr().out
+        write()  # what it has written it can read
+    assert len(list(tmp_path.iterdir())) == 3 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("change", ["\ufeff{}", "{}\n\n", " {}"])
+def test_a_metrics_file_that_an_editor_has_saved_is_read(tmp_path, params, change):
+    path = tmp_path / "metrics.json"
+    files.write_metrics(path, {"elbo": -240.0}, params)
+    path.write_text(change.replace("{}", path.read_text().replace("\n", "\r\n")), encoding="utf-8")
+    files.add_evaluation(path, params, "bound", {"bits": 4.0}, seed=0)
+    assert json.loads(path.read_text())["elbo"] == -240.0 and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_is_no_number_is_null_in_json(tmp_path, params):
     path = tmp_path / "metrics.json"
     numbers = {"elbo": float("nan"), "parts": [1.5, float("inf")]}
@@ -247,6 +385,33 @@ def test_a_lock_file_of_another_user_is_locked_all_the_same(tmp_path, of_another
     assert another_process_holds(tmp_path) == "" and list(tmp_path.iterdir()) == [tmp_path / files.LOCK]
 
 
+def test_a_lock_file_that_may_not_even_be_read_is_taken_for_locked(tmp_path, monkeypatch):
+    def refuse(path, flags, *rest):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(FolderInUse, match="may not be read"), files.holding(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("error", [BlockingIOError, PermissionError])
+def test_windows_locks_one_byte_and_says_permission_denied(error, tmp_path, monkeypatch):
+    class Msvcrt:
+        LK_NBLCK = 2
+        locked = []
+
+        def locking(self, lock, how, count):
+            if self.locked:
+                raise error(errno.EACCES, "Permission denied")
+            self.locked.append((how, count))
+
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(files, "msvcrt", Msvcrt())
+    with files.holding(tmp_path), pytest.raises(FolderInUse, match="at work there"), files.holding(tmp_path):
+        pass
+    assert Msvcrt.locked == [(2, 1)]
+
+
 def test_in_a_folder_of_another_user_without_a_lock_file_work_goes_on(tmp_path, of_another_user):
     with files.holding(tmp_path):
         assert list(tmp_path.iterdir()) == []
@@ -254,7 +419,7 @@ def test_in_a_folder_of_another_user_without_a_lock_file_work_goes_on(tmp_path, 
 
 
 def test_what_killed_programs_left_half_written_goes(tmp_path):
-    for name in (".preview.part-123.png", ".checkpoint.part-99.npz", "preview.png", ".lock", ".other"):
+    for name in (f"{files.PART}123.png", f"{files.PART}99.npz", "preview.png", ".lock", ".other"):
         (tmp_path / name).write_bytes(b"x")
     with files.holding(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {"preview.png", ".lock", ".other"}
@@ -269,9 +434,9 @@ def test_where_nothing_can_be_locked_or_written_work_goes_on(tmp_path, monkeypat
             raise OSError(errno.ENOLCK, "No locks available")
 
         monkeypatch.setattr(files.fcntl, "flock", no_locks)
-    (tmp_path / ".log.part-7.csv").touch()
+    (tmp_path / f"{files.PART}7.csv").touch()
     with files.holding(tmp_path):
-        assert (tmp_path / ".log.part-7.csv").exists()  # who knows whose it is
+        assert (tmp_path / f"{files.PART}7.csv").exists()  # who knows whose it is
     monkeypatch.setattr(files, "fcntl", None)  # as on a system with neither
     with files.holding(tmp_path):
         assert another_process_holds(tmp_path) == ""
@@ -324,14 +489,48 @@ def test_an_earlier_run_is_moved_whole_and_never_overwritten(tmp_path, capsys):
     for content in (b"first", b"second"):
         for name in ("checkpoint.npz", "log.csv", "metrics.json", "samples.png"):
             (tmp_path / name).write_bytes(content)
-        (tmp_path / "notes.txt").write_bytes(b"the user's")
+        for name in ("notes.txt", "holiday.png", "my samples.png", "cat.gif", "samples.npz"):
+            (tmp_path / name).write_bytes(b"the user's")
         files.put_aside(tmp_path)
     files.put_aside(tmp_path)  # nothing there any more
-    assert {path.name for path in tmp_path.iterdir()} == {"earlier-1", "earlier-2", "notes.txt"}
+    mine = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert mine == {"notes.txt", "holiday.png", "my samples.png", "cat.gif", "samples.npz"}
     for number, content in ((1, b"first"), (2, b"second")):
         found = {path.name: path.read_bytes() for path in (tmp_path / f"earlier-{number}").iterdir()}
         assert found == dict.fromkeys(("checkpoint.npz", "log.csv", "metrics.json", "samples.png"), content)
     assert capsys.readouterr().out.count("kept the earlier run") == 2
+
+
+def test_an_earlier_run_takes_along_what_its_links_lead_to(tmp_path):
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    for folder in (out, disk):
+        folder.mkdir()
+    for name in ("checkpoint.npz", "samples.png"):
+        (out / name).symlink_to(Path("../disk") / name)
+    (out / "preview.png").symlink_to("nowhere")
+    for run in (b"first", b"second"):
+        for name in ("checkpoint.npz", "samples.png"):
+            with files.replacing(out / name) as temporary:
+                temporary.write_bytes(run)
+        files.put_aside(out)
+    for number, run in ((1, b"first"), (2, b"second")):
+        found = {path.name: path.read_bytes() for path in (out / f"earlier-{number}").iterdir() if path.is_file()}
+        assert found == dict.fromkeys(("checkpoint.npz", "samples.png"), run)
+        assert not any(path.is_symlink() for path in (out / f"earlier-{number}").iterdir())
+    assert (out / "checkpoint.npz").is_symlink() and list(disk.iterdir()) == []
+
+
+def test_the_names_of_figures_are_those_that_are_made(folder):
+    """What is not in MADE would be taken for the user's, and stay when the run is moved."""
+    for name in ("vae", "ddpm"):
+        made = {path.name for path in (folder / name).iterdir()} - {files.LOCK}
+        known = {path.name for pattern in files.MADE for path in (folder / name).glob(pattern)}
+        assert made == known and len(known) >= 8
+    sources = [ROOT / "run_vae.py", ROOT / "run_ddpm.py", *(ROOT / "scratchgen" / "evaluate").glob("*.py")]
+    named = {name for path in sources for name in re.findall(r"([\w{}]+)\.(?:png|gif)\b", path.read_text())}
+    patterns = [re.sub(r"\{\w\}|[A-Z]", "0", name) for name in named]  # latents_{i}_{j}, latents_I_J
+    for name in patterns:
+        assert any(fnmatch.fnmatch(f"{name}.{kind}", each) for each in files.MADE for kind in ("png", "gif")), name
 
 
 @pytest.mark.parametrize("after", range(5))
@@ -339,15 +538,15 @@ def test_a_move_that_was_killed_goes_on_with_the_same_folder(after, tmp_path, mo
     names = ["checkpoint.npz", "log.csv", "metrics.json", "samples.png"]
     for name in names:
         (tmp_path / name).write_bytes(name.encode())
-    replace, calls = os.replace, itertools.count()
+    rename, calls = os.rename, itertools.count()
 
     def killed(*paths):
         if next(calls) == after:
             raise KeyboardInterrupt
-        replace(*paths)
+        rename(*paths)
 
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(os, "replace", killed)
+        patch.setattr(os, "rename", killed)
         files.put_aside(tmp_path)
     files.put_aside(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["earlier-1"]

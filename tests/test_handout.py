@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,34 @@ def test_the_answers_stay_behind(tmp_path):
             assert Path(file).name in rows[question - 1][3]
             assert all(f"`{name}`" in rows[question - 1][3] for name in functions)
     assert len(readme.splitlines()) < 60  # one page
+
+
+def test_of_a_read_only_project_the_hand_out_can_be_written_and_changed(tmp_path, monkeypatch):
+    """Not by root, who may write everywhere: so what counts are the modes."""
+    root = tmp_path / "project"
+    shutil.copytree(ROOT / "docs", root / "docs", ignore=shutil.ignore_patterns("figures", "*.ipynb"))
+    for name in handout.COPIED:
+        ignored = shutil.ignore_patterns("__pycache__", "*.gz", "*.npz")
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
+        copy(ROOT / name, root / name, **({"ignore": ignored} if copy is shutil.copytree else {}))
+    for path in root.rglob("*"):
+        path.chmod(path.stat().st_mode & ~0o222)
+    monkeypatch.setattr(handout, "ROOT", root)
+    handout.write(tmp_path / "homework")
+    written = list((tmp_path / "homework").rglob("*"))
+    assert len(written) > 40 and all(path.stat().st_mode & 0o200 for path in written)
+
+
+def test_a_hand_out_that_is_stopped_has_no_answers_in_it(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(handout, "without_bodies", full)
+    with pytest.raises(OSError):
+        handout.write(tmp_path / "homework")
+    for files in handout.QUESTIONS.values():
+        for file, _ in files:
+            assert not (tmp_path / "homework" / file).exists()
 
 
 @pytest.mark.parametrize(

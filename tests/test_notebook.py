@@ -80,16 +80,21 @@ def test_a_bar_shows_how_far_it_is(kernel, small_data):
     assert (status, error) == ("ok", "") and "steps/s" in printed
 
 
+def test_a_program_without_flags_does_not_take_those_of_the_kernel(kernel):
+    status, error, printed = kernel("import sys, run_vae\nprint(sys.argv)\nprint(run_vae.parse_arguments(None).out)")
+    assert (status, error) == ("ok", "") and "-f" in printed and "runs/vae" in printed.replace("\\", "/")
+
+
 # ------------------------------------------------------------------------------------------------------------- the tour
 
 TOUR = ROOT / "docs" / "tour.ipynb"
 
 
-def test_the_tour_runs_from_the_top():
+def test_the_tour_runs_from_the_top_and_from_any_folder(tmp_path):
     """Its cells are run again, and say of the data and of the tape what is stored beside them."""
     stored, again = (nbformat.read(TOUR, as_version=4) for _ in range(2))
     began = time.monotonic()
-    NotebookClient(again, timeout=300, coalesce_streams=True, resources={"metadata": {"path": TOUR.parent}}).execute()
+    NotebookClient(again, timeout=300, coalesce_streams=True, resources={"metadata": {"path": tmp_path}}).execute()
     assert time.monotonic() - began < 300  # one minute on two quiet cores
     same = 0
     for before, after in zip(stored.cells, again.cells, strict=True):

@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 from scratchgen import muon, tree
 from scratchgen.data import UserError
@@ -1198,6 +1199,71 @@ def test_a_folder_that_ranks_do_not_share_is_noticed(alone, tmp_path):
     status, _, error = finish(process)
     assert status == 2 and "ranks found different ones" in error and error.count("\n") == 1
     assert not (tmp_path / "a" / "drawn.png").exists()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Ask for `parallel.world` with these variables, where MPI finds so many ranks: their number, or None."""
+
+    def world(variables, size):
+        for name in (*parallel.NUMBER, *parallel.COUNT, "SLURM_NTASKS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        comm = SimpleNamespace(size=size, Dup=lambda: None)
+        monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=comm)))
+        monkeypatch.setattr(parallel, "rank", 0)
+        parallel.world.cache_clear()
+        try:
+            ranks = parallel.world()
+            return ranks and ranks.count
+        finally:
+            parallel.world.cache_clear()
+
+    return world
+
+
+PMIX_OF_SRUN = {"PMIX_RANK": 1, "SLURM_PROCID": 1, "SLURM_NTASKS": 4, "SLURM_STEP_NUM_TASKS": 4}
+
+
+@pytest.mark.parametrize(
+    ("variables", "size", "expected"),
+    [
+        ({}, 1, None),
+        ({"PMI_RANK": 0, "PMI_SIZE": 1}, 7, None),  # told that it is alone, it does not ask
+        ({"PMI_RANK": 1, "PMI_SIZE": 4}, 4, 4),
+        ({"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 4, "PMIX_RANK": 0}, 4, 4),
+        ({"MV2_COMM_WORLD_RANK": 3, "MV2_COMM_WORLD_SIZE": 4}, 4, 4),
+        (PMIX_OF_SRUN, 4, 4),
+        ({"PMIX_RANK": 0}, 4, 4),
+        ({"PMIX_RANK": 3}, 4, 4),
+        ({"PMIX_RANK": 0}, 1, None),
+        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 4}, 1, None),  # a batch script, which srun has not started
+        ({"SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 1}, 1, None),
+        ({"SLURM_PROCID": 1, "SLURM_STEP_NUM_TASKS": 2, "PMI_RANK": 5, "PMI_SIZE": 8}, 8, 8),  # mpiexec by way of srun
+    ],
+)
+def test_whoever_starts_ranks_in_whatever_words(variables, size, expected, launched):
+    assert launched(variables, size) == expected
+
+
+@pytest.mark.parametrize(
+    "variables", [{"PMIX_RANK": 1}, PMIX_OF_SRUN, {"SLURM_PROCID": 1}, {"PMI_RANK": 0, "PMI_SIZE": 2}]
+)
+def test_ranks_that_mpi_does_not_find_are_no_runs_of_their_own(variables, launched):
+    with pytest.raises(UserError, match="mpi4py finds 1"):
+        launched(variables, 1)
+
+
+@pytest.mark.parametrize("variables", [{"PMIX_RANK": "1"}, {"SLURM_PROCID": "1"}, {"MV2_COMM_WORLD_RANK": "2"}])
+def test_a_rank_by_whatever_words_is_quiet(variables, monkeypatch):
+    quiet = []
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(parallel, "rank", 0)
+    monkeypatch.setattr(parallel, "be_quiet", lambda: quiet.append(parallel.rank))
+    monkeypatch.setattr(parallel, "world", lambda: None)
+    parallel.begin()
+    assert quiet == [int(*variables.values())]
 
 
 def test_alone_nothing_of_mpi_is_imported():

@@ -144,6 +144,15 @@ def test_latent_use_shows_dimensions_in_falling_order_of_kl():
     assert colours[0] == colours[1] != colours[2]
 
 
+def test_of_many_latent_dimensions_those_with_most_kl_are_shown():
+    kl = np.random.default_rng(0).random(4000)
+    left, right = plots.latent_use(kl, kl, 1 - kl, kl > 0.5).axes
+    assert [bar.get_height() for bar in left.patches] == sorted(kl)[:-61:-1]
+    assert len(right.patches) == 120 and len(left.get_xticks()) == 60
+    assert f"{kl.sum():.1f} nats" in left.get_title() and "of 4000 active" in right.get_title()
+    assert left.get_xlabel().endswith("the first 60")
+
+
 def test_bound_over_t():
     (axes,) = plots.bound_over_t(np.array([1, 2, 5]), np.array([2.0, 0.5, 0.25]), 4.126, np.array([3.0, 2, 1])).axes
     points = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -246,6 +247,10 @@ def test_sample_metrics():
         ("ddpm", ["--steps", 3], "--steps needs --frechet"),
         ("ddpm", ["--bound", 5, "--sampler", "ddim"], "--sampler needs --frechet"),
         ("ddpm", ["--vae", "elsewhere"], "--vae needs --frechet"),
+        ("ddpm", ["--draws", 3], "--draws needs --frechet"),
+        ("vae", ["--iwae", 2, "--draws", 3], "--draws needs --frechet"),
+        ("ddpm", ["--frechet", 5, "--guide", "early", "--guidance", 0], "--guide needs a --guidance above 0"),
+        ("ddpm", ["--frechet", 5, "--guide", "early", "--sampler", "ddim"], "--guide needs a --guidance above 0"),
         ("ddpm", ["--frechet", 201], "--frechet 201 is out of range, there are 200"),
         ("ddpm", ["--bound", 41], "--bound 41 is out of range, there are 40"),
         ("ddpm", ["--frechet", 10, "--vae", "nowhere"], "nowhere: expected a run of run_vae.py"),
@@ -265,6 +270,38 @@ def test_flags_that_do_not_fit_are_refused_before_any_work(model, flags, message
         else:
             evaluate.main(argv)
     assert before == {path: path.read_bytes() for path in (folder / model).iterdir()}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_test_images_are_measured_or_refused(count, small_data, tmp_path, recwarn, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(small_data, data)
+    for name, shape in (("images-idx3", (28, 28)), ("labels-idx1", ())):
+        path = data / f"t10k-{name}-ubyte"
+        header = 8 + 4 * len(shape)
+        content = path.read_bytes()
+        path.write_bytes(content[:7] + bytes([count]) + content[8 : header + count * math.prod(shape)])
+    flags = ["--data", str(data), "--workers", "1"]
+    run_flags = [*flags, "--epochs", "1", "--train-images", "16"]
+    run_vae.main([*run_flags, "--latent-dim", "2", "--out", str(tmp_path / "vae")])
+    run_ddpm.main([*run_flags, "--T", "3", "--arch", "mlp", "--out", str(tmp_path / "ddpm")])
+    for run, more, needed in [
+        ("vae", [], 2),
+        ("vae", ["--iwae", "2"], 2),
+        ("vae", ["--frechet", "4"], 4),
+        ("ddpm", [], 2),
+        ("ddpm", ["--bound", "2"], 2),
+        ("ddpm", ["--frechet", "4"], 4),
+    ]:
+        if count < needed:
+            with pytest.raises(UserError, match=f"expected {needed} test images or more"):
+                evaluate.main([str(tmp_path / run), *flags, *more])
+        else:
+            evaluate.main([str(tmp_path / run), *flags, *more])
+    for run in ("vae", "ddpm"):
+        assert "null" not in (tmp_path / run / "metrics.json").read_text()
+    assert "nan" not in capsys.readouterr().out
+    assert {str(warning.message).split(": ")[1][:17] for warning in recwarn} == {"not the published"}
 
 
 @pytest.mark.parametrize(("model", "flags"), [("vae", ("--iwae", 3)), ("ddpm", ("--bound", 2, "--frechet", 10))])

@@ -1,5 +1,6 @@
 """A trained model: what a notebook can do with it, what it draws, and what is refused."""
 
+import argparse
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -223,8 +224,8 @@ def algorithm_2(model, x_t, rng):
 def test_samples_of_ddpm_are_algorithm_2(runs):
     model = load_run(runs / "ddpm")
     rng = np.random.default_rng([5, SAMPLES, 0])
-    x_T = rng.standard_normal((3, 28, 28, 1), dtype=np.float32)
-    x_0 = np.clip(algorithm_2(model, x_T, rng)[0], -1, 1)
+    x_T = rng.standard_normal((16, 28, 28, 1), dtype=np.float32)
+    x_0 = np.clip(algorithm_2(model, x_T, rng)[0], -1, 1)[:3]
     images = draw(model, 3, 5, Ranks(1), config=model.sampler_config(sampler="ddpm"))
     assert np.abs(images - (x_0 + 1) * 127.5).max() <= 0.51
 
@@ -234,7 +235,7 @@ def test_drawn_images_have_the_nearest_grey_levels():
         config = {}
 
         def sample(self, N, rng):
-            return self.x.reshape(N, 28, 28, 1)
+            return np.tile(self.x.reshape(1, 28, 28, 1), (N, 1, 1, 1))
 
     model = Known()
     x = np.arange(784) % 256
@@ -253,14 +254,53 @@ def test_over_images_keeps_the_order():
     np.testing.assert_array_equal(found, x * x)
 
 
-def test_the_noise_of_an_image_depends_on_seed_and_place_alone(runs):
-    model = load_run(runs / "ddpm")
-    few = draw(model, 16, 1, Ranks(1))
+@pytest.mark.parametrize("sampler", [None, "ddpm", "ddim", "vae"])
+def test_an_image_depends_on_seed_and_place_alone(sampler, runs):
+    """To the bit, however many others are drawn: 1 is the smallest shard, 17 one and the start of a second."""
+    model = load_run(runs / ("vae" if sampler == "vae" else "ddpm"))
+    options = {} if sampler == "vae" else {"config": model.sampler_config(sampler=sampler)}
     with Ranks(2) as ranks:
-        many = draw(model, 40, 1, ranks)
-    np.testing.assert_array_equal(few, many[:16])
+        many = draw(model, 40, 1, ranks, **options)
+    for few in (1, 5, 16, 17, 33):
+        np.testing.assert_array_equal(draw(model, few, 1, Ranks(1), **options), many[:few])
     assert len(np.unique(many, axis=0)) == 40
-    assert np.any(few != draw(model, 16, 2, Ranks(1)))
+    assert np.any(many[0] != draw(model, 1, 2, Ranks(1), **options))
+
+
+@pytest.mark.parametrize("labels", [None, [9, 1, 1]])
+def test_the_first_images_of_a_model_with_classes_have_labels_of_their_own(labels, monkeypatch):
+    class Model:
+        config = {"classes": True}
+
+        def sample(self, N, rng, labels):
+            assert N == len(labels) == trained.SHARD
+            return np.broadcast_to(labels.reshape(-1, 1, 1, 1) / 255, (N, 28, 28, 1))
+
+    if labels is None:
+        for N in (1, 16, 23):
+            assert draw(Model(), N, 0, Ranks(1))[:, 0, 0, 0].tolist() == [n % 10 for n in range(N)]
+    else:
+        assert draw(Model(), 3, 0, Ranks(1), np.array(labels))[:, 0, 0, 0].tolist() == labels
+
+
+@pytest.mark.parametrize("name", ["vae", "ddpm"])
+def test_a_notebook_that_makes_numpy_raise_can_draw(name):
+    """An exponential that is too small for float32 is 0, and nothing to stop for."""
+    model = load_trained(name)
+    rng = np.random.default_rng(0)
+    with np.errstate(all="raise"):
+        images = model.sample(3, rng)
+    np.testing.assert_array_equal(images, model.sample(3, np.random.default_rng(0)))
+
+
+def test_a_guide_that_none_of_the_samplers_uses_is_refused(runs):
+    model = load_run(runs / "ddpm")
+    flags = {"sampler": None, "steps": [3], "guidance": [0, 0.5], "guide": ["early"]}
+    names = [str(config) for config in trained.sampler_configs(model, argparse.Namespace(**flags))]
+    assert names == ["sde-dpm++, 3 steps", "sde-dpm++, 3 steps, w = 0.5"]
+    for change in ({"sampler": ["ddim"], "guidance": None}, {"guidance": [0]}):
+        with pytest.raises(UserError, match="--guide needs a --guidance above 0"):
+            trained.sampler_configs(model, argparse.Namespace(**flags | change))
 
 
 class Sure:

@@ -14,7 +14,6 @@ Whatever is measured appears on the screen and, under "evaluation", in metrics.j
 go too.
 """
 
-import itertools
 from pathlib import Path
 
 from scratchgen.data import first_images, load_fashion_mnist
@@ -22,7 +21,7 @@ from scratchgen.evaluate.reports import Report, measure_bound, measure_samples, 
 from scratchgen.machinery import cli, files
 from scratchgen.machinery.checkpoint import fingerprint
 from scratchgen.machinery.parallel import ranks_for
-from scratchgen.trained import CONFIG, VAE, add_sampler_flags, load_run, refuse
+from scratchgen.trained import CONFIG, VAE, add_sampler_flags, load_run, refuse, sampler_configs
 
 
 def parse_arguments(argv):
@@ -37,8 +36,8 @@ def parse_arguments(argv):
         "them for, all beside N training images and N samples of a VAE"
     )
     parser.flag("--frechet", help, type=cli.number(int, 4), metavar="N")
-    help = "draw that often, with the noise of seed, seed + 1, .."
-    parser.flag("--draws", help, type=cli.number(int, 1), default=1, metavar="D")
+    help = "with --frechet: draw that often, with the noise of seed, seed + 1, .. (default: 1)"
+    parser.flag("--draws", help, type=cli.number(int, 1), metavar="D")
     add_sampler_flags(parser, nargs="+")
     help = "the VAE run that --frechet compares a diffusion model with (default: vae beside it)"
     parser.flag("--vae", help, type=Path, metavar="FOLDER")
@@ -61,14 +60,10 @@ def measure(args, model):
         refuse(args, ["bound", *of_samples], "a diffusion model")
     else:
         refuse(args, ["iwae"], "a VAE")
-    for name in of_samples:
+    for name in [*of_samples, "draws"]:
         if getattr(args, name) and not args.frechet:
             raise cli.UsageError(f"--{name} needs --frechet")
-    configs = {}  # by their names: with w = 0 there is no guide
-    if not is_vae:
-        for each in itertools.product(*(getattr(args, name) or [None] for name in CONFIG)):
-            config = model.sampler_config(**dict(zip(CONFIG, each, strict=True)))
-            configs[str(config)] = config
+    configs = [] if is_vae else sampler_configs(model, args)
     data = load_fashion_mnist(args.data, labels=model.config.get("classes", False))
     check_data(args.run, model, data, args)
     peer = None
@@ -78,6 +73,9 @@ def measure(args, model):
         if not isinstance(peer, VAE):
             raise cli.UsageError(f"{folder}: expected a run of run_vae.py to compare with; --vae names a folder")
         check_data(folder, peer, data, args)
+    needed = 4 if args.frechet else 2
+    if len(data["test_images"]) < needed:
+        raise cli.UsageError(f"{args.data}: expected {needed} test images or more to measure with")
     first_images(data["test_images"], args.bound, "--bound")
     first_images(data["train_images"], args.frechet, "--frechet")
 
@@ -89,7 +87,7 @@ def measure(args, model):
             else:
                 measure_bound(report, model, data, ranks, args.bound)
         if args.frechet:
-            measure_samples(report, model, data, ranks, args.frechet, args.draws, configs.values(), peer)
+            measure_samples(report, model, data, ranks, args.frechet, args.draws or 1, configs, peer)
     if report.unwritten:
         raise report.unwritten[0]
 

@@ -89,11 +89,11 @@ import numpy as np  # noqa: E402  now that BLAS reads the variables
 
 
 def has_small_kernels():
-    config = np.show_config(mode="dicts")
-    extensions = config["SIMD Extensions"]
+    config = np.show_config(mode="dicts")  # not every build of NumPy says all of this
+    extensions = config.get("SIMD Extensions", {})
     here = {*extensions.get("baseline", ()), *extensions.get("found", ())}
     avx512 = {"X86_V4", "AVX512_SKX"}  # the names of the same since NumPy 2.4, and before
-    return bool(here & avx512) and "openblas" in config["Build Dependencies"]["blas"]["name"]
+    return bool(here & avx512) and "openblas" in config.get("Build Dependencies", {}).get("blas", {}).get("name", "")
 
 
 SMALL_KERNELS = has_small_kernels()

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scratchgen import plots
-from scratchgen.data import UserError
+from scratchgen.data import DATA, UserError
 from scratchgen.machinery import blas, parallel
 
 import numpy as np
@@ -27,7 +27,6 @@ with warnings.catch_warnings():  # a notebook without widgets gets a bar of text
 
 tqdm.monitor_interval = 0  # no thread to watch the bars: ranks are forked, and a fork should find no thread at work
 tqdm.set_lock(threading.RLock())  # its own is shared by processes, and Python 3.14 finds it lost where a rank ends
-ROOT = Path(__file__).parents[2]  # of the project, where the run scripts and the data are
 
 
 class UsageError(UserError):
@@ -64,9 +63,25 @@ class OneLineParser(argparse.ArgumentParser):
         self.add_argument(name, help=help, **options)
 
     def parse_args(self, argv=None):
-        args = super().parse_args(argv)
-        args.command = shlex.join(["python", self.prog, *(sys.argv[1:] if argv is None else argv)])
+        words = argv
+        if argv is None:
+            words = [] if in_notebook() else sys.argv[1:]  # a notebook's are its kernel's
+        args = super().parse_args(self.folders_first(words))
+        args.command = shlex.join(["python", self.prog, *words])
         return args
+
+    def folders_first(self, words):
+        """The words, with folders (what has a /) that follow several values of a flag in front: argparse would take
+        them for more of its values."""
+        several = {name for action in self._actions if action.nargs == "+" for name in action.option_strings}
+        folders = []
+        others = []
+        flag = None
+        for word in words:
+            flag = word if word.startswith("--") else flag
+            swallowed = flag in several and len(Path(word).parts) > 1
+            (folders if swallowed else others).append(word)
+        return folders + others
 
 
 def number(kind, low, high=math.inf):
@@ -95,7 +110,7 @@ def add_data_flags(parser):
     """The flags of everything that computes on the data: --workers and --data."""
     add_workers_flag(parser)
     help = "folder with the four FashionMNIST idx files, compressed or not (default: data/ beside the run scripts)"
-    parser.flag("--data", help, type=Path, default=ROOT / "data", metavar="DIR")
+    parser.flag("--data", help, type=Path, default=DATA, metavar="DIR")
 
 
 def run_parser(prog, description, epochs, batch_size, lr, out):
@@ -125,7 +140,8 @@ def run_parser(prog, description, epochs, batch_size, lr, out):
 def progress(total, description, unit, steps=None, done=0):
     """A tqdm bar, over ``steps`` if they are given; in a log there is only what `tqdm.write` prints."""
     shown = parallel.rank == 0 and (sys.stderr.isatty() or in_notebook())
-    return tqdm(steps, description, total, initial=done, unit=unit, dynamic_ncols=True, disable=not shown)
+    hidden = {} if shown else {"disable": True}  # shown, it is TQDM_DISABLE that decides
+    return tqdm(steps, description, total, initial=done, unit=unit, dynamic_ncols=True, **hidden)
 
 
 def in_notebook():
@@ -140,7 +156,6 @@ RESUMABLE = "stopped: the same command with --resume continues from the last che
 
 def run(main, when_stopped=RESUMABLE):
     """Call ``main()`` and exit; what a user can put right becomes one line on stderr and a non-zero status."""
-    plots.matplotlib.rcdefaults()  # figures look alike whatever a matplotlibrc says
     set_up_output()
     with on_stop(interrupt):
         status, message = outcome(main, when_stopped)
@@ -163,6 +178,7 @@ def outcome(main, when_stopped):
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # of a loss that is not finite `Run` says all, and once
             parallel.begin()
+            plots.import_matplotlib().rcdefaults()  # figures look alike whatever a matplotlibrc says
             main()
         return 0, None
     except Diverged as error:
@@ -176,6 +192,8 @@ def outcome(main, when_stopped):
     except OSError as error:  # a full disk, a folder that may not be written
         where = f"{error.filename}: " if error.filename else ""
         return 1, f"{where}{error.strerror or error}"
+    except Warning as warning:  # python -W error
+        return 1, f"{warning} (a warning, which Python was told to take for an error)"
     except MemoryError:
         return 1, "out of memory: try fewer --workers"
     except Exception:  # a fault of ours
@@ -195,7 +213,7 @@ def tell(status, message):
 
 @contextmanager
 def on_stop(handler):
-    """Until the block ends, Ctrl-C, SIGTERM and a closed terminal call ``handler(signal_number, frame)``."""
+    """Until the block ends, each of STOP_SIGNALS calls ``handler(signal_number, frame)``."""
     before = {}
     try:
         if threading.current_thread() is threading.main_thread():  # no other may
@@ -222,6 +240,8 @@ class Stop:
 
     def __call__(self, signal_number, frame):
         if self.received is not None:
+            if signal_number == getattr(signal, "SIGXCPU", None):  # it comes each second, from the limit on
+                return
             raise KeyboardInterrupt(signal_number)
         self.received = signal_number
         if not self.waits:

@@ -4,9 +4,14 @@ Also what a run writes as text, ``log.csv`` and ``metrics.json``, and the lock o
 """
 
 import csv
+import errno
 import itertools
 import json
 import os
+import secrets
+import shutil
+import stat
+import time
 import zlib
 from contextlib import contextmanager, suppress
 from functools import reduce, wraps
@@ -34,19 +39,33 @@ def by_rank_0(write):
     return written
 
 
+PART = ".part-"  # what the name of a temporary file begins with
+LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # what a flush says of data that is not on the disk
+
+
 @contextmanager
 def replacing(path):
     """Give a temporary path in the same folder; when the block ends well, flush it to disk and rename it to ``path``.
 
-    When it does not, whatever was at ``path`` is still there, and the temporary file is not.
+    When it does not, whatever was at ``path`` is still there, and the temporary file is not. Of a link the target is
+    replaced. Raises OSError, at once if ``path`` is a folder or a device.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.part-{os.getpid()}{path.suffix}")  # savez and savefig go by the suffix
+    target = Path(os.path.realpath(path))
+    # savez and savefig go by the suffix. By its process a file could not be named: two containers have one of a number.
+    temporary = target.with_name(f"{PART}{secrets.token_hex(8)}{target.suffix}")
     try:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.stat(target).st_mode):
+                raise OSError(errno.EEXIST, "expected a file or nothing there, found a folder or a device")
         yield temporary
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno in LOST:
+                    raise
+                # else a file system that cannot flush
+        replace(temporary, target)
     except OSError as error:
         error.filename = str(path)  # the user asked for this file, and never heard of the temporary one
         raise
@@ -55,10 +74,30 @@ def replacing(path):
             raise error.__context__ from None
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # no such folder, a name that is too long
+            temporary.unlink(missing_ok=True)
 
 
-@by_rank_0
+def replace(source, target):
+    """os.replace. On Windows it is refused while a viewer shows the target, so it tries for a second."""
+    until = time.monotonic() + 1
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.05)
+
+
+def check_output(path):
+    """Make the folder of ``path``, and raise OSError if no file can be written to ``path``: before it takes time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError), replacing(path) as temporary:
+        temporary.touch()
+        temporary.unlink()  # so there is nothing to put in place of ``path``
+
+
 def write_text(path, text):
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -73,19 +112,31 @@ def write_log(path, rows):
         writer.writerows(rows)
 
 
+@by_rank_0
 def write_metrics(path, numbers, params):
     """``metrics.json``: a run's own numbers. What `scratchgen.evaluate` added for the same ``params`` stays."""
-    earlier = {k: v for k, v in read_metrics(path, params).items() if k in ("weights", "evaluation")}
+    earlier = {k: v for k, v in metrics_to_change(path, params).items() if k in ("weights", "evaluation")}
     write_json(path, numbers | earlier)
 
 
+@by_rank_0
 def add_evaluation(path, params, entry, numbers, seed):
     """Add an entry to "evaluation" in ``metrics.json``; numbers of another seed do not stay beside it."""
-    metrics = read_metrics(path, params)
+    metrics = metrics_to_change(path, params)
     evaluation = metrics.setdefault("evaluation", {})
     earlier = evaluation.get(entry, {})
     evaluation[entry] = (earlier if earlier.get("seed") == seed else {}) | numbers | {"seed": seed}
     write_json(path, metrics)
+
+
+def metrics_to_change(path, params):
+    """`read_metrics`; a file that it can make nothing of, as an editor has left it, is not written over but kept."""
+    metrics = read_metrics(path, params)
+    if metrics.keys() == {"weights"} and path.exists():
+        aside = next(aside for n in itertools.count(1) if not (aside := path.with_stem(f"{path.stem}-{n}")).exists())
+        replace(path, aside)
+        print(f"{path} could not be read, or is of other weights: kept as {aside}")
+    return metrics
 
 
 def read_metrics(path, params):
@@ -93,7 +144,7 @@ def read_metrics(path, params):
     weights = f"CRC-32 {crc(params):08x}"
     # There is none, or it is not what we wrote.
     with suppress(FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors add a mark
         json.dumps(metrics, indent=2)  # Python 3.12 reads deeper nesting than it writes
         entries = metrics.get("evaluation", {}).values()
         if metrics["weights"] == weights and all(isinstance(entry, dict) for entry in entries):
@@ -130,7 +181,7 @@ def holding(folder):
     lock = None if parallel.rank else locked(Path(folder) / LOCK)
     try:
         if lock is not None:
-            for leftover in Path(folder).glob(".*.part-*"):
+            for leftover in Path(folder).glob(f"{PART}*"):
                 leftover.unlink(missing_ok=True)
         yield
     finally:
@@ -145,6 +196,8 @@ def locked(path):
             lock = os.open(path, os.O_RDWR | os.O_CREAT)
         except PermissionError:  # another user's
             lock = os.open(path, os.O_RDONLY)
+    except PermissionError:  # and it may not even be read
+        raise FolderInUse(f"{path}: may not be read, so who knows whether someone is at work there") from None
     except OSError:
         return None
     try:
@@ -162,8 +215,10 @@ def locked(path):
         return None  # a file system without locks
 
 
-# What a run makes. The checkpoint is last: a move that was interrupted still finds it, and goes on.
-MADE = ("*.png", "*.gif", "metrics.json", "log.csv", "checkpoint.npz")
+# What a run and its evaluation make. Other files are the user's own. The checkpoint is last: a move that was
+# interrupted still finds it, and goes on.
+FIGURES = "loss reconstructions interpolation samples latents_*_* preview classes forward trajectory latent_use bound"
+MADE = (*(f"{name}.png" for name in FIGURES.split()), "sampling.gif", "metrics.json", "log.csv", "checkpoint.npz")
 
 
 @by_rank_0
@@ -171,10 +226,10 @@ def put_aside(folder):
     """Move what an earlier run left in a folder into a folder in it: nothing is lost, or taken for the new run's."""
     if not (folder / "checkpoint.npz").exists():
         return
-    made = [path for pattern in MADE for path in sorted(folder.glob(pattern))]
+    made = [path for pattern in MADE for path in sorted(folder.glob(pattern)) if path.exists()]
     folders = (folder / f"earlier-{number}" for number in itertools.count(1))
     aside = next(aside for aside in folders if not any((aside / path.name).exists() for path in made))
     aside.mkdir(exist_ok=True)
-    for path in made:
-        os.replace(path, aside / path.name)
+    for path in made:  # of a link the target, which may be on another disk; the link stays for the new run
+        shutil.move(os.path.realpath(path), aside / path.name)
     print(f"kept the earlier run as {aside}")

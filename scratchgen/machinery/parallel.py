@@ -41,7 +41,9 @@ from scratchgen.machinery import blas
 import numpy as np
 
 CAN_FORK = sys.platform == "linux"  # macOS has fork, but its BLAS does not survive one; Windows has none
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# Ctrl-C, Ctrl-\, a kill, a closed terminal (Windows: BREAK), and what batch systems send some time before a kill.
+STOP_SIGNALS = ["SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
 SPIN_SECONDS = 0.001  # to look for a message before going to sleep: a rank that sleeps takes 0.05 ms to wake up
 KILLED = "a rank (one of the --workers processes) was killed, for want of memory? Try fewer --workers"
 
@@ -252,8 +254,15 @@ def receive(pipe):
 
 # ----------------------------------------------------------------------------------------------------- ranks of mpiexec
 
-NUMBER = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")  # what mpiexec, or Slurm's srun, tells a process of itself,
-COUNT = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # and of the others
+# What mpiexec, or Slurm's srun, tells a process of itself and of the others, each in words of its own. PMIX_RANK comes
+# without a count. SLURM_PROCID is 0 in a batch script, too, where nobody has started ranks: srun alone sets a count.
+NUMBER = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
+COUNT = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def told(names):
+    """The largest of the numbers that these variables of the environment have; None if there is none."""
+    return max((int(os.environ[name]) for name in names if name in os.environ), default=None)
 
 
 class MPIRanks(Ranks):
@@ -292,16 +301,21 @@ class MPIRanks(Ranks):
 @cache
 def world():
     """The ranks that mpiexec started; None without mpiexec, where MPI is not even imported. Raises UserError."""
-    wanted = max(int(os.environ.get(name, 1)) for name in COUNT)
-    if wanted == 1:
+    wanted = told(COUNT)
+    number = told(NUMBER)
+    if wanted == 1 or (wanted is None and not number and "PMIX_RANK" not in os.environ):
         return None
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # not there; or it finds no MPI
         raise UserError(f'mpiexec needs mpi4py (pip install "scratchgen[mpi]"), and that says: {error}') from None
-    if MPI.COMM_WORLD.size != wanted:
-        raise UserError(f"mpiexec started {wanted} ranks, mpi4py finds {MPI.COMM_WORLD.size}: two different MPIs")
-    return MPIRanks(MPI.COMM_WORLD)
+    found = MPI.COMM_WORLD.size
+    if found != (wanted or found) or found <= (number or 0):
+        started = wanted or f"at least {number + 1}"
+        raise UserError(
+            f"mpiexec started {started} ranks, mpi4py finds {found}: two different MPIs, or srun without one"
+        )
+    return MPIRanks(MPI.COMM_WORLD) if found > 1 else None
 
 
 def ranks_for(workers):
@@ -312,7 +326,7 @@ def ranks_for(workers):
 def begin():
     """Under mpiexec, leave it to rank 0 to print, and to listen to signals. Raises UserError, as `world` does."""
     global rank
-    rank = max(int(os.environ.get(name, 0)) for name in NUMBER)
+    rank = told(NUMBER) or 0
     if rank:
         be_quiet()
     world()

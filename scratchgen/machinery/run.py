@@ -99,6 +99,7 @@ class Run:
     def __enter__(self):
         self.stop = cli.Stop()
         self.held.enter_context(cli.on_stop(self.stop))
+        self.held.enter_context(np.errstate(over="ignore", invalid="ignore", under="ignore"))  # `check_finite` tells
         self.bar = cli.progress(self.total_steps, None, " steps", done=self.step)
         return self
 
