@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 from scratchgen import draw, plots, tree
+from scratchgen.data import UserError
 from scratchgen.machinery import checkpoint, files, parallel
 from scratchgen.machinery.files import FolderInUse
 
@@ -499,6 +500,16 @@ def test_an_earlier_run_is_moved_whole_and_never_overwritten(tmp_path, capsys):
         found = {path.name: path.read_bytes() for path in (tmp_path / f"earlier-{number}").iterdir()}
         assert found == dict.fromkeys(("checkpoint.npz", "log.csv", "metrics.json", "samples.png"), content)
     assert capsys.readouterr().out.count("kept the earlier run") == 2
+
+
+def test_a_folder_where_a_figure_is_to_go_is_found_before_the_training(tmp_path):
+    for name in ("loss.png", "metrics.json", "checkpoint.npz", "latents_3_4.png"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=re.escape(f"{tmp_path / name}: expected a file or nothing there")):
+            files.put_aside(tmp_path)
+        (tmp_path / name).rmdir()
+    (tmp_path / "holiday.png").mkdir()
+    files.put_aside(tmp_path)
 
 
 def test_an_earlier_run_takes_along_what_its_links_lead_to(tmp_path):

@@ -223,10 +223,16 @@ MADE = (*(f"{name}.png" for name in FIGURES.split()), "sampling.gif", "metrics.j
 
 @by_rank_0
 def put_aside(folder):
-    """Move what an earlier run left in a folder into a folder in it: nothing is lost, or taken for the new run's."""
+    """Move what an earlier run left in a folder into a folder in it: nothing is lost, or taken for the new run's.
+
+    Raises UserError if what the new run makes could not be written there.
+    """
+    made = [path for pattern in MADE for path in sorted(folder.glob(pattern)) if path.exists()]
+    for path in made:
+        if not path.is_file():  # which would be found out after the training
+            raise UserError(f"{path}: expected a file or nothing there, found a folder or a device")
     if not (folder / "checkpoint.npz").exists():
         return
-    made = [path for pattern in MADE for path in sorted(folder.glob(pattern)) if path.exists()]
     folders = (folder / f"earlier-{number}" for number in itertools.count(1))
     aside = next(aside for aside in folders if not any((aside / path.name).exists() for path in made))
     aside.mkdir(exist_ok=True)

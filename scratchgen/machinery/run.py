@@ -15,6 +15,7 @@ checkpoint, and the folder, where no other may work until the ``with`` ends. It 
 """
 
 import math
+import os
 import time
 from contextlib import ExitStack, suppress
 
@@ -70,7 +71,7 @@ class Run:
         self.shard_size = ranks.broadcast(parallel.shard_size(args.batch_size, blas.available_cores()))
 
         self.path = args.out / "checkpoint.npz"
-        args.out.mkdir(parents=True, exist_ok=True)
+        os.makedirs(os.path.realpath(args.out), exist_ok=True)  # of a link that leads nowhere the target
         with ExitStack() as held:
             held.enter_context(files.holding(args.out))
             if args.resume:
