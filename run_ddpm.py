@@ -1,10 +1,11 @@
-"""Train a denoising diffusion model on FashionMNIST, measure how well it predicts noise, and draw samples with it.
+"""Train a denoising diffusion model on FashionMNIST, measure how well it predicts
+noise, and draw samples with it.
 
 examples:
-  python run_ddpm.py                          T = 200: eight to ten minutes on two cores
-  python run_ddpm.py --additions none         as in Ho et al. 2020: the network predicts eps, L_simple, Adam
-  python run_ddpm.py --classes                the network takes labels: samples of a class that one asks for
-  python run_ddpm.py --train-images 12000     a first look in two minutes; samples are still rough
+  python run_ddpm.py                        T = 200: ten minutes on two cores
+  python run_ddpm.py --additions none       Ho et al. 2020: eps, L_simple, Adam
+  python run_ddpm.py --classes              draws the class that one asks for
+  python run_ddpm.py --train-images 12000   two minutes; samples are still rough
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ from functools import partial
 from scratchgen import diffusion, improved, plots, tree  # before NumPy, whose threads it sets up
 from scratchgen.data import CLASSES, first_images, load_fashion_mnist, scale
 from scratchgen.denoisers import DENOISERS
-from scratchgen.machinery import cli
+from scratchgen.machinery import cli, files
 from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
 from scratchgen.machinery.run import INIT, SAMPLES, TEST, Run, rng_for
 from scratchgen.muon import muon_step
@@ -27,7 +28,8 @@ SHARD = 32  # images that one rank measures at a time
 
 
 def parse_arguments(argv):
-    parser = cli.run_parser("run_ddpm.py", __doc__, EPOCHS, batch_size=128, lr=1e-2, out="runs/ddpm")
+    networks = ": unet has convolutions at two resolutions, mlp dense layers: small and quick, for a first look"
+    parser = cli.run_parser("run_ddpm.py", __doc__, EPOCHS, batch_size=128, lr=1e-2, out="runs/ddpm", networks=networks)
     parser.flag("--T", "steps from image to noise", type=cli.number(int, 1, high=100_000), default=200)
     parser.flag("--schedule", "how beta_t grows with t", choices=diffusion.SCHEDULES, default="linear")
     names = ["none", "all", *improved.ADDITIONS]
@@ -75,6 +77,7 @@ def main(argv=None):
     arrays = {"params": params, "moments": init_moments(params), "ema": tree.map(np.copy, params)}
     if "guide" in args.additions:
         arrays["early"] = tree.map(np.copy, params)  # the moving average "ema" as it was early on
+    arrays["previews"] = np.zeros((min(args.epochs, 12), 10, 28, 28, 1), np.uint8)  # of the last twelve epochs
     settings = {name: getattr(args, name) for name in ("arch", "T", "schedule", "additions", "classes", "ema")}
     run = Run(args, {"model": "ddpm"} | settings, (train, test), arrays, ranks)
     arrays = run.arrays  # in memory that all ranks see
@@ -122,9 +125,10 @@ def main(argv=None):
             fifth = tree.map(lambda part: part[::5], test_batch)
             test_loss = float(evaluate(*fifth).mean(dtype=np.float64))
             summary = f"loss: train {run.epoch_means['loss']:.5f}, test {test_loss:.5f}"
-            # From the same noise each time, that of samples.png; unguided, since there is no guide at first.
-            x = draw(model, 32, args.seed, ranks, config=model.sampler_config(guidance=0))
-            plots.save(plots.grid(x, 8, f"preview after epoch {epoch}", 0, 255), args.out / "preview.png")
+            if epoch == 1 and test_loss > 0.9:
+                summary += " (predicting no noise at all has a loss of 1: try a smaller --lr)"
+            with files.optional():
+                draw_preview(model, arrays["previews"], epoch, args.seed, ranks, args.out)
             run.end_epoch({"train": run.epoch_means, "test": {"loss": test_loss}}, summary)
 
         test_errors = evaluate(*test_batch)
@@ -134,11 +138,26 @@ def main(argv=None):
         plots.save(plots.ddpm_loss(run.log, t_test, test_errors), args.out / "loss.png")
 
         draw_trajectories(model, x_test[:1], args.seed, args.out)
-        plots.save(plots.grid(draw(model, 64, args.seed, ranks), 8, "samples", 0, 255), args.out / "samples.png")
-        if args.classes:
-            x = draw(model, 100, args.seed, ranks)  # one class after the other, so that each has a column
-            plots.save(plots.grid(x, 10, ", ".join(CLASSES), 0, 255), args.out / "classes.png")
+        config = model.sampler_config()
+        x = draw(model, 100 if args.classes else 64, args.seed, ranks, config=config)
+        plots.save(plots.grid(x[:64], 8, f"diffusion model, {args.arch}: {config}", 0, 255), args.out / "samples.png")
+        plots.save(plots.nearest(x[:10], train[0]), args.out / "nearest.png")
+        if args.classes:  # one class after the other, so that each has a column
+            plots.save(plots.grid(x, 10, f"by class: {config}", 0, 255, (), CLASSES), args.out / "classes.png")
         print(f"figures and numbers are in {args.out}")
+    model.log = run.log
+    return model
+
+
+def draw_preview(model, previews, epoch, seed, ranks, folder):
+    """preview.png: a row an epoch, as many as ``previews``, (rows, 10, H, W, 1) uint8, has room for."""
+    config = model.sampler_config(guidance=0)  # at first there is no guide
+    rows = len(previews)
+    previews[epoch % rows] = draw(model, 10, seed, ranks, description="preview", config=config)  # of the same noise
+    shown = range(max(1, epoch + 1 - rows), epoch + 1)
+    x = np.concatenate([previews[number % rows] for number in shown])
+    labels = [f"epoch {number}" for number in shown]
+    plots.save(plots.grid(x, 10, f"previews: {config}", 0, 255, labels), folder / "preview.png")
 
 
 def draw_trajectories(model, x_0, seed, folder):
@@ -146,18 +165,19 @@ def draw_trajectories(model, x_0, seed, folder):
     in trajectory.png, and sixteen in sampling.gif."""
     T = model.config["T"]
     rng = rng_for(seed, SAMPLES)
-    times = [round(T * fraction) for fraction in (1, 0.5, 0.25, 0.1, 0.05, 0)]  # 200, 100, 50, 20, 10, 0
+    times = {round(T * fraction) for fraction in (1, 0.5, 0.25, 0.1, 0.05, 0)}
+    times = sorted(times, reverse=True)  # 200, 100, 50, 20, 10, 0
     eps = rng.standard_normal(x_0.shape, dtype=np.float32)
-    noisy = diffusion.q_sample(model.schedule, x_0, np.array(times), eps)  # one image at six times
-    plots.save(plots.row_of_times(noisy, times, plots.FORWARD), folder / "forward.png")
+    noisy = diffusion.q_sample(model.schedule, x_0, np.array(times[::-1]), eps)  # one image at six times
+    plots.save(plots.row_of_times(noisy, times[::-1], plots.FORWARD), folder / "forward.png")
 
     frames = sorted({round(t) for t in np.linspace(T, 0, 51)}, reverse=True)  # of the animation
     x_T = rng.standard_normal((16, *x_0.shape[1:]), dtype=np.float32)
     trajectory = model.trajectory(x_T, rng, config=SamplerConfig("ddpm", T))
-    trajectory = cli.progress(T, "Algorithm 2", " steps", trajectory)
+    trajectory = cli.progress(T, "trajectory.png, sampling.gif", " steps", trajectory)
     seen = {T: x_T} | {t: x_t for t, x_t in trajectory if t in times or t in frames}
     plots.save(plots.row_of_times([seen[t][0] for t in times], times, plots.REVERSE), folder / "trajectory.png")
-    plots.save_gif([seen[t] for t in frames], 4, folder / "sampling.gif")
+    plots.save_gif({t: seen[t] for t in frames}, 4, folder / "sampling.gif")
 
 
 if __name__ == "__main__":

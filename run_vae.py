@@ -1,16 +1,17 @@
-"""Train a variational autoencoder on FashionMNIST, measure its evidence lower bound, and draw what it learned.
+"""Train a variational autoencoder on FashionMNIST, measure its evidence lower
+bound, and draw what it learned.
 
 examples:
-  python run_vae.py                                about a minute on two cores
-  python run_vae.py --arch conv                    convolutions in place of dense layers
-  python run_vae.py --latent-dim 2 --out runs/2d   a latent space that latents_0_1.png shows whole
-  python run_vae.py --beta 4 --out runs/beta-4     a heavier KL: fewer latent dimensions in use
+  python run_vae.py                               about a minute on two cores
+  python run_vae.py --arch conv                   convolutions, not dense layers
+  python run_vae.py --latent-dim 2 --out runs/2d  a plane: one figure shows all
+  python run_vae.py --beta 4 --out runs/beta-4    fewer latent dimensions in use
 """
 
 from functools import partial
 
 from scratchgen import plots, tree, vae  # before NumPy, whose threads it sets up
-from scratchgen.data import first_images, load_fashion_mnist, scale
+from scratchgen.data import CLASSES, first_images, load_fashion_mnist, scale
 from scratchgen.machinery import cli
 from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
 from scratchgen.machinery.run import INIT, SAMPLES, TEST, Run, rng_for
@@ -25,7 +26,8 @@ SHARD = 64  # test images that one rank measures at a time
 
 
 def parse_arguments(argv):
-    parser = cli.run_parser("run_vae.py", __doc__, EPOCHS, batch_size=128, lr=3e-3, out="runs/vae")
+    networks = ": mlp has dense layers, gated dense layers with gates, conv convolutions"
+    parser = cli.run_parser("run_vae.py", __doc__, EPOCHS, batch_size=128, lr=3e-3, out="runs/vae", networks=networks)
     parser.flag("--latent-dim", "dimensions of z", type=cli.number(int, 2, high=10_000), default=20, metavar="D")
     help = "the two dimensions of z to plot in latents_I_J.png (default: those with most KL)"
     parser.flag("--latents", help, type=cli.number(int, 0), nargs=2, metavar=("I", "J"))
@@ -41,7 +43,7 @@ def parse_arguments(argv):
 def main(argv=None):
     args = parse_arguments(argv)
     ranks = ranks_for(args.workers)
-    data = load_fashion_mnist(args.data, labels=False)
+    data = load_fashion_mnist(args.data)
     train_images = first_images(data["train_images"], args.train_images)
     x_test = scale(data["test_images"], 0, 1)
     eps_test = rng_for(args.seed, TEST).standard_normal((len(x_test), args.latent_dim), dtype=np.float32)
@@ -97,13 +99,19 @@ def main(argv=None):
         x = x_test[np.arange(40) % len(x_test)]
         mu, _ = model.encode(x)
         plots.save(plots.reconstructions(x, model.generate(mu)), args.out / "reconstructions.png")
-        plots.save(plots.interpolation(model.generate, mu[:8], mu[8:16]), args.out / "interpolation.png")
+        between = plots.interpolation(model.generate, mu[:8], mu[8:16], x[:8], x[8:16])
+        plots.save(between, args.out / "interpolation.png")
         z = rng_for(args.seed, SAMPLES).standard_normal((100, args.latent_dim), dtype=np.float32)
-        plots.save(plots.grid(model.generate(z), 10, "decoded from z ~ N(0, I)"), args.out / "samples.png")
-        kl = in_parallel(lambda x: vae.kl_per_dimension(*model.encode(x)), SHARD, ranks)(x_test).mean(axis=0)
+        title = f"variational autoencoder, {args.arch}: decoded from $z \\sim N(0, I)$"
+        plots.save(plots.grid(model.generate(z), 10, title), args.out / "samples.png")
+        codes = in_parallel(lambda x: np.stack(model.encode(x), axis=1), SHARD, ranks)(x_test)  # (N, 2, D)
+        kl = vae.kl_per_dimension(codes[:, 0], codes[:, 1]).mean(axis=0)
+        plots.save(plots.codes_by_class(codes[:, 0], kl, data["test_labels"], CLASSES), args.out / "codes.png")
         i, j = args.latents or sorted(np.argsort(kl)[-2:].tolist())
         plots.save(plots.plot_latents(model.generate, args.latent_dim, i, j), args.out / f"latents_{i}_{j}.png")
         print(f"figures and numbers are in {args.out}")
+    model.log = run.log
+    return model
 
 
 if __name__ == "__main__":

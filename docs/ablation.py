@@ -1,13 +1,19 @@
-"""The ablation: from the paper to the default, one addition at a time, each trained three times and measured.
+"""The ablation: from the paper to the default, one addition at a time, each
+trained three times and measured.
 
-For each row and seed this runs, from the folder of the run scripts (here for the third, with seed 1):
-  python run_ddpm.py --T 200 --batch-size 64 --additions v black --seed 1 --out runs/ablation-2-1
-  python -m scratchgen.evaluate runs/ablation-2-1 --bound 100 --frechet 10000 --sampler sde-dpm++ --steps 20
+For each row and seed this runs, from the folder of the run scripts (here for
+the third, with seed 1):
+  python run_ddpm.py --T 200 --batch-size 64 --additions v black --seed 1
+      --out runs/ablation-2-1
+  python -m scratchgen.evaluate runs/ablation-2-1 --bound 100 --frechet 10000
+      --sampler sde-dpm++ --steps 20
 
-The last addition, guide, changes no training: the sixth run is measured without and with it. The seventh is the default
-run: that with minibatches of 128 images. A finished run is not trained again, and one that was stopped is resumed;
-`python run_vae.py` must have been run. Four hours or so on two cores. Prints the table of quality.md, the mean over the
-seeds and how far they differ, and writes ddpm_ablation.png.
+The last addition, guide, changes no training: the sixth run is measured
+without and with it. The seventh is the default run: that with minibatches of
+128 images. A finished run is not trained again, and one that was stopped is
+resumed; `python run_vae.py` must have been run. Four hours or so on two cores.
+Prints the table of quality.md, the mean over the seeds and how far they
+differ, and writes ddpm_ablation.png.
 """
 
 import subprocess

@@ -1,5 +1,6 @@
-"""Remake the figures in docs/figures/ from the checkpoints of the default runs, in an hour on two cores,
-and the code that homework.md shows. (Two are made elsewhere: ddpm_ablation.png by ablation.py, scaling.png by
+"""Remake the figures in docs/figures/ from the checkpoints of the default
+runs, in an hour on two cores, and the code that homework.md shows. (Two are
+made elsewhere: ddpm_ablation.png by ablation.py, scaling.png by
 tests/benchmarks/scaling.py.)
 
 The runs, from the folder of the run scripts:
@@ -137,15 +138,18 @@ def classes(model):
     """A column a class: five images of each, and then each from one and the same noise, by guide and w."""
     rng = np.random.default_rng(0)
     rows = [2 * model.sample(50, rng) - 1]  # one class after the other
-    labels = [""] * 5
+    labels = [""] * 5  # of the first rows
     x_T = np.repeat(rng.standard_normal((1, 28, 28, 1), dtype=np.float32), 10, axis=0)
     for guide in samplers.GUIDES:
         for w in (0, 0.5, 1, 2, 4):
+            if w == 0 and guide != samplers.GUIDES[0]:
+                continue  # without guidance both are the same
             config = samplers.SamplerConfig("dpm++", 20, w, guide)  # nothing else is random
             *_, (_, x_0) = model.trajectory(x_T, None, config=config)
             rows.append(x_0)
-            labels.append(f"{guide}, w = {w:g}")
-    figure = plots.grid(np.concatenate(rows), 10, ", ".join(CLASSES), -1, 1, row_labels=labels)
+            labels.append(f"{guide}, w = {w:g}" if w else "unguided")
+    title = "five of each class; then one noise, by guide and w"
+    figure = plots.grid(np.concatenate(rows), 10, title, -1, 1, labels, CLASSES)
     figure.set_size_inches(8.4, 9.6)  # the labels are wide
     return figure
 

@@ -1,11 +1,13 @@
-"""Write the project as one hands it to a class: without the answers, and with the functions that the homework asks for
-left to write.
+"""Write the project as one hands it to a class: without the answers, and with
+the functions that the homework asks for left to write.
 
     python docs/handout.py FOLDER
 
-Each of these functions keeps its docstring and gets one line, raise NotImplementedError("question 7: ..."). The README
-that is written says what is asked, for how many points, what to write, in which order, and how it is checked. All of it
-is made from the files as they are: what is asked comes from homework.md, the functions from QUESTIONS below.
+Each of these functions keeps its docstring and gets one line, raise
+NotImplementedError("question 7: ..."). The README that is written says what is
+asked, for how many points, what to write, in which order, and how it is
+checked. All of it is made from the files as they are: what is asked comes from
+homework.md, the functions from QUESTIONS below.
 """
 
 import ast

@@ -1,14 +1,18 @@
-"""Make the trained weights that come with the package, scratchgen/weights/*.npz, from the default runs:
+"""Make the trained weights that come with the package,
+scratchgen/weights/*.npz, from the default runs:
 
   python run_vae.py
   python run_ddpm.py --T 200
   python run_ddpm.py --T 200 --classes --out runs/ddpm-classes
 
-They have 11 million weights, 45 MB in float32 and 21 in float16. Most are in a few large matrices that see the whole
-image, and those can be coarse: whole numbers times one scale for each column, -31 to 31 in the network and -8 to 8 in
-the one that guides it (-63 to 63 in the VAE). The others are float16, or samples would become grainy. Compressed, that
-is 7.9 MB. Then this measures what rounding costs: the Frechet distance of 10,000 images drawn from the same noise with
-the weights as they were, and as they are now. Eight minutes on two cores.
+They have 11 million weights, 45 MB in float32 and 21 in float16. Most are in a
+few large matrices that see the whole image, and those can be coarse: whole
+numbers times one scale for each column, -31 to 31 in the network and -8 to 8
+in the one that guides it (-63 to 63 in the VAE). The others are float16, or
+samples would become grainy. Compressed, that is 7.9 MB. Then this measures
+what rounding costs: the Frechet distance of 10,000 images drawn from the same
+noise with the weights as they were, and as they are now. Eight minutes on two
+cores.
 """
 
 import json

@@ -1,12 +1,14 @@
-"""The protocol of published likelihoods: a VAE on binarised pixels, measured by the importance-weighted bound.
+"""The protocol of published likelihoods: a VAE on binarised pixels, measured
+by the importance-weighted bound.
 
-Exemplar-VAE (Norouzi et al. 2020) trains on pixels of 0 and 1, drawn anew each epoch with the grey values as
-probabilities, keeps the weights of the epoch whose ELBO on held-out images is best, and measures with 5,000 samples an
-image. quality.md has what came out. This is run_vae.py but for what that takes: ``binarise``, ``--hold-out``,
-``--warm-up`` and ``--weight-decay``.
+Exemplar-VAE (Norouzi et al. 2020) trains on pixels of 0 and 1, drawn anew each
+epoch with the grey values as probabilities, keeps the weights of the epoch
+whose ELBO on held-out images is best, and measures with 5,000 samples an
+image. quality.md has what came out. This is run_vae.py but for what that
+takes: ``binarise``, ``--hold-out``, ``--warm-up`` and ``--weight-decay``.
 
 examples:
-  python docs/published_protocol.py                            80 minutes of one core for training, 10 for measuring
+  python docs/published_protocol.py        80 minutes of one core, and 10 more
   python docs/published_protocol.py --epochs 20 --warm-up 4 --iwae 100
 """
 
@@ -41,7 +43,12 @@ def binarised_test(images):
 
 def parse_arguments(argv):
     parser = cli.run_parser(
-        "docs/published_protocol.py", __doc__, EPOCHS, batch_size=128, lr=2e-3, out="runs/vae-binarized"
+        "docs/published_protocol.py",
+        __doc__,
+        EPOCHS,
+        batch_size=128,
+        lr=2e-3,
+        out="runs/vae-binarized",
     )
     natural = cli.number(int, 0)
     parser.flag("--latent-dim", "dimensions of z", type=cli.number(int, 2, high=10_000), default=40, metavar="D")

@@ -1,11 +1,15 @@
-"""Draw the Frechet distance against the sampler's steps, and against guidance, from what `evaluate` has measured.
+"""Draw the Frechet distance against the sampler's steps, and against guidance,
+from what `evaluate` has measured.
 
-    python -m scratchgen.evaluate runs/ddpm --frechet 10000 --sampler ddim sde-dpm++ --steps 5 10 20
-    python -m scratchgen.evaluate runs/ddpm --frechet 10000 --guidance 0 0.25 0.5 1
+    python -m scratchgen.evaluate runs/ddpm --frechet 10000 \\
+        --sampler ddim sde-dpm++ --steps 5 10 20
+    python -m scratchgen.evaluate runs/ddpm --frechet 10000 \\
+        --guidance 0 0.25 0.5 1
     python docs/sweeps.py runs/ddpm --frechet 10000
 
-The numbers come from metrics.json in the run's folder, and steps.png and guidance.png go there: each is drawn if there
-is something that was measured with several steps, or several w.
+The numbers come from metrics.json in the run's folder, and steps.png and
+guidance.png go there: each is drawn if there is something that was measured
+with several steps, or several w.
 """
 
 from pathlib import Path
@@ -85,10 +89,20 @@ def over_guidance(curves, N):
     if all("agreement" in one for points in curves.values() for one in points):
         panels.append("agreement")
     figure = Figure(figsize=(3.2 * len(panels), 3.4), layout="constrained")
+    titles = {
+        "distance": f"Fréchet distance, {N:,} samples:\nless is nearer to real images",
+        "precision": "precision: share of samples\nthat lie among real images",
+        "recall": "recall: share of real images\nthat lie among samples",
+        "agreement": "agreement: share that is taken\nfor the class that was asked for",
+    }
     for axes, name in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for label, points in curves.items():
-            axes.plot([one["guidance"] for one in points], [one[name] for one in points], marker="o", label=label)
-        axes.set(xlabel="w", title=f"Fréchet distance, {N:,} samples" if name == "distance" else name)
+            w = [one["guidance"] for one in points]
+            spread = [one.get("spread", 0) if name == "distance" else 0 for one in points]  # over several draws
+            axes.errorbar(w, [one[name] for one in points], spread, marker="o", capsize=3, label=label)
+        axes.set_ylim(0, None if name == "distance" else 1)  # or 0.01 would look like a cliff
+        axes.set_xlabel("w: how far samples are guided")
+        axes.set_title(titles[name], fontsize="medium")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure

@@ -1,6 +1,8 @@
-"""Train the classifier whose features the Frechet distance compares: eight epochs, four minutes on two cores.
+"""Train the classifier whose features the Frechet distance compares: eight
+epochs, four minutes on two cores.
 
-The weights that everyone measures with lie in the package. This command made them:
+The weights that everyone measures with lie in the package. This command made
+them:
 
     python docs/train_classifier.py --out scratchgen/evaluate/classifier.npz
 """
@@ -52,6 +54,8 @@ def main(argv=None):
     help = f"where the weights go; distances are measured with those in {WEIGHTS}"
     parser.flag("--out", help, type=Path, default=Path("runs/classifier.npz"), metavar="FILE")
     args = parser.parse_args(argv)
+    if args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder")
     files.check_output(args.out)
     data, ranks = load_fashion_mnist(args.data), ranks_for(args.workers)
     images, labels = data["train_images"], data["train_labels"]

@@ -16,7 +16,9 @@ from scratchgen import tree
 
 import numpy as np
 
-DATA = Path(__file__).parents[1] / "data"  # beside the run scripts; a package that is installed elsewhere has none
+DATA = Path(__file__).parents[1] / "data"  # beside the run scripts
+if not DATA.is_dir():  # of a package that is installed elsewhere
+    DATA = Path("data")
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 MAX_RANK = 32  # more than any array has; NumPy stops at 64
 READ_BYTES = 1 << 20
@@ -43,6 +45,7 @@ CLASSES = (
     "boot",
 )  # labels 0 to 9
 
+OTHER_NAMES = {"tshirttop": 0, "dresse": 3, "ankleboot": 9}  # FashionMNIST's own, and a plural
 SOURCE = f"--data names the folder of {', '.join(FASHION_MNIST)} (.gz), from github.com/zalandoresearch/fashion-mnist"
 
 
@@ -108,6 +111,21 @@ def read_idx(file, path):
         found = "more" if len(content) > expected else f"{len(content):,}"
         raise DataError(f"{path}: expected {expected:,} bytes after the header, for shape {shape}, found {found}")
     return np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+
+
+def class_number(name):
+    """The label of a class, from its number or its name: small or large, in the singular or the plural. Raises
+    UserError."""
+    names = {letters(each): label for label, each in enumerate(CLASSES)} | OTHER_NAMES
+    found = int(name) if str(name) in [*"0123456789"] else names.get(letters(str(name)))
+    if found is None:
+        choices = ", ".join(f"{label} {each}" for label, each in enumerate(CLASSES))
+        raise UserError(f"{name}: expected a class by number or name: {choices}")
+    return found
+
+
+def letters(name):
+    return "".join(letter for letter in name.lower() if letter.isalnum()).rstrip("s")
 
 
 def find_file(folder, name):

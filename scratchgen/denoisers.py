@@ -100,14 +100,22 @@ def unet(params, x, t, labels=None):  # (N, H, W, 1 or 2), (N,), (N,) -> (N, H, 
 
 def init_mlp_denoiser(rng, inputs=1, hidden=1024, depth=3):
     pixels = 28 * 28
-    return init_mlp(rng, [inputs * pixels + TIME_WIDTH, *[hidden] * depth, pixels])
+    layers = init_mlp(rng, [inputs * pixels + TIME_WIDTH, *[hidden] * depth, pixels])
+    return {"mlp": layers, "skip": init_dense(rng, TIME_WIDTH, 1, gain=0.0)}
 
 
 def mlp_denoiser(params, x, t, labels=None):  # (N, H, W, 1 or 2), (N,) -> (N, H, W, 1)
-    """Pixels and time embedding side by side through a plain MLP: the smallest thing that can work. It has no use for
-    labels."""
-    h = np.concatenate([np.reshape(x, (len(x), -1)), time_embedding(t, TIME_WIDTH)], axis=1)
-    return np.reshape(mlp(params, h), x[..., :1].shape)
+    """Pixels and time embedding side by side through a plain MLP, and x_t, times a number that depends on t, added to
+    its output: the smallest thing that can work.
+
+    The noise in x_t is a multiple of x_t, less the image. Its 784 independent numbers do not fit through hidden layers
+    that must learn everything else, too: without the skip the network learns to predict 0. It has no use for labels.
+    """
+    time = time_embedding(t, TIME_WIDTH)
+    h = np.concatenate([np.reshape(x, (len(x), -1)), time], axis=1)
+    skip = np.reshape(dense(params["skip"], time), (-1, 1, 1, 1))
+    x_t = x[..., :1]
+    return skip * x_t + np.reshape(mlp(params["mlp"], h), x_t.shape)
 
 
 # --arch on the command line: name -> (init, apply)

@@ -1,14 +1,15 @@
-"""Draw images with a trained model: one of those that came with the package, or a run of your own.
+"""Draw images with a trained model: one of those that came with the package, or
+a run of your own.
 
-examples:
-  python -m scratchgen.draw                         64 garments of the diffusion model
-  python -m scratchgen.draw --model vae             ... of the variational autoencoder
-  python -m scratchgen.draw --class boot            64 boots
-  python -m scratchgen.draw --class coat 3          32 coats, and 32 of class 3, dresses
-  python -m scratchgen.draw --class bag --guidance 2       clearer, and more alike
-  python -m scratchgen.draw --sampler ddpm          Algorithm 2 of Ho et al., one step after the other, unguided
-  python -m scratchgen.draw runs/ddpm --seed 1      from the checkpoint of your own run
-  python -m scratchgen.draw runs/ddpm -n 10000 --samples   for a metric of your own
+examples, each after python -m scratchgen.draw:
+  (nothing)                          64 garments of the diffusion model
+  --model vae                        ... of the variational autoencoder
+  --class boot                       64 boots
+  --class coat 3                     32 coats, and 32 of class 3, dresses
+  --class bag --guidance 2 --guide unlabelled     clearer, and more alike
+  --sampler ddpm                     Algorithm 2 of Ho et al., all T steps
+  runs/ddpm --seed 1                 from the checkpoint of your own run
+  runs/ddpm -n 10000 --samples       for a metric of your own
 """
 
 import argparse
@@ -16,10 +17,20 @@ import math
 from pathlib import Path
 
 from scratchgen import plots
-from scratchgen.data import CLASSES
+from scratchgen.data import CLASSES, UserError, class_number
 from scratchgen.machinery import cli, files
 from scratchgen.machinery.parallel import ranks_for
-from scratchgen.trained import CONFIG, VAE, add_sampler_flags, draw, load_run, load_trained, refuse, sampler_configs
+from scratchgen.trained import (
+    CONFIG,
+    VAE,
+    add_sampler_flags,
+    draw,
+    load_run,
+    load_trained,
+    refuse,
+    run_folder,
+    sampler_configs,
+)
 
 import numpy as np
 
@@ -28,16 +39,16 @@ SHOWN = 400  # images in the figure, at most
 
 def a_class(text):
     """An argparse type: a class by its name or its number."""
-    for label, name in enumerate(CLASSES):
-        if text.lower() in (name.lower(), str(label)):
-            return label
-    raise argparse.ArgumentTypeError(f"{text}: expected one of {', '.join(CLASSES)}, or its number")
+    try:
+        return class_number(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(error) from None
 
 
 def parse_arguments(argv):
     parser = cli.OneLineParser("python -m scratchgen.draw", __doc__)
     help = "the --out of a run script (default: weights of the package)"
-    parser.flag("run", help, type=Path, nargs="?", metavar="RUN_FOLDER")
+    parser.flag("run", help, type=run_folder, nargs="?", metavar="RUN_FOLDER")
     parser.flag("--model", "which weights of the package (default: ddpm)", choices=["vae", "ddpm"])
     classes = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
     help = f"diffusion: what to draw, by name or number, if the run was trained with --classes: {classes}"

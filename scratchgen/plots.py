@@ -3,6 +3,7 @@
 Images come as (N, H, W, 1) in the range given by ``low`` and ``high``, by default [0, 1].
 """
 
+import math
 import os
 from contextlib import suppress
 from functools import cache
@@ -50,29 +51,34 @@ def check_figure(path):
 def save(figure, path):
     """Write a figure as PNG; an earlier one at ``path`` is replaced only by a whole one."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")  # titles are not cut, and no band stays empty
 
 
 def mosaic(images, rows, columns):
-    """Images side by side, row by row: (rows * columns, H, W, 1) -> (rows H, columns W)."""
+    """Images side by side, row by row, with lines of one pixel (NaN) between them: (rows * columns, H, W, 1) -> a
+    picture of (rows (H + 1) - 1, columns (W + 1) - 1)."""
     H, W = images.shape[1:3]
-    return images.reshape(rows, columns, H, W).transpose(0, 2, 1, 3).reshape(rows * H, columns * W)
+    framed = np.full((rows, H + 1, columns, W + 1), np.nan, np.float32)
+    framed[:, :H, :, :W] = images.reshape(rows, columns, H, W).transpose(0, 2, 1, 3)
+    return framed.reshape(rows * (H + 1), columns * (W + 1))[:-1, :-1]
 
 
 def show(axes, picture, low=0, high=1, **options):
     axes.imshow(picture, cmap="gray", vmin=low, vmax=high, **options)
-    axes.set(xticks=[], yticks=[])
+    axes.set(xticks=[], yticks=[], facecolor="silver")  # the colour of NaN
 
 
-def grid(images, columns, title, low=0, high=1, row_labels=()):
-    """One panel with all images, ``columns`` to a row; ``row_labels`` stand at the left, from the top."""
+def grid(images, columns, title, low=0, high=1, row_labels=(), column_labels=()):
+    """One panel with all images, ``columns`` to a row; ``row_labels`` stand at the left, ``column_labels`` above."""
     rows = len(images) // columns
     figure = new_figure(0.6 * columns + 0.6, 0.6 * rows + 0.6)
     axes = figure.add_subplot(title=title)
     show(axes, mosaic(images, rows, columns), low, high)
-    if row_labels:
-        axes.set_yticks([28 * row + 14 for row in range(rows)], row_labels, fontsize="small")
-        axes.tick_params(length=0)
+    axes.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
+    if len(row_labels):
+        axes.set_yticks([29 * row + 14 for row in range(rows)], row_labels, fontsize="small")
+    if len(column_labels):
+        axes.set_xticks([29 * column + 14 for column in range(columns)], column_labels, fontsize="small")
     return figure
 
 
@@ -80,14 +86,46 @@ def reconstructions(x, decoded, columns=10):
     """Rows of images and, beneath each row, what the decoder makes of their codes: twice (N, H, W, 1)."""
     pairs = np.stack([a.reshape(-1, columns, *a.shape[1:]) for a in (x, decoded)], axis=1)
     labels = ["test", "decoded"] * len(pairs)
-    return grid(pairs.reshape(-1, *x.shape[1:]), columns, "test images, and decoded from their mu", row_labels=labels)
+    title = "test images, and decoded from their $\\mu$"
+    return grid(pairs.reshape(-1, *x.shape[1:]), columns, title, row_labels=labels)
 
 
-def interpolation(decode, start, end, n=10):
-    """A row of n images for each pair of codes: decoded evenly along the line from start to end, twice (N, D)."""
+def interpolation(decode, start, end, x_start, x_end, n=10):
+    """A row for each pair of test images, twice (N, H, W, 1), and their codes, twice (N, D): n images decoded evenly
+    along the line from start to end, and at the ends the test images themselves."""
     weights = np.linspace(0, 1, n, dtype=np.float32)[:, None]
     z = (1 - weights) * start[:, None] + weights * end[:, None]  # (N, n, D)
-    return grid(decode(z.reshape(-1, z.shape[-1])), n, "from one test image to another, evenly in z")
+    decoded = decode(z.reshape(-1, z.shape[-1])).reshape(len(z), n, *x_start.shape[1:])
+    rows = np.concatenate([x_start[:, None], decoded, x_end[:, None]], axis=1)
+    labels = ["test", *(f"{weight:.2f}" for weight in weights[:, 0]), "test"]
+    title = "from one test image to another, evenly in z"
+    return grid(rows.reshape(-1, *x_start.shape[1:]), n + 2, title, column_labels=labels)
+
+
+def nearest(images, others, count=3):
+    """A column for each image, beneath it the ``count`` nearest of ``others``; all are (.., H, W, 1), uint8."""
+    flat = others.reshape(len(others), -1).astype(np.float32)
+    squares = np.einsum("mp,mp->m", flat, flat)
+    x = images.reshape(len(images), -1).astype(np.float32)
+    distances = squares - 2 * x @ flat.T  # squared, less what is the same for all others
+    places = np.argsort(distances, axis=1, kind="stable")[:, :count]
+    rows = np.concatenate([images, *(others[places[:, k]] for k in range(places.shape[1]))])
+    labels = ["sample", *(f"nearest {k + 1}" for k in range(places.shape[1]))]
+    return grid(rows, len(images), "samples, and the training images nearest to them, by pixels", 0, 255, labels)
+
+
+def codes_by_class(mu, kl, labels, classes):
+    """The codes of test images, (N, D), in the two dimensions with most KL, (D,), coloured by their labels, (N,)."""
+    i, j = sorted(np.argsort(kl)[-2:].tolist())
+    figure = new_figure(7.4, 6)
+    axes = figure.add_subplot(title="codes $\\mu$ of test images, in the two dimensions with most KL")
+    for label, name in enumerate(classes):
+        points = mu[labels == label]
+        axes.scatter(points[:, i], points[:, j], s=4, alpha=0.5, color=f"C{label}", label=name)
+    axes.set(xlabel=f"$\\mu_{{{i}}}$", ylabel=f"$\\mu_{{{j}}}$", aspect="equal")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), markerscale=4)
+    return figure
 
 
 def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):
@@ -99,14 +137,13 @@ def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):
     z = np.zeros((n * n, latent_dim), np.float32)
     z[:, i] = np.tile(ticks, n)
     z[:, j] = np.repeat(ticks[::-1], n)
-    half = extent / (n - 1)  # half the distance between two images
-    edges = (-extent - half, extent + half)
+    edge = extent + 2 * extent / (n - 1) * 14 / 29  # an image and the line beside it are 29 pixels
     figure = new_figure(6.6, 6.6)
-    axes = figure.add_subplot(title=f"decoded from z, all but dimensions {i} and {j} zero")
-    show(axes, mosaic(decode(z), n, n), extent=edges * 2)
-    labels = [f"{tick:.1f}" for tick in ticks]
-    axes.set_xticks(ticks, labels)
-    axes.set_yticks(ticks, labels)
+    title = "decoded from z" if latent_dim == 2 else f"decoded from z, all but dimensions {i} and {j} zero"
+    axes = figure.add_subplot(title=title)
+    show(axes, mosaic(decode(z), n, n), extent=(-edge, edge) * 2)
+    axes.set_xticks(np.arange(-math.floor(extent), extent + 1))
+    axes.set_yticks(np.arange(-math.floor(extent), extent + 1))
     axes.set(xlabel=f"$z_{{{i}}}$", ylabel=f"$z_{{{j}}}$")
     return figure
 
@@ -116,10 +153,9 @@ def curves(axes, log, key):
     for part in (TRAIN, TEST):
         values = [row[f"{part['label']}_{key}"] for row in log]
         axes.plot(epochs, values, marker="." if len(log) < 40 else None, **part)
-    axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch", xlim=(epochs[0] - 0.5, epochs[-1] + 0.5))
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
-    axes.legend()
 
 
 def vae_loss(log, floor):
@@ -137,9 +173,25 @@ def vae_loss(log, floor):
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         curves(axes, log, key)
         axes.set(title=title, ylabel="nats per image")
+        # The first epoch, in which most is learned, would squeeze all others; it is cut off.
+        later = [row[f"{part}_{key}"] for row in log[1:] for part in ("train", "test")]
+        if later and key != "kl":
+            top = max(later) if floor is None else -floor
+            axes.set_ylim(min(later) - 0.1 * (top - min(later)), top + 0.1 * (top - min(later)))
+    panels[2].set_ylim(0, panels[2].get_ylim()[1])
+    panels[2].legend(loc="lower right")
     for axes in [] if floor is None else panels[:2]:
-        axes.axhline(-floor, color="gray", linewidth=1, linestyle=":", label="minus the entropy of the pixels")
-        axes.legend()
+        axes.axhline(-floor, color="gray", linewidth=1, linestyle=":")
+        axes.annotate(
+            "no model gets above: minus the entropy of the pixels",
+            (0.5, -floor),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -4),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize="small",
+        )
     return figure
 
 
@@ -151,6 +203,13 @@ def ddpm_loss(log, t, errors, bins=40):
     figure = new_figure(10, 3.8)
     left, right = figure.subplots(1, 2)
     curves(left, log, "loss")
+    left.legend(
+        ["train, weights of each step", "test, moving average of the weights"],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        ncols=2,
+        fontsize="small",
+    )
     left.set(title="loss: mean of $(\\epsilon - \\epsilon_\\theta)^2$", ylabel="squared error per pixel")
     bins = min(bins, len(np.unique(t)))
     t, errors = ([part.mean() for part in np.array_split(values, bins)] for values in (t, errors))
@@ -213,15 +272,16 @@ def row_of_times(images, times, title):
 
 @by_rank_0
 def save_gif(frames, columns, path, frames_per_second=12, pause=18):
-    """An animation of mosaics: a sequence of (N, H, W, 1) in [-1, 1]; the last stays for ``pause`` frames."""
-    pictures = [mosaic(frame, len(frame) // columns, columns) for frame in frames]
-    H, W = pictures[0].shape
-    figure = import_matplotlib().figure.Figure(figsize=(W / 100, H / 100))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.axis("off")
-    image = axes.imshow(pictures[0], cmap="gray", vmin=-1, vmax=1)
+    """An animation of mosaics: ``frames`` has images (N, H, W, 1) in [-1, 1] for each t, and shows them in its order.
+    The last stays for ``pause`` frames."""
+    pictures = [(t, mosaic(images, len(images) // columns, columns)) for t, images in frames.items()]
+    H, W = pictures[0][1].shape
+    figure = import_matplotlib().figure.Figure(figsize=(W / 50, H / 50 + 0.3))
+    axes = figure.add_axes((0, 0, 1, H / (H + 15)))
+    show(axes, pictures[0][1], -1, 1)
     writer = import_matplotlib().animation.PillowWriter(fps=frames_per_second)
     with replacing(path) as temporary, writer.saving(figure, temporary, dpi=200):
-        for picture in pictures + pictures[-1:] * pause:
-            image.set_data(picture)
+        for t, picture in pictures + pictures[-1:] * pause:
+            axes.images[0].set_data(picture)
+            axes.set_title(f"t = {t}", y=1, pad=3)
             writer.grab_frame()

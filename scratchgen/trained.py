@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from scratchgen import diffusion, improved, samplers, tree, vae
-from scratchgen.data import CLASSES, UserError
+from scratchgen.data import CLASSES, UserError, class_number
 from scratchgen.denoisers import DENOISERS
 from scratchgen.machinery import checkpoint, cli
 from scratchgen.machinery.parallel import images_of, in_parallel
@@ -28,23 +28,27 @@ IMPORTANCE = 102  # what random numbers are for: another number than those in `r
 
 
 class VAE:
-    """A trained VAE. ``config`` has the settings of its run, ``arrays`` "params"."""
+    """A trained VAE. ``config`` has the settings of its run, ``arrays`` "params", and ``log`` the rows of log.csv."""
 
-    def __init__(self, config, arrays):
+    def __init__(self, config, arrays, log=()):
         self.config = config
+        self.log = log
         self.params = arrays["params"]
         _, self.encoder, self.decoder = vae.VAES[config["arch"]]
 
     def encode(self, x):
-        """mu and log_var of q(z | x), each (N, D), for images (N, H, W, 1) in [0, 1]."""
+        """mu and log_var of q(z | x), each (N, D), for images (N, H, W, 1) in [0, 1]. Raises UserError."""
+        if np.max(x) > 1:
+            raise UserError(f"expected images in [0, 1], found {np.max(x)}: scratchgen.data.scale(images, 0, 1)")
         return self.encoder(self.params, x)
 
     def decode(self, z):
-        """The logits of the pixels, (N, H, W, 1), for codes (N, D)."""
+        """The logits of the pixels, (N, H, W, 1), for codes (N, D); `generate` returns images."""
         return self.decoder(self.params, z)
 
-    def sample(self, N, rng):
-        """Images decoded from z ~ N(0, I): (N, H, W, 1) in [0, 1]."""
+    def sample(self, N, rng=None):
+        """Images decoded from z ~ N(0, I): (N, H, W, 1) in [0, 1]. Without a generator ``rng`` other ones each time."""
+        rng = rng or np.random.default_rng()
         return self.generate(rng.standard_normal((N, self.config["latent_dim"]), dtype=np.float32))
 
     def generate(self, z):
@@ -63,15 +67,16 @@ class VAE:
 
 class DDPM:
     """A trained diffusion model. ``config`` has the settings of its run, ``arrays`` the moving average "ema" of its
-    weights and, with the addition "guide", that average as it was "early" in training.
+    weights and, with the addition "guide", that average as it was "early" in training; ``log`` the rows of log.csv.
 
     Images x_t are (N, H, W, 1) in [-1, 1], time steps t (N,) in 1..T. Labels are (N,) in 0..9 (-1: none), and None for
     a model that was trained without --classes.
     """
 
-    def __init__(self, config, arrays):
+    def __init__(self, config, arrays, log=()):
         _, network = DENOISERS[config["arch"]]
         self.config = config
+        self.log = log
         self.schedule = diffusion.make_schedule(config["schedule"], config["T"])
         self.denoiser = improved.Denoiser(network, self.schedule, config["additions"])
         self.params = arrays["ema"]
@@ -122,26 +127,42 @@ class DDPM:
     def trajectory(self, x_T, rng, labels=None, config=None):
         """From the noise x_T, (N, H, W, 1), to images: yield (s, x_s) for each s after T at which the sampler stops.
 
-        ``labels`` are what to draw; the default for a model with classes is one class after the other. ``config`` is a
-        SamplerConfig, by default `sampler_config` of nothing. Images at s = 0 may still be a little beyond [-1, 1].
-        Raises UserError.
+        ``labels`` are as in `labels_for`, ``config`` is a SamplerConfig, by default `sampler_config` of nothing. Images
+        at s = 0 may still be a little beyond [-1, 1]. Raises UserError.
         """
         config = self.checked(config or self.sampler_config())
-        if labels is not None and not self.config["classes"]:
-            raise UserError("expected no labels, this run was trained without --classes")
-        if labels is None and self.config["classes"]:
-            labels = np.arange(len(x_T)) % len(CLASSES)
+        labels = labels_for(len(x_T), labels, self.config["classes"])
         if config == SamplerConfig("ddpm", self.config["T"]) and "v" not in self.config["additions"]:
             # The paper's Algorithm 2. With "v", `samplers.sample` takes the same steps, but does not clip x_0.
             return diffusion.sample(partial(self.eps_theta, labels=labels), self.schedule, x_T, rng)
         x_0_theta = partial(self.x_0_guided, labels=labels, config=config)
         return samplers.sample(x_0_theta, self.schedule, x_T, rng, config.steps, *SAMPLERS[config.sampler])
 
-    def sample(self, N, rng, labels=None, config=None):
-        """Images from noise that ``rng`` draws, as in `trajectory`, but clipped to [0, 1]: (N, H, W, 1)."""
+    def sample(self, N, rng=None, labels=None, config=None):
+        """Images from noise that ``rng`` draws, as in `trajectory`, but clipped to [0, 1]: (N, H, W, 1). Without a
+        generator ``rng`` other ones each time."""
+        rng = rng or np.random.default_rng()
         x_T = rng.standard_normal((N, 28, 28, 1), dtype=np.float32)
         *_, (_, x_0) = self.trajectory(x_T, rng, labels, config)
         return np.clip((x_0 + 1) / 2, 0, 1)
+
+
+def labels_for(N, labels, classes):
+    """The N labels of what to draw, (N,), from numbers or names of classes, -1 for none, or from one of these for all.
+
+    None stands for one class after the other or, for a model that was trained without ``classes``, for None. Raises
+    UserError.
+    """
+    if not classes:
+        if labels is not None:
+            raise UserError("expected no labels, this run was trained without --classes")
+        return None
+    if labels is None:
+        return np.arange(N) % len(CLASSES)
+    numbers = [-1 if str(label) == "-1" else class_number(label) for label in np.ravel(labels)]
+    if len(numbers) not in (1, N):
+        raise UserError(f"expected a label for each of {N} images, or one for all, found {len(numbers)}")
+    return np.resize(numbers, N)
 
 
 # ----------------------------------------------------------------------------------------------------------------- load
@@ -150,24 +171,32 @@ MODELS = {"vae": VAE, "ddpm": DDPM}
 WEIGHTS = {name: Path(__file__).with_name("weights") / f"{name}.npz" for name in ("vae", "ddpm", "ddpm-classes")}
 
 
+def run_folder(path):
+    """The folder of a run, named by itself or by the checkpoint in it."""
+    path = Path(path)
+    return path.parent if path.name == "checkpoint.npz" else path
+
+
 def load_run(folder):
-    """The VAE or the DDPM that was trained in this folder. Raises CheckpointError."""
-    path = Path(folder) / "checkpoint.npz"
+    """The VAE or the DDPM that was trained in this folder, or that is this checkpoint. Raises CheckpointError."""
+    path = run_folder(folder) / "checkpoint.npz"
     named, state = checkpoint.load(path)
     config = state["config"]
     if config["model"] not in MODELS:
         raise checkpoint.CheckpointError(f"{path}: expected a run of run_vae.py or run_ddpm.py, found another")
     if not state["log"]:
         raise checkpoint.CheckpointError(f"{path}: expected a trained model, found one in its first epoch")
-    return MODELS[config["model"]](config, tree.nested(named))
+    return MODELS[config["model"]](config, tree.nested(named), state["log"])
 
 
 def load_trained(name):
-    """The model whose weights came with the package: one of WEIGHTS. Raises CheckpointError.
+    """The model whose weights came with the package: one of WEIGHTS. Raises UserError.
 
     They are those of the default runs of seed 0, rounded so that they take a sixth of the space (docs/pack.py): to
     float16, and in large matrices to whole numbers times one scale for each column.
     """
+    if name not in WEIGHTS:
+        raise UserError(f"{name}: expected one of {', '.join(WEIGHTS)}")
     arrays, state = checkpoint.load(WEIGHTS[name])
     named = {
         place: array.astype(np.float32) * np.float32(arrays.get(f"{place}/scale", 1))
@@ -182,14 +211,13 @@ def load_trained(name):
 SHARD = 16  # images that one rank draws at a time
 
 
-def draw(model, N, seed, ranks, labels=None, **options):
+def draw(model, N, seed, ranks, labels=None, description="samples", **options):
     """N samples of a model as grey levels, uint8 (N, 28, 28, 1), drawn by all ranks; ``options`` go to its ``sample``.
 
     For the same seed the first images are the same whatever N is, and have the same noise however they are drawn from
     it: the last shard is drawn whole, too.
     """
-    if labels is None and model.config.get("classes"):
-        labels = np.arange(N) % len(CLASSES)  # all equally often
+    labels = labels_for(N, labels, model.config.get("classes"))
 
     def from_shard(numbers):
         rng = rng_for(seed, SAMPLES, numbers[0])
@@ -199,7 +227,7 @@ def draw(model, N, seed, ranks, labels=None, **options):
         images = model.sample(SHARD, rng, **of_shard)[: len(numbers)]
         return np.round(images * 255).astype(np.uint8)
 
-    return over_images(from_shard, [np.arange(N)], SHARD, ranks, "samples")
+    return over_images(from_shard, [np.arange(N)], SHARD, ranks, description)
 
 
 def over_images(f, arrays, shard, ranks, description):
@@ -226,13 +254,13 @@ def add_sampler_flags(parser, nargs):
         "diffusion: ddpm adds noise at each step, ddim none; dpm++ and sde-dpm++ are ddim and ddpm of second order, "
         "for few steps (default: sde-dpm++, 20 steps, guided; T steps of ddpm for a run without additions)"
     )
-    parser.flag("--sampler", help, choices=SAMPLERS, nargs=nargs)
+    parser.flag("--sampler", help, choices=SAMPLERS, nargs=nargs, metavar="NAME")
     help = "diffusion: the sampler's steps, at most T (default: T for a --sampler that is named)"
     parser.flag("--steps", help, type=cli.number(int, 1), nargs=nargs, metavar="S")
     help = "diffusion: w, how far to go away from the guide (default: 0 for a --sampler that is named)"
     parser.flag("--guidance", help, type=cli.number(float, 0, high=100), nargs=nargs, metavar="W")
-    help = "diffusion: the guide, the network early in its training or without labels (default: early)"
-    parser.flag("--guide", help, choices=GUIDES, nargs=nargs)
+    help = "diffusion: the guide, the network early in its training, or unlabelled: without labels (default: early)"
+    parser.flag("--guide", help, choices=GUIDES, nargs=nargs, metavar="NAME")
 
 
 def sampler_configs(model, args):

@@ -109,9 +109,9 @@ def x_test(small_data):
 
 
 def main_of(module, *flags):
-    """Call a program's main function with these flags, on data that are not all of FashionMNIST."""
+    """What a program's main function returns with these flags, on data that are not all of FashionMNIST."""
     with pytest.warns(UserWarning, match="not the published"):
-        module.main([str(flag) for flag in flags])
+        return module.main([str(flag) for flag in flags])
 
 
 @pytest.fixture(scope="session")

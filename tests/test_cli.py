@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import run_ddpm
@@ -69,6 +70,68 @@ def test_a_flag_out_of_range_is_one_line(model, flags, finish, monkeypatch, tmp_
     status, stderr = finish(MODULES[model].main)  # with the command line of the process, as a user's
     assert status == 2 and len(stderr.splitlines()) == 1 and flags[0] in stderr
     assert not (tmp_path / "out").exists()
+
+
+RUN, OUT = "RUN", "OUT"
+WRONG = {
+    "scratchgen.draw": [
+        ["--modle", "vae"], ["--class", "hat"], ["--class"], ["--class", "10"], ["--class", "boot", "runs/none"],
+        ["-n", "0"], ["-n", "many"], ["--steps", "0"], ["--sampler", "euler"], ["--guide", "late"],
+        ["--guidance", "-1"], ["--guide", "early", "--guidance", "0"], ["--out", "x"], ["--out", "x.txt"],
+        ["runs/none"], [RUN, "--model", "vae"], ["one", "two"], ["--seed", "-1"], ["--model", "gan"],
+        ["--model", "vae", "--class", "boot"], ["--class", "boot", "bag", "-n", "1"],
+    ],
+    "scratchgen.evaluate": [
+        [], ["runs/none"], [RUN, "--iwae", "0"], [RUN, "--bound", "2"], [RUN, "--guidance", "1"], [RUN, "--draws", "2"],
+        [RUN, "--frechet", "3"], [RUN, "--frechet", "1000000"], [RUN, "--frechet", "10", "--steps", "5"],
+        [RUN, "--vae", "x"], [RUN, "--data", "nowhere"], [RUN, "--frechte", "10"],
+    ],
+    "run_vae.py": [
+        ["--latent-dims", "3", "4"], ["--latents", "1", "1"], ["--beta", "-1"], ["--epochs", "0"], ["--arch", "unet"],
+        ["--data", "nowhere"], ["--train-images", "99999999"], ["--resume", "--out", OUT], ["--out", "/dev/null"],
+    ],
+    "run_ddpm.py": [
+        ["--T", "0"], ["--additions", "all", "v"], ["--additions", "w"], ["--classes", "--arch", "mlp"],
+        ["--emma", "1"], ["--ema", "2"], ["--schedule", "square"], ["--resume", "--out", OUT],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", WRONG)
+def test_fifty_wrong_command_lines_are_one_line_each(program, runs, small_data, tmp_path, finish, monkeypatch):
+    mains = {"scratchgen.draw": draw, "scratchgen.evaluate": evaluate, "run_vae.py": run_vae, "run_ddpm.py": run_ddpm}
+    monkeypatch.chdir(tmp_path)
+    warnings.simplefilter("ignore")  # of the small data
+    for flags in WRONG[program]:
+        flags = [{RUN: str(runs / "vae"), OUT: str(tmp_path / "out")}.get(flag, flag) for flag in flags]
+        if program != "scratchgen.draw" and "nowhere" not in flags:
+            flags += ["--data", str(small_data)]
+        status, stderr = finish(partial(mains[program].main, flags))
+        where = program if program.endswith(".py") else f"python -m {program}"
+        assert status in (1, 2) and stderr.count("\n") == 1 and stderr.startswith(f"{where}: "), (flags, stderr)
+        assert list(tmp_path.glob("*.*")) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "meant"),
+    [(["--latentdim", "3"], "--latent-dim"), (["--epoch-s", "3"], "--epochs"), (["--lrr", "3"], "--lr"), (["7"], None)],
+)
+def test_a_flag_that_is_nearly_one_is_answered_with_the_one_that_was_meant(flags, meant, capsys):
+    with pytest.raises(SystemExit):
+        run_vae.main(flags)
+    error = capsys.readouterr().err
+    assert f"unknown: {' '.join(flags)}" in error and ("did you mean" in error) == (meant is not None)
+    assert meant is None or f"did you mean {meant}?" in error
+
+
+@pytest.mark.parametrize("program", ["run_vae.py", "run_ddpm.py", "draw", "evaluate", *(ROOT / "docs").glob("*.py")])
+def test_help_fits_a_terminal_of_80_columns(program):
+    command = ["-m", f"scratchgen.{program}"] if program in ("draw", "evaluate") else [str(program)]
+    environment = os.environ | {"COLUMNS": "80"}
+    done = subprocess.run(
+        [sys.executable, *command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80, done.stderr
 
 
 def raising(error):

@@ -206,4 +206,4 @@ def test_help_names_the_classes(capsys):
     with pytest.raises(SystemExit):
         draw.main(["--help"])
     text = capsys.readouterr().out
-    assert "9 boot" in text and "{" not in text.split("examples:")[1].split("positional")[0]
+    assert "9 boot" in text and "{" not in text.split("examples")[1].split("positional")[0]

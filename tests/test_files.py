@@ -190,7 +190,7 @@ def test_nothing_is_written_moved_or_locked_but_by_rank_0(tmp_path, params, monk
         "evaluation.json": lambda path: files.add_evaluation(path, params, "bound", {"bits": 4.0}, 0),
         "checkpoint.npz": lambda path: checkpoint.save(path, params, {}),
         "grid.png": lambda path: plots.save(plots.grid(image, 2, "grid"), path),
-        "sampling.gif": lambda path: plots.save_gif([image] * 2, 2, path),
+        "sampling.gif": lambda path: plots.save_gif({1: image, 0: image}, 2, path),
         "drawn.npz": lambda path: draw.save_images(path, image),
     }
     (tmp_path / "checkpoint.npz").write_bytes(b"an earlier run")

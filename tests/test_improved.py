@@ -93,7 +93,7 @@ def test_the_parameters_are_those_that_the_additions_ask_for(rng):
     assert tree.size(whole) > tree.size(plain) and whole["conv_in"]["w"].shape == plain["conv_in"]["w"].shape
     with_classes = improved.init_denoiser(init_unet, rng, [], classes=10)
     assert with_classes.keys() - plain.keys() == {"labels"} and with_classes["labels"]["w"].shape == (10, 128)
-    mlp = [improved.init_denoiser(init_mlp_denoiser, rng, names)[0]["w"].shape[0] for names in ([], ["black"])]
+    mlp = [improved.init_denoiser(init_mlp_denoiser, rng, names)["mlp"][0]["w"].shape[0] for names in ([], ["black"])]
     assert mlp == [784 + 128, 2 * 784 + 128]
 
 

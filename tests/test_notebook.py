@@ -36,7 +36,11 @@ def kernel(tmp_path):
                 interrupt_at = None
             if content.get("execution_state") == "idle":
                 break
-        reply = client.get_shell_msg(timeout=until - time.monotonic())["content"]
+        while True:  # a kernel that was slow to start has been asked more than once whether it is there
+            reply = client.get_shell_msg(timeout=until - time.monotonic())
+            if reply["parent_header"].get("msg_id") == request:
+                break
+        reply = reply["content"]
         return reply["status"], "\n".join(reply.get("traceback", [])), printed
 
     yield run

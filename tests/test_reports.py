@@ -10,7 +10,7 @@ import shutil
 import run_ddpm
 import run_vae
 from scratchgen import diffusion, improved, vae
-from scratchgen.data import UserError, scale
+from scratchgen.data import CLASSES, UserError, scale
 from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.evaluate import classifier, metrics, reports
 from scratchgen.machinery import checkpoint, cli, files
@@ -173,7 +173,11 @@ def test_several_draws_are_several_seeds_and_their_mean_and_spread_are_told(fold
             np.testing.assert_allclose(found[name][key], expected, atol=2e-4)
         distances = [one[name]["distance"] for one in ones]
         assert found[name]["draws"] == 3 and found[name]["spread"] == pytest.approx(np.std(distances, ddof=1), rel=1e-3)
-    assert f"+- {found['VAE']['spread']:.2f} over 3 draws" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    (row,) = re.findall(r"^VAE +(\S+) +(\S+) +(\S+) +(\S+) *$", out, re.M)
+    keys = ("distance", "spread", "precision", "recall")
+    np.testing.assert_allclose([float(cell) for cell in row], [found["VAE"][key] for key in keys], atol=5.1e-3)
+    assert "warning: 10 images say little" in out and all(len(line) <= 80 for line in out.splitlines())
 
 
 def test_guidance_in_numbers(measure):
@@ -201,7 +205,16 @@ def test_a_run_with_classes_is_measured_with_its_labels(measure, folder, small_d
     images = draw(model, 20, 0, Ranks(1), config=model.sampler_config(guidance=1, guide="unlabelled"))
     taken_for = classifier.logits(params, classifier.features(params, scale(images, 0, 1))).argmax(axis=1)
     assert unlabelled["agreement"] == pytest.approx(np.mean(taken_for == np.arange(20) % 10))
-    assert "agreement" not in found["frechet_20"]["VAE"] and "are what was asked for" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "agreement" not in found["frechet_20"]["VAE"] and f"wrote {folder / 'classes' / 'bound.png'}" in out
+    header, train, peer, *rows = out[out.index("20 images each") :].splitlines()
+    assert header.split()[-5:] == ["Frechet", "+-", "precision", "recall", "asked"]
+    assert rows[1].startswith(f"sde-dpm++, {T} steps, w = 1, unlabelled") and len(peer.split()) == 4
+    assert float(rows[1].split()[-1]) == pytest.approx(unlabelled["agreement"], abs=5.1e-4)
+    shares = rows[rows.index("What the classifier takes them for, in %, and how sure it is, in %:") + 1 :]
+    assert shares[0].split() == [name[:4] for name in CLASSES]
+    assert [float(cell) for cell in shares[-2].split()[-10:]] == [100 * share for share in unlabelled["share"]]
+    assert all(len(line) <= 80 or str(folder) in line for line in out.splitlines())
     labels = small_data / "t10k-labels-idx1-ubyte"
     before = labels.read_bytes()
     labels.write_bytes(before[:-1] + bytes([(before[-1] + 1) % 10]))  # another label of the last test image

@@ -202,7 +202,8 @@ def test_the_strip_has_the_six_times_of_the_sheet(record, call, tmp_path, monkey
     strips = record(plots, "row_of_times")
     flags = ["--T", 200, "--arch", "mlp", "--additions", "none", "--epochs", 1, "--train-images", 16]
     call(run_ddpm, *flags, "--workers", 1, "--out", tmp_path)
-    assert [times for _, times, _ in strips] == [[200, 100, 50, 20, 10, 0]] * 2
+    times = [200, 100, 50, 20, 10, 0]
+    assert [each for _, each, _ in strips] == [times[::-1], times]  # the forward process begins at 0
 
 
 def test_beta_reaches_the_loss(record, call, tmp_path):
@@ -231,10 +232,11 @@ def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
     flags = ["--T", 20, "--epochs", 2, "--batch-size", 16, "--train-images", 40, "--schedule", schedule]
     flags += ["--additions", additions, "--ema", 0.5, "--out", tmp_path, "--workers", 1]
     call(run_ddpm, *flags)
-    # Two previews of two shards of 16 images, 16 by Algorithm 2 for strip and animation, and four shards of samples.
-    assert [len(args[2]) for args in sampled] == [16] * 9 and not_sampled == []
+    # Two previews of one shard of 16 images, 16 by Algorithm 2 for strip and animation, and four shards of samples.
+    assert [len(args[2]) for args in sampled] == [16] * 7 and not_sampled == []
     (noisy, forward_times, _), (path, reverse_times, _) = rows
-    assert forward_times == reverse_times == [20, 10, 5, 2, 1, 0]
+    assert forward_times[::-1] == reverse_times == [20, 10, 5, 2, 1, 0]
+    noisy, forward_times = noisy[::-1], forward_times[::-1]
     s, x_0 = diffusion.make_schedule(schedule, 20), scale(test_images[0], -1, 1)
     signal, noise = s["sqrt_alpha_bar"], s["sqrt_one_minus_alpha_bar"]
     np.testing.assert_allclose(noisy[-1], x_0, atol=1e-6)
@@ -242,17 +244,19 @@ def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
         eps = (x_t - signal[t] * x_0) / noise[t]
         np.testing.assert_allclose(eps, (noisy[0] - signal[20] * x_0) / noise[20], atol=1e-4)
 
-    first, second, samples = (args[0].astype(int) for args in grids)
-    assert len(first) == len(second) == 32 and len(samples) == 64
-    for shard in (0, 1):  # both previews, and the samples, start from the same noise
-        np.testing.assert_array_equal(sampled[shard][2], sampled[2 + shard][2])
-        np.testing.assert_array_equal(sampled[shard][2], sampled[5 + shard][2])
-    assert np.abs(first - second).max() > 0
+    first, both, samples = (args[0].astype(int) for args in grids[:3])
+    assert (len(first), len(both), len(samples)) == (10, 20, 64)  # a row an epoch
+    assert [args[5] for args in grids[:2]] == [["epoch 1"], ["epoch 1", "epoch 2"]]
+    for other in (1, 3):  # both previews, and the samples, start from the same noise
+        np.testing.assert_array_equal(sampled[0][2], sampled[other][2])
+    np.testing.assert_array_equal(first, both[:10])
+    assert np.abs(both[10:] - first).max() > 0
+    assert "diffusion model, unet: " in grids[2][2] and "20 steps" in grids[2][2]
     assert losses[0][1].tolist() == np.repeat(np.arange(1, 21), 2).tolist()  # 40 test images, each t twice
     assert all(np.abs(a - b).max() > 0.01 for a, b in zip(path, path[1:], strict=False))
     (frames, columns, _), *_ = gifs
-    assert len(frames) == 21 and columns == 4
-    np.testing.assert_array_equal(frames[-1][0], path[-1])
+    assert list(frames) == list(range(20, -1, -1)) and columns == 4
+    np.testing.assert_array_equal(frames[0][0], path[-1])
     model = load_run(tmp_path)
     best = SamplerConfig("ddpm", 20) if additions == "none" else SamplerConfig("sde-dpm++", 20, improved.GUIDANCE)
     image = model.sample(16, rng_for(0, SAMPLES, 0), config=best)
@@ -268,11 +272,70 @@ def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
         assert np.any(file["ema/conv_out/w"] != file["params/conv_out/w"])
     rewrite(tmp_path, lambda name, a: 0 * a if name.startswith("params/") else a)
     call(run_ddpm, *flags, "--resume")
-    np.testing.assert_array_equal(grids[-1][0], samples)
+    np.testing.assert_array_equal(grids[-2][0], samples)  # the last shows the nearest training images
     assert metrics(tmp_path)["test_loss"] == m["test_loss"]
     rewrite(tmp_path, lambda name, a: 0 * a if name.startswith("ema/") else a)
     call(run_ddpm, *flags, "--resume")
-    assert np.abs(grids[-1][0] - samples).max() > 1 and metrics(tmp_path)["test_loss"] != m["test_loss"]
+    assert np.abs(grids[-2][0] - samples).max() > 1 and metrics(tmp_path)["test_loss"] != m["test_loss"]
+
+
+@pytest.mark.parametrize("additions", ["none", "all"])
+@pytest.mark.parametrize("arch", denoisers.DENOISERS)
+def test_every_network_learns_with_the_default_rate(arch, additions, call, tmp_path):
+    """Without a skip the MLP alone learned nothing but to predict 0, which has a loss of 1."""
+    flags = ["--arch", arch, "--additions", additions, "--T", 200, "--batch-size", 16, "--out", tmp_path]
+    model = call(run_ddpm, *flags, "--epochs", 4, "--train-images", 200)
+    assert model.log[-1]["test_loss"] < 0.5 and model.log[-1]["train_loss"] < 0.5
+
+
+@pytest.mark.parametrize("arch", vae.VAES)
+def test_every_vae_learns_with_the_default_rate(arch, call, tmp_path):
+    flags = ["--arch", arch, "--latent-dim", 4, "--batch-size", 16, "--epochs", 4, "--out", tmp_path]
+    model = call(run_vae, *flags)
+    assert model.log[-1]["test_elbo"] > -400 and model.sample(2).shape == (2, 28, 28, 1)  # 543 are those of grey 1/2
+
+
+def test_a_run_that_learns_nothing_says_so(call, tmp_path, capsys):
+    flags = ["--T", 20, "--arch", "mlp", "--epochs", 2, "--train-images", 16, "--out", tmp_path]
+    for lr, said in ((1e-9, 1), (1e-2, 0)):
+        call(run_ddpm, *flags, "--lr", lr, "--additions", "none", "--batch-size", 1)
+        assert capsys.readouterr().out.count("predicting no noise at all has a loss of 1") == said
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_a_T_of_one_or_two_shows_what_there_is(T, record, call, tmp_path):
+    strips, gifs = record(plots, "row_of_times"), record(plots, "save_gif")
+    call(run_ddpm, "--T", T, "--arch", "mlp", "--epochs", 1, "--train-images", 16, "--out", tmp_path)
+    expected = list(range(T, -1, -1))
+    assert [times for _, times, _ in strips] == [expected[::-1], expected] and list(gifs[0][0]) == expected
+
+
+def test_previews_are_of_the_last_twelve_epochs_and_survive_a_stop(record, call, tmp_path):
+    grids = record(plots, "grid")
+    flags = ["--T", 2, "--arch", "mlp", "--epochs", 14, "--train-images", 16, "--out", tmp_path]
+    call(run_ddpm, *flags)
+    shown = [args for args in grids if args[2].startswith("previews: ")]
+    assert [len(args[5]) for args in shown] == [*range(1, 13), 12, 12]
+    assert shown[-1][5] == [f"epoch {n}" for n in range(3, 15)]
+    np.testing.assert_array_equal(shown[-1][0][:110], shown[-2][0][10:])
+    arrays, _ = load(tmp_path / "checkpoint.npz")
+    assert arrays["previews"].shape == (12, 10, 28, 28, 1)
+    np.testing.assert_array_equal(arrays["previews"][14 % 12], shown[-1][0][-10:])
+
+
+def test_a_preview_that_cannot_be_written_ends_no_training(call, tmp_path, monkeypatch):
+    save = plots.save
+
+    def viewer(figure, path):
+        if path.name == "preview.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "save", viewer)
+    flags = ["--T", 2, "--arch", "mlp", "--epochs", 2, "--train-images", 16, "--out", tmp_path]
+    with pytest.warns(UserWarning, match="preview.png: Permission denied, and so it stays as it is"):
+        model = call(run_ddpm, *flags)
+    assert len(model.log) == 2 and (tmp_path / "samples.png").exists()
 
 
 def test_the_guide_is_the_average_as_it_was_after_an_eighth_of_the_steps(record, call, tmp_path):
@@ -282,8 +345,9 @@ def test_the_guide_is_the_average_as_it_was_after_an_eighth_of_the_steps(record,
     arrays, _ = load(tmp_path / "checkpoint.npz")
     after = averages[3][0]  # the average that the fourth step changes, as it was before: after 3 of 20
     assert [args[2] for args in averages] == list(range(1, 21))
-    np.testing.assert_array_equal(arrays["early/0/w"], after[0]["w"])
-    assert np.any(arrays["early/0/w"] != averages[4][0][0]["w"]) and np.any(after[0]["w"] != averages[2][0][0]["w"])
+    np.testing.assert_array_equal(arrays["early/mlp/0/w"], after["mlp"][0]["w"])
+    before_and_next = (averages[step][0]["mlp"][0]["w"] for step in (2, 4))
+    assert all(np.any(arrays["early/mlp/0/w"] != other) for other in before_and_next)
     call(run_ddpm, *flags, "--epochs", 1, "--additions", "v")
     assert not any(name.startswith("early/") for name in load(tmp_path / "checkpoint.npz")[0])
 

@@ -51,10 +51,10 @@ def test_the_functions_of_a_run_have_its_weights(runs, rng):
     for found, f in ((model.eps_theta, expected.eps), (model.x_0_theta, expected.x_0)):
         np.testing.assert_array_equal(found(x_t, t), f(model.params, x_t, t))
     with np.load(runs / "ddpm" / "checkpoint.npz") as file:  # sampling and measuring are for the averaged weights
-        np.testing.assert_array_equal(model.params[0]["w"], file["ema/0/w"])
-        np.testing.assert_array_equal(model.early[0]["w"], file["early/0/w"])
-        assert np.any(file["ema/0/w"] != file["params/0/w"])
-    assert np.any(model.early[0]["w"] != model.params[0]["w"])
+        np.testing.assert_array_equal(model.params["mlp"][0]["w"], file["ema/mlp/0/w"])
+        np.testing.assert_array_equal(model.early["mlp"][0]["w"], file["early/mlp/0/w"])
+        assert np.any(file["ema/mlp/0/w"] != file["params/mlp/0/w"])
+    assert np.any(model.early["mlp"][0]["w"] != model.params["mlp"][0]["w"])
     assert np.any(model.denoiser.x_0(model.early, x_t, t) != model.x_0_theta(x_t, t))
 
 
@@ -169,7 +169,9 @@ def test_a_model_with_classes_draws_what_is_asked_for(small_data, tmp_path, monk
     monkeypatch.setattr(plots, "grid", lambda *args, real=plots.grid: grids.update({args[2]: args}) or real(*args))
     flags = ["--T", 4, "--epochs", 1, "--train-images", 48, "--batch-size", 16, "--classes", "--workers", 1]
     main_of(run_ddpm, *flags, "--data", small_data, "--out", tmp_path)
-    images, columns, _, low, high = grids[", ".join(CLASSES)]  # classes.png, a column a class
+    (title,) = (title for title in grids if title.startswith("by class: "))
+    images, columns, _, low, high, _, names = grids[title]  # classes.png, a column a class
+    assert names == CLASSES
     np.testing.assert_array_equal(images, draw(load_run(tmp_path), 100, 0, Ranks(1), labels=np.arange(100) % 10))
     assert (columns, low, high) == (10, 0, 255) and (tmp_path / "classes.png").stat().st_size > 1000
     model = load_run(tmp_path)
@@ -204,6 +206,43 @@ def test_samples_of_a_vae_are_decoded_from_the_prior(runs):
     z = np.random.default_rng(3).standard_normal((5, 4), dtype=np.float32)
     np.testing.assert_array_equal(images, model.generate(z))
     np.testing.assert_array_equal(images, vae.generate(model.decode, z))
+
+
+def test_labels_are_numbers_or_names_and_others_are_refused():
+    boots = ["boot", "Boots", "ankle boot", "Ankle Boots", 9, "9", np.int64(9)]
+    assert trained.labels_for(7, boots, classes=True).tolist() == [9] * 7
+    for one in (9, "boot", [9], np.array([9])):
+        assert trained.labels_for(3, one, classes=True).tolist() == [9, 9, 9]
+    assert trained.labels_for(4, ["T-shirt/top", "tshirt", "trousers", "dresses"], True).tolist() == [0, 0, 1, 3]
+    assert trained.labels_for(2, [-1, 3], True).tolist() == [-1, 3] and trained.labels_for(2, None, False) is None
+    for wrong in (12, -3, [1, 10], "hat", "", "-", 9.5, None, [None, 1]):
+        if wrong is not None:
+            with pytest.raises(ValueError, match="expected a class by number or name: 0 T-shirt, .*9 boot"):
+                trained.labels_for(2, wrong, True)
+    with pytest.raises(ValueError, match="a label for each of 4 images, or one for all, found 3"):
+        trained.labels_for(4, [1, 2, 3], True)
+
+
+def test_each_wrong_name_is_answered_with_the_choices(runs):
+    with pytest.raises(ValueError, match="gan: expected one of vae, ddpm, ddpm-classes"):
+        load_trained("gan")
+    model = load_run(runs / "ddpm")
+    with pytest.raises(ValueError, match="sampler euler: expected one of ddpm, "):
+        model.sampler_config(sampler="euler")
+    with pytest.raises(ValueError, match="guide late: expected one of early, unlabelled"):
+        model.sampler_config(guide="late")
+    images = np.full((2, 28, 28, 1), 200, np.uint8)
+    for wrong in (images, images.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"expected images in \[0, 1\], found 200"):
+            load_run(runs / "vae").encode(wrong)
+
+
+def test_in_a_notebook_no_generator_is_needed_and_a_model_has_its_log(runs):
+    for name in ("vae", "ddpm"):
+        model = load_run(runs / name / "checkpoint.npz")  # as good as its folder
+        images = model.sample(3)
+        assert images.shape == (3, 28, 28, 1) and np.any(images != model.sample(3))
+        assert [row["epoch"] for row in model.log] == [1]
 
 
 # ----------------------------------------------------------------------------------------------- drawn by several ranks
@@ -345,17 +384,18 @@ def test_the_guide_is_the_early_network_or_the_same_without_the_label(guide, see
 
 def test_the_figure_of_classes_and_guides():
     (axes,) = script("docs/figures.py").classes(Sure()).axes
-    assert axes.get_title() == ", ".join(CLASSES)
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(CLASSES)
     image = axes.images[0]
     assert image.norm.vmin == -1 and image.norm.vmax == 1
-    picture = np.asarray(image.get_array()).reshape(5 + 10, 28, 10, 28)
+    picture = np.pad(np.asarray(image.get_array()), [(0, 1), (0, 1)]).reshape(5 + 9, 29, 10, 29)[:, :28, :, :28]
     assert np.all(np.ptp(picture, axis=(1, 3)) == 0)  # each image of this model is of one grey
     grey = picture[:, 0, :, 0]
     np.testing.assert_allclose(grey[:5], np.tile(np.arange(10) / 5 - 1, (5, 1)), atol=1e-6)  # a column a class
     values = [0, 0.5, 1, 2, 4]
-    np.testing.assert_allclose(grey[5:, 3], [sign * w / 8 for sign in (1, -1) for w in values])
-    names = [f"{guide}, w = {w:g}" for guide in ("early", "unlabelled") for w in values]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [""] * 5 + names
+    rows = [(1, 0), *((sign, w) for sign in (1, -1) for w in values[1:])]  # no row twice
+    np.testing.assert_allclose(grey[5:, 3], [sign * w / 8 for sign, w in rows])
+    names = [f"{guide}, w = {w:g}" for guide in ("early", "unlabelled") for w in values[1:]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [""] * 5 + ["unguided", *names]
 
 
 def test_the_strips_are_q_of_one_image_and_algorithm_2_from_noise(runs, tmp_path, x_test, monkeypatch):
@@ -369,7 +409,7 @@ def test_the_strips_are_q_of_one_image_and_algorithm_2_from_noise(runs, tmp_path
     run_ddpm.draw_trajectories(model, x_0, 3, tmp_path)
     (noisy, times, _), name, (path, reverse_times, _), other_name = rows
     assert (name, other_name) == ("forward.png", "trajectory.png")
-    assert times == reverse_times == [6, 3, 2, 1, 0, 0]  # 1, 1/2, 1/4, 1/10, 1/20 of T = 6, and 0
+    assert times[::-1] == reverse_times == [6, 3, 2, 1, 0]  # 1, 1/2, 1/4, 1/10, 1/20 of T = 6, and 0
     rng = rng_for(3, SAMPLES)
     eps = rng.standard_normal((1, 28, 28, 1), dtype=np.float32)
     a = model.schedule["alpha_bar"][times].reshape(-1, 1, 1, 1)
@@ -377,11 +417,12 @@ def test_the_strips_are_q_of_one_image_and_algorithm_2_from_noise(runs, tmp_path
     x_T = rng.standard_normal((16, 28, 28, 1), dtype=np.float32)
     expected = algorithm_2(model, x_T, rng)
     assert np.abs(expected[0]).max() > 1.01  # so that a clip on the way would be seen
-    for x_t, t in zip(path, times, strict=True):
+    for x_t, t in zip(path, reverse_times, strict=True):
         np.testing.assert_allclose(x_t, expected[t][0], atol=5e-3)
     (frames, columns, file), *_ = gifs
-    assert file == tmp_path / "sampling.gif" and columns == 4 and len(frames) == 7
-    np.testing.assert_allclose(frames[-1], expected[0], atol=5e-3)
+    assert file == tmp_path / "sampling.gif" and columns == 4
+    assert list(frames) == [6, 5, 4, 3, 2, 1, 0]
+    np.testing.assert_allclose(frames[0], expected[0], atol=5e-3)
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

@@ -1,32 +1,31 @@
-"""Measure a finished run from its checkpoint: bounds on the likelihood, and how far its samples are from real images.
+"""Measure a finished run from its checkpoint: bounds on the likelihood, and the
+distance between its samples and real images.
 
-examples:
-  python -m scratchgen.evaluate runs/vae                    KL of each latent dimension, and how many are in use
-  python -m scratchgen.evaluate runs/vae --iwae 500         a tighter bound than the ELBO
-  python -m scratchgen.evaluate runs/ddpm                   the variational bound in bits per dimension
-  python -m scratchgen.evaluate runs/ddpm --bound 100       the same without chance in t, and its parts, on 100 images
-  python -m scratchgen.evaluate runs/ddpm --frechet 10000   Frechet distance, precision, recall, and a table by class
-  python -m scratchgen.evaluate runs/ddpm --frechet 10000 --draws 3                   ... and how far draws differ
-  python -m scratchgen.evaluate runs/ddpm --frechet 10000 --guidance 0 0.25 0.5 1     ... for each w
-  python -m scratchgen.evaluate runs/ddpm --frechet 10000 --sampler ddpm ddim sde-dpm++ --steps 10 20 50
+examples, each after python -m scratchgen.evaluate:
+  runs/vae                       KL of each latent dimension, how many are used
+  runs/vae --iwae 500            a tighter bound than the ELBO
+  runs/ddpm                      the variational bound in bits per dimension
+  runs/ddpm --bound 100          its exact sum over t, on 100 images
+  runs/ddpm --frechet 10000      Frechet distance, precision, recall, classes
+  runs/ddpm --frechet 10000 --draws 3               how far draws differ
+  runs/ddpm --frechet 10000 --guidance 0 0.25 0.5   one row for each w
+  runs/ddpm --frechet 10000 --sampler ddpm ddim --steps 20 50   all pairs
 
-Whatever is measured appears on the screen and, under "evaluation", in metrics.json of the run's folder, where figures
-go too.
+What is measured appears on the screen and, under "evaluation", in metrics.json
+of the run's folder, where the figures go, too.
 """
-
-from pathlib import Path
 
 from scratchgen.data import first_images, load_fashion_mnist
 from scratchgen.evaluate.reports import Report, measure_bound, measure_samples, measure_vae
 from scratchgen.machinery import cli, files
 from scratchgen.machinery.checkpoint import fingerprint
 from scratchgen.machinery.parallel import ranks_for
-from scratchgen.trained import CONFIG, VAE, add_sampler_flags, load_run, refuse, sampler_configs
+from scratchgen.trained import CONFIG, VAE, add_sampler_flags, load_run, refuse, run_folder, sampler_configs
 
 
 def parse_arguments(argv):
     parser = cli.OneLineParser("python -m scratchgen.evaluate", __doc__)
-    parser.flag("run", "the --out of a run script, with checkpoint.npz in it", type=Path, metavar="RUN_FOLDER")
+    parser.flag("run", "the --out of a run script, with checkpoint.npz in it", type=run_folder, metavar="RUN_FOLDER")
     help = "VAE: the importance-weighted bound of all test images, with K samples each"
     parser.flag("--iwae", help, type=cli.number(int, 1), metavar="K")
     help = "diffusion: the bound as the exact sum over all t, on the first N test images"
@@ -40,7 +39,7 @@ def parse_arguments(argv):
     parser.flag("--draws", help, type=cli.number(int, 1), metavar="D")
     add_sampler_flags(parser, nargs="+")
     help = "the VAE run that --frechet compares a diffusion model with (default: vae beside it)"
-    parser.flag("--vae", help, type=Path, metavar="FOLDER")
+    parser.flag("--vae", help, type=run_folder, metavar="FOLDER")
     parser.flag("--seed", "decides every random number", type=cli.number(int, 0), default=0)
     cli.add_data_flags(parser)
     return parser.parse_args(argv)

@@ -18,6 +18,7 @@ from scratchgen.trained import draw, over_images
 import numpy as np
 
 SHARD = 32  # images that one rank measures at a time
+ROW = "{:<42} {:>7} {:>5} {:>9} {:>6} {:>6}"  # of the table of distances
 BOUND, EXACT_BOUND, REAL = 100, 101, 104  # what random numbers are for, beside those of `run` and `trained`
 
 
@@ -34,15 +35,21 @@ class Report:
     def add(self, entry, numbers, *lines):
         """Print lines of (name, value, remark), and add an entry to "evaluation" in metrics.json."""
         for name, value, remark in lines:
-            print(f"{name:<48} {value:>9}  {remark}")
+            print(f"{name:<37} {value:>9}  {remark}")
         self.write(files.add_evaluation, self.folder / "metrics.json", self.params, entry, numbers, self.seed)
 
     def write(self, f, *arguments):
-        """Call f, which writes a file."""
+        """Call f, which writes a file. Returns whether it could."""
         try:
             f(*arguments)
         except OSError as error:
             self.unwritten.append(error)
+            return False
+        return True
+
+    def save(self, figure, name):
+        if self.write(plots.save, figure, self.folder / name):
+            print(f"wrote {self.folder / name}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- VAE
@@ -66,7 +73,7 @@ def measure_vae(report, model, data, ranks, K):
     }
     remark = f"of {len(kl)}; their KL: {kl[active].sum():.2f} nats"
     report.add("latent", numbers, ("active latent dimensions", f"{active.sum()}", remark))
-    report.write(plots.save, plots.latent_use(kl, variance, spread, active), report.folder / "latent_use.png")
+    report.save(plots.latent_use(kl, variance, spread, active), "latent_use.png")
     if K:
         bound = model.importance_weighted_bound(x, K, report.seed, ranks)
         name = f"importance-weighted bound, K = {K}"
@@ -112,7 +119,7 @@ def measure_bound(report, model, data, ranks, N):
         ]
         report.add(f"bound_exact_{N}", numbers | parts, *lines)
     weights = diffusion.bits_per_dimension(diffusion.bound_weights(model.schedule), 1)  # in bits, too
-    report.write(plots.save, plots.bound_over_t(times, over_t, mean, weights), report.folder / "bound.png")
+    report.save(plots.bound_over_t(times, over_t, mean, weights), "bound.png")
 
 
 def mean_and_error(bits):
@@ -144,31 +151,34 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
         found = [features_of(images_of(seed)) for seed in seeds]
         found = ranks.broadcast([sample_metrics(h, real, params, labels) for h in found] if ranks.rank == 0 else None)
         numbers = {key: np.mean([one[key] for one in found], axis=0).round(4).tolist() for key in found[0]}
-        remark = "precision {precision:.3f}, recall {recall:.3f}".format(**numbers)
-        if labels is not None:
-            remark += ", {agreement:.1%} are what was asked for".format(**numbers)
         if draws > 1:
             numbers |= {"spread": float(np.std([one["distance"] for one in found], ddof=1)), "draws": draws}
-            remark = "+- {spread:.2f} over {draws} draws, ".format(**numbers) + remark
         measured[name] = numbers
-        report.add(
-            f"frechet_{N}",
-            {name: numbers | settings},
-            (f"Frechet distance, {N:,} x {name}", f"{numbers['distance']:.2f}", remark),
-        )
+        cells = [name]
+        for key, digits in {"distance": 2, "spread": 2, "precision": 3, "recall": 3, "agreement": 3}.items():
+            cells.append(f"{numbers[key]:.{digits}f}" if key in numbers else "")
+        print(ROW.format(*cells))
+        report.add(f"frechet_{N}", {name: numbers | settings})
 
+    labels = np.arange(N) % len(CLASSES) if model.config.get("classes") else None
+    if N < 1000:
+        print(f"warning: {N} images say little: compare the distance of samples with that of training images")
+    print("Frechet distance to the test images" + (f", and how {draws} draws differ (+-)" if draws > 1 else ""))
+    if labels is not None:
+        print("asked: the share that a classifier takes for the class that was asked for")
+    print(ROW.format(f"{N:,} images each", "Frechet", "+-", "precision", "recall", "asked"))
     train = data["train_images"]
     measure("training images", lambda seed: train[rng_for(seed, REAL).permutation(len(train))[:N]])
     measure("VAE", lambda seed: draw(peer or model, N, seed, ranks))
-    labels = np.arange(N) % len(CLASSES) if model.config.get("classes") else None
     for config in configs:
         images_of = partial(draw, model, N, ranks=ranks, labels=labels, config=config)
         measure(str(config), images_of, labels, **asdict(config))
 
-    print("what the classifier takes them for, in the order above, in %; in brackets, how sure it is")
-    for k, name in enumerate(CLASSES):
-        columns = (f"{each['share'][k]:8.1%} ({each['confidence'][k]:.0%})" for each in measured.values())
-        print(f"    {name:<10}", *columns)
+    print("What the classifier takes them for, in %, and how sure it is, in %:")
+    print(f"{'':<29}", *(f"{name[:4]:>4}" for name in CLASSES))
+    for name, numbers in measured.items():
+        print(f"{name[:29]:<29}", *(f"{100 * share:4.1f}" for share in numbers["share"]))
+        print(f"{'    how sure':<29}", *(f"{100 * sure:4.0f}" for sure in numbers["confidence"]))
 
 
 def sample_metrics(features, real, params, labels=None):

@@ -20,7 +20,7 @@ from pathlib import Path
 BLAS_THREAD_VARIABLES = [f"{blas}_NUM_THREADS" for blas in ("OPENBLAS", "MKL", "BLIS", "OMP")]
 BLAS_THREAD_VARIABLES += ["VECLIB_MAXIMUM_THREADS"]
 BLAS_THREAD_FUNCTIONS = [f"{scipy}openblas_set_num_threads{i64}" for scipy in ("scipy_", "") for i64 in ("64_", "")]
-BLAS_THREAD_FUNCTIONS += ["MKL_Set_Num_Threads"]
+BLAS_THREAD_FUNCTIONS += ["MKL_Set_Num_Threads", "BLASSetThreading"]  # the last is Apple's; its 1 stands for one thread
 # Option numbers of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
@@ -37,10 +37,9 @@ def use_one_blas_thread():
     folder = Path(sys.modules["numpy"].__file__).parent
     # NumPy's extension leads to the functions of all that it is linked with; on Windows only their own DLL does.
     done = any(map(set_one_thread, [*folder.glob("*core/_multiarray*"), *folder.parent.glob("numpy.libs/*blas*")]))
-    how = "set to one thread now" if done else "left its threads, and --workers is ignored: training may be slower"
-    if not told:
-        message = f"NumPy was imported before scratchgen, so BLAS was {how}; better import scratchgen first"
-        warnings.warn(message, stacklevel=3)
+    if not (done or told):
+        message = "NumPy was imported before scratchgen, so BLAS left its threads, and --workers is ignored"
+        warnings.warn(f"{message}: training may be slower; better import scratchgen first", stacklevel=3)
     return done or told
 
 

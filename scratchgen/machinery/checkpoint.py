@@ -48,7 +48,8 @@ def load(path):
     member with its CRC-32 when it reads it. Only then does NumPy see the member, with the sizes in its header.
     """
     if not path.exists():
-        raise CheckpointError(f"{path}: expected a checkpoint, found no such file (a run begins without --resume)")
+        command = f"run_vae.py or run_ddpm.py, with --out {path.parent} and without --resume, begins a run"
+        raise CheckpointError(f"{path}: expected a checkpoint, found no such file; {command}")
     try:
         with zipfile.ZipFile(path) as archive:
             found = archive.comment
@@ -71,8 +72,9 @@ def resume(path, config, arrays):
     for key, wanted in config.items():
         found = state["config"].get(key)
         if found != wanted:
+            why = " (by the end of its epochs the learning rate has fallen to 0)" if key == "epochs" else ""
             raise CheckpointError(
-                f"{path}: made with {key} {found}, this run has {key} {wanted}; "
+                f"{path}: made with {key} {found}, this run has {key} {wanted}{why}; "
                 "resume with the same settings, or start afresh in another --out"
             )
     pairs = list(zip(tree.names(arrays), tree.leaves(arrays), strict=True))

@@ -4,6 +4,7 @@ Nothing here knows about models; the training loop stands in the scripts.
 """
 
 import argparse
+import difflib
 import math
 import os
 import shlex
@@ -29,6 +30,9 @@ tqdm.monitor_interval = 0  # no thread to watch the bars: ranks are forked, and 
 tqdm.set_lock(threading.RLock())  # its own is shared by processes, and Python 3.14 finds it lost where a rank ends
 
 
+program = Path(sys.argv[0]).name  # what begins a message; a parser knows it better
+
+
 class UsageError(UserError):
     """Flags that contradict each other or the data."""
 
@@ -48,6 +52,8 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are one line, without the whole usage above it."""
 
     def __init__(self, prog, description):
+        global program
+        program = prog
         super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
@@ -66,7 +72,10 @@ class OneLineParser(argparse.ArgumentParser):
         words = argv
         if argv is None:
             words = [] if in_notebook() else sys.argv[1:]  # a notebook's are its kernel's
-        args = super().parse_args(self.folders_first(words))
+        args, unknown = self.parse_known_args(self.folders_first(words))
+        if unknown:
+            meant = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
+            self.error(f"unknown: {' '.join(unknown)}" + (f"; did you mean {meant[0]}?" if meant else ""))
         args.command = shlex.join(["python", self.prog, *words])
         return args
 
@@ -113,16 +122,17 @@ def add_data_flags(parser):
     parser.flag("--data", help, type=Path, default=DATA, metavar="DIR")
 
 
-def run_parser(prog, description, epochs, batch_size, lr, out):
+def run_parser(prog, description, epochs, batch_size, lr, out, networks=""):
     """A parser with the flags of every run; a script adds its model's own.
 
-    ``epochs`` maps each architecture to its default number of epochs; the first architecture is the default.
+    ``networks`` says what the architectures are, and ``epochs`` maps each to its default number of epochs; the first is
+    the default.
     """
     p = OneLineParser(prog, description)
     by_arch = ", ".join(f"{count} for {arch}" for arch, count in epochs.items())
     whole = number(int, 1, high=10**9)
     positive = number(float, 1e-9, high=1e30)
-    p.flag("--arch", "the network", choices=epochs, default=next(iter(epochs)))
+    p.flag("--arch", f"the network{networks}", choices=epochs, default=next(iter(epochs)))
     p.flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
     help = "images per gradient step, cut into shards for the workers; on several machines take more (performance.md)"
     p.flag("--batch-size", help, type=whole, default=batch_size, metavar="N")
@@ -141,7 +151,8 @@ def progress(total, description, unit, steps=None, done=0):
     """A tqdm bar, over ``steps`` if they are given; in a log there is only what `tqdm.write` prints."""
     shown = parallel.rank == 0 and (sys.stderr.isatty() or in_notebook())
     hidden = {} if shown else {"disable": True}  # shown, it is TQDM_DISABLE that decides
-    return tqdm(steps, description, total, initial=done, unit=unit, dynamic_ncols=True, **hidden)
+    # leave=None: a bar beside another one goes when it is done.
+    return tqdm(steps, description, total, leave=None, initial=done, unit=unit, dynamic_ncols=True, **hidden)
 
 
 def in_notebook():
@@ -205,8 +216,6 @@ def outcome(main, when_stopped):
 
 def tell(status, message):
     """Print the message, in one line that names the program."""
-    path = Path(sys.argv[0])
-    program = path.parent.name if path.stem == "__main__" else path.name
     with suppress(OSError, UserError):  # a terminal that was closed; no MPI, which the message says
         parallel.end(status, f"{program}: {' '.join(message.split())}"[:2000])
 

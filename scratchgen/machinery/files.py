@@ -12,6 +12,7 @@ import secrets
 import shutil
 import stat
 import time
+import warnings
 import zlib
 from contextlib import contextmanager, suppress
 from functools import reduce, wraps
@@ -76,6 +77,15 @@ def replacing(path):
     finally:
         with suppress(OSError):  # no such folder, a name that is too long
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def optional():
+    """Warn of a file that cannot be written, and go on: a spreadsheet or a viewer may keep it open on Windows."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{error.filename}: {error.strerror}, and so it stays as it is", stacklevel=3)
 
 
 def replace(source, target):
@@ -217,8 +227,15 @@ def locked(path):
 
 # What a run and its evaluation make. Other files are the user's own. The checkpoint is last: a move that was
 # interrupted still finds it, and goes on.
-FIGURES = "loss reconstructions interpolation samples latents_*_* preview classes forward trajectory latent_use bound"
-MADE = (*(f"{name}.png" for name in FIGURES.split()), "sampling.gif", "metrics.json", "log.csv", "checkpoint.npz")
+OF_VAE = "loss samples reconstructions interpolation codes latents_*_* latent_use"
+OF_DDPM = "preview forward trajectory classes nearest bound"
+MADE = (
+    *(f"{name}.png" for name in (OF_VAE + " " + OF_DDPM).split()),
+    "sampling.gif",
+    "metrics.json",
+    "log.csv",
+    "checkpoint.npz",
+)
 
 
 @by_rank_0
