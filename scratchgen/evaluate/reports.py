@@ -18,7 +18,7 @@ from scratchgen.trained import draw, over_images
 import numpy as np
 
 SHARD = 32  # images that one rank measures at a time
-ROW = "{:<42} {:>7} {:>5} {:>9} {:>6} {:>6}"  # of the table of distances
+ROW = "{:<41} {:>7} {:>6} {:>9} {:>6} {:>6}"  # of the table of distances
 BOUND, EXACT_BOUND, REAL = 100, 101, 104  # what random numbers are for, beside those of `run` and `trained`
 
 
@@ -162,7 +162,7 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
 
     labels = np.arange(N) % len(CLASSES) if model.config.get("classes") else None
     if N < 1000:
-        print(f"warning: {N} images say little: compare the distance of samples with that of training images")
+        print(f"warning: {N} images say little: see the distance of training images")
     print("Frechet distance to the test images" + (f", and how {draws} draws differ (+-)" if draws > 1 else ""))
     if labels is not None:
         print("asked: the share that a classifier takes for the class that was asked for")
