@@ -129,7 +129,8 @@ def beta_rows(models, x):
         rows[f"$\\beta$ = {beta}, from $\\mu$"] = model.generate(mu)
         samples[f"$\\beta$ = {beta}, from $z$"] = model.generate(z)
     rows |= samples
-    figure = plots.grid(np.concatenate(list(rows.values())), 10, "", row_labels=list(rows))
+    title = "decoded from the codes $\\mu$ of test images, and from $z \\sim N(0, I)$"
+    figure = plots.grid(np.concatenate(list(rows.values())), 10, title, row_labels=list(rows))
     figure.set_size_inches(7.6, 4.4)  # the labels are wide
     return figure
 
@@ -138,7 +139,7 @@ def classes(model):
     """A column a class: five images of each, and then each from one and the same noise, by guide and w."""
     rng = np.random.default_rng(0)
     rows = [2 * model.sample(50, rng) - 1]  # one class after the other
-    labels = [""] * 5  # of the first rows
+    labels = [f"sample {number}, default" for number in range(1, 6)]
     x_T = np.repeat(rng.standard_normal((1, 28, 28, 1), dtype=np.float32), 10, axis=0)
     for guide in samplers.GUIDES:
         for w in (0, 0.5, 1, 2, 4):
@@ -148,7 +149,7 @@ def classes(model):
             *_, (_, x_0) = model.trajectory(x_T, None, config=config)
             rows.append(x_0)
             labels.append(f"{guide}, w = {w:g}" if w else "unguided")
-    title = "five of each class; then one noise, by guide and w"
+    title = "by class; below, from one noise: unguided, then away from a guide, w times"
     figure = plots.grid(np.concatenate(rows), 10, title, -1, 1, labels, CLASSES)
     figure.set_size_inches(8.4, 9.6)  # the labels are wide
     return figure

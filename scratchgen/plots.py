@@ -13,7 +13,7 @@ from scratchgen.machinery.files import by_rank_0, check_output, replacing
 
 import numpy as np
 
-FORWARD = "forward: $x_t \\sim q(x_t|x_0)$"  # titles
+FORWARD = "forward: $x_t \\sim q(x_t|x_0)$, of one noise $\\epsilon$"  # titles
 REVERSE = "reverse: $x_{t-1} \\sim p_\\theta(x_{t-1}|x_t)$"
 TRAIN = {"color": "C0", "label": "train"}
 TEST = {"color": "C1", "label": "test", "linestyle": "--"}
@@ -54,13 +54,13 @@ def save(figure, path):
         figure.savefig(temporary, dpi=120, bbox_inches="tight")  # titles are not cut, and no band stays empty
 
 
-def mosaic(images, rows, columns):
-    """Images side by side, row by row, with lines of one pixel (NaN) between them: (rows * columns, H, W, 1) -> a
-    picture of (rows (H + 1) - 1, columns (W + 1) - 1)."""
+def mosaic(images, rows, columns, line=1):
+    """Images side by side, row by row, with lines (NaN) of so many pixels between them: (rows * columns, H, W, 1) -> a
+    picture of (rows (H + line) - line, columns (W + line) - line)."""
     H, W = images.shape[1:3]
-    framed = np.full((rows, H + 1, columns, W + 1), np.nan, np.float32)
+    framed = np.full((rows, H + line, columns, W + line), np.nan, np.float32)
     framed[:, :H, :, :W] = images.reshape(rows, columns, H, W).transpose(0, 2, 1, 3)
-    return framed.reshape(rows * (H + 1), columns * (W + 1))[:-1, :-1]
+    return framed.reshape(rows * (H + line), -1)[: rows * (H + line) - line, : columns * (W + line) - line]
 
 
 def show(axes, picture, low=0, high=1, **options):
@@ -119,9 +119,10 @@ def codes_by_class(mu, kl, labels, classes):
     i, j = sorted(np.argsort(kl)[-2:].tolist())
     figure = new_figure(7.4, 6)
     axes = figure.add_subplot(title="codes $\\mu$ of test images, in the two dimensions with most KL")
-    for label, name in enumerate(classes):
-        points = mu[labels == label]
-        axes.scatter(points[:, i], points[:, j], s=4, alpha=0.5, color=f"C{label}", label=name)
+    colours = np.array([f"C{label}" for label in range(len(classes))])
+    axes.scatter(mu[:, i], mu[:, j], s=4, alpha=0.5, c=colours[labels])  # not class by class: the last would cover all
+    for name, colour in zip(classes, colours, strict=True):
+        axes.scatter([], [], s=4, color=colour, label=name)
     axes.set(xlabel=f"$\\mu_{{{i}}}$", ylabel=f"$\\mu_{{{j}}}$", aspect="equal")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), markerscale=4)
@@ -137,11 +138,11 @@ def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):
     z = np.zeros((n * n, latent_dim), np.float32)
     z[:, i] = np.tile(ticks, n)
     z[:, j] = np.repeat(ticks[::-1], n)
-    edge = extent + 2 * extent / (n - 1) * 14 / 29  # an image and the line beside it are 29 pixels
+    edge = extent + extent / (n - 1)  # half the distance between two images beyond the middle of the last
     figure = new_figure(6.6, 6.6)
     title = "decoded from z" if latent_dim == 2 else f"decoded from z, all but dimensions {i} and {j} zero"
     axes = figure.add_subplot(title=title)
-    show(axes, mosaic(decode(z), n, n), extent=(-edge, edge) * 2)
+    show(axes, mosaic(decode(z), n, n, line=0), extent=(-edge, edge) * 2)
     axes.set_xticks(np.arange(-math.floor(extent), extent + 1))
     axes.set_yticks(np.arange(-math.floor(extent), extent + 1))
     axes.set(xlabel=f"$z_{{{i}}}$", ylabel=f"$z_{{{j}}}$")
@@ -178,6 +179,7 @@ def vae_loss(log, floor):
         if later and key != "kl":
             top = max(later) if floor is None else -floor
             axes.set_ylim(min(later) - 0.1 * (top - min(later)), top + 0.1 * (top - min(later)))
+            axes.set_ylabel("nats per image (from epoch 2 on)")
     panels[2].set_ylim(0, panels[2].get_ylim()[1])
     panels[2].legend(loc="lower right")
     for axes in [] if floor is None else panels[:2]:
@@ -235,7 +237,9 @@ def latent_use(kl, variance, spread, active):
     right.bar(places, variance[order], color=colours, label="variance of $\\mu$")
     right.bar(places, spread[order], bottom=variance[order], color="C1", alpha=0.5, label="mean of $\\sigma^2$")
     right.axhline(1, color="gray", linewidth=1, linestyle=":", label="variance of the prior")
-    right.set(title=f"{active.sum()} of {len(kl)} active: variance of $\\mu$ above 0.01", ylabel="over test images")
+    right.set(
+        title=f"{active.sum()} of {len(kl)} active: variance of $\\mu$ above 0.01", ylabel="variance, over test images"
+    )
     figure.legend(fontsize="small", loc="outside lower right", ncols=3)
     for axes in (left, right):
         axes.set_xlabel("latent dimension, by KL" + (", the first 60" if len(kl) > 60 else ""))

@@ -395,7 +395,11 @@ def test_the_figure_of_classes_and_guides():
     rows = [(1, 0), *((sign, w) for sign in (1, -1) for w in values[1:])]  # no row twice
     np.testing.assert_allclose(grey[5:, 3], [sign * w / 8 for sign, w in rows])
     names = [f"{guide}, w = {w:g}" for guide in ("early", "unlabelled") for w in values[1:]]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [""] * 5 + ["unguided", *names]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        *(f"sample {number}, default" for number in range(1, 6)),
+        "unguided",
+        *names,
+    ]
 
 
 def test_the_strips_are_q_of_one_image_and_algorithm_2_from_noise(runs, tmp_path, x_test, monkeypatch):
