@@ -98,8 +98,12 @@ def over_guidance(curves, N):
     for axes, name in zip(figure.subplots(1, len(panels)), panels, strict=True):
         for label, points in curves.items():
             w = [one["guidance"] for one in points]
-            spread = [one.get("spread", 0) if name == "distance" else 0 for one in points]  # over several draws
-            axes.errorbar(w, [one[name] for one in points], spread, marker="o", capsize=3, label=label)
+            values = [one[name] for one in points]
+            (line,) = axes.plot(w, values, marker="o", label=label)
+            if name == "distance" and all("spread" in one for one in points):  # over several draws
+                axes.errorbar(
+                    w, values, [one["spread"] for one in points], fmt="none", capsize=3, color=line.get_color()
+                )
         axes.set_ylim(0, None if name == "distance" else 1)  # or 0.01 would look like a cliff
         axes.set_xlabel("w: how far samples are guided")
         axes.set_title(titles[name], fontsize="medium")

@@ -1,7 +1,7 @@
 """Draw images with a trained model: one of those that came with the package, or
 a run of your own.
 
-examples, each after python -m scratchgen.draw:
+examples: (in front of each comes python -m scratchgen.draw)
   (nothing)                          64 garments of the diffusion model
   --model vae                        ... of the variational autoencoder
   --class boot                       64 boots

@@ -1,7 +1,7 @@
 """Measure a finished run from its checkpoint: bounds on the likelihood, and the
 distance between its samples and real images.
 
-examples, each after python -m scratchgen.evaluate:
+examples: (in front of each comes python -m scratchgen.evaluate)
   runs/vae                       KL of each latent dimension, how many are used
   runs/vae --iwae 500            a tighter bound than the ELBO
   runs/ddpm                      the variational bound in bits per dimension

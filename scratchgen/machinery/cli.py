@@ -30,7 +30,7 @@ tqdm.monitor_interval = 0  # no thread to watch the bars: ranks are forked, and 
 tqdm.set_lock(threading.RLock())  # its own is shared by processes, and Python 3.14 finds it lost where a rank ends
 
 
-program = Path(sys.argv[0]).name  # what begins a message; a parser knows it better
+program = None  # what begins a message, as the parser of this program says it
 
 
 class UsageError(UserError):
@@ -217,7 +217,7 @@ def outcome(main, when_stopped):
 def tell(status, message):
     """Print the message, in one line that names the program."""
     with suppress(OSError, UserError):  # a terminal that was closed; no MPI, which the message says
-        parallel.end(status, f"{program}: {' '.join(message.split())}"[:2000])
+        parallel.end(status, f"{program or Path(sys.argv[0]).name}: {' '.join(message.split())}"[:2000])
 
 
 @contextmanager
