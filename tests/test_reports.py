@@ -314,7 +314,8 @@ def test_few_test_images_are_measured_or_refused(count, small_data, tmp_path, re
     for run in ("vae", "ddpm"):
         assert "null" not in (tmp_path / run / "metrics.json").read_text()
     assert "nan" not in capsys.readouterr().out
-    assert {str(warning.message).split(": ")[1][:17] for warning in recwarn} == {"not the published"}
+    ours = [str(warning.message) for warning in recwarn if not issubclass(warning.category, DeprecationWarning)]
+    assert ours and all("not the published" in message for message in ours)
 
 
 @pytest.mark.parametrize(("model", "flags"), [("vae", ("--iwae", 3)), ("ddpm", ("--bound", 2, "--frechet", 10))])
