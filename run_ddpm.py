@@ -28,7 +28,7 @@ SHARD = 32  # images that one rank measures at a time
 
 
 def parse_arguments(argv):
-    networks = ": unet has convolutions at two resolutions, mlp dense layers: small and quick, for a first look"
+    networks = "unet has convolutions at two resolutions, mlp dense layers: small and quick, for a first look"
     parser = cli.run_parser("run_ddpm.py", __doc__, EPOCHS, batch_size=128, lr=1e-2, out="runs/ddpm", networks=networks)
     parser.flag("--T", "steps from image to noise", type=cli.number(int, 1, high=100_000), default=200)
     parser.flag("--schedule", "how beta_t grows with t", choices=diffusion.SCHEDULES, default="linear")
@@ -127,8 +127,7 @@ def main(argv=None):
             summary = f"loss: train {run.epoch_means['loss']:.5f}, test {test_loss:.5f}"
             if epoch == 1 and test_loss > 0.9:
                 summary += " (predicting no noise at all has a loss of 1: try a smaller --lr)"
-            with files.optional():
-                draw_preview(model, arrays["previews"], epoch, args.seed, ranks, args.out)
+            draw_preview(model, arrays["previews"], epoch, args.seed, ranks, args.out)
             run.end_epoch({"train": run.epoch_means, "test": {"loss": test_loss}}, summary)
 
         test_errors = evaluate(*test_batch)
@@ -157,7 +156,8 @@ def draw_preview(model, previews, epoch, seed, ranks, folder):
     shown = range(max(1, epoch + 1 - rows), epoch + 1)
     x = np.concatenate([previews[number % rows] for number in shown])
     labels = [f"epoch {number}" for number in shown]
-    plots.save(plots.grid(x, 10, f"previews: {config}", 0, 255, labels), folder / "preview.png")
+    with files.optional():
+        plots.save(plots.grid(x, 10, f"previews: {config}", 0, 255, labels), folder / "preview.png")
 
 
 def draw_trajectories(model, x_0, seed, folder):

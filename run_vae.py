@@ -26,7 +26,7 @@ SHARD = 64  # test images that one rank measures at a time
 
 
 def parse_arguments(argv):
-    networks = ": mlp has dense layers, gated dense layers with gates, conv convolutions"
+    networks = "mlp has dense layers, gated dense layers with gates, conv convolutions"
     parser = cli.run_parser("run_vae.py", __doc__, EPOCHS, batch_size=128, lr=3e-3, out="runs/vae", networks=networks)
     parser.flag("--latent-dim", "dimensions of z", type=cli.number(int, 2, high=10_000), default=20, metavar="D")
     help = "the two dimensions of z to plot in latents_I_J.png (default: those with most KL)"

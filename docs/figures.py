@@ -141,14 +141,12 @@ def classes(model):
     rows = [2 * model.sample(50, rng) - 1]  # one class after the other
     labels = [f"sample {number}, default" for number in range(1, 6)]
     x_T = np.repeat(rng.standard_normal((1, 28, 28, 1), dtype=np.float32), 10, axis=0)
-    for guide in samplers.GUIDES:
-        for w in (0, 0.5, 1, 2, 4):
-            if w == 0 and guide != samplers.GUIDES[0]:
-                continue  # without guidance both are the same
-            config = samplers.SamplerConfig("dpm++", 20, w, guide)  # nothing else is random
-            *_, (_, x_0) = model.trajectory(x_T, None, config=config)
-            rows.append(x_0)
-            labels.append(f"{guide}, w = {w:g}" if w else "unguided")
+    guided = {f"{guide}, w = {w:g}": (w, guide) for guide in samplers.GUIDES for w in (0.5, 1, 2, 4)}
+    for label, guidance in ({"unguided": ()} | guided).items():
+        config = samplers.SamplerConfig("dpm++", 20, *guidance)  # nothing else is random
+        *_, (_, x_0) = model.trajectory(x_T, None, config=config)
+        rows.append(x_0)
+        labels.append(label)
     title = "by class; below, from one noise: unguided, then away from a guide, w times"
     figure = plots.grid(np.concatenate(rows), 10, title, -1, 1, labels, CLASSES)
     figure.set_size_inches(8.4, 9.6)  # the labels are wide

@@ -45,7 +45,6 @@ CLASSES = (
     "boot",
 )  # labels 0 to 9
 
-OTHER_NAMES = {"tshirttop": 0, "dresse": 3, "ankleboot": 9}  # FashionMNIST's own, and a plural
 SOURCE = f"--data names the folder of {', '.join(FASHION_MNIST)} (.gz), from github.com/zalandoresearch/fashion-mnist"
 
 
@@ -116,16 +115,22 @@ def read_idx(file, path):
 def class_number(name):
     """The label of a class, from its number or its name: small or large, in the singular or the plural. Raises
     UserError."""
-    names = {letters(each): label for label, each in enumerate(CLASSES)} | OTHER_NAMES
-    found = int(name) if str(name) in [*"0123456789"] else names.get(letters(str(name)))
+    found = int(name) if str(name) in [*"0123456789"] else LABELS.get(letters(str(name)))
     if found is None:
-        choices = ", ".join(f"{label} {each}" for label, each in enumerate(CLASSES))
-        raise UserError(f"{name}: expected a class by number or name: {choices}")
+        raise UserError(f"{name}: expected a class by number or name: {NUMBERED_CLASSES}")
     return found
 
 
 def letters(name):
-    return "".join(letter for letter in name.lower() if letter.isalnum()).rstrip("s")
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+NUMBERED_CLASSES = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
+LABELS = {name: label for label, name in enumerate(CLASSES)} | {
+    "T-shirt/top": 0,
+    "ankle boot": 9,
+}  # the data set's names
+LABELS = {letters(name) + plural: label for name, label in LABELS.items() for plural in ("", "s", "es")}
 
 
 def find_file(folder, name):

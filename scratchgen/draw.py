@@ -17,7 +17,7 @@ import math
 from pathlib import Path
 
 from scratchgen import plots
-from scratchgen.data import CLASSES, UserError, class_number
+from scratchgen.data import NUMBERED_CLASSES, UserError, class_number
 from scratchgen.machinery import cli, files
 from scratchgen.machinery.parallel import ranks_for
 from scratchgen.trained import (
@@ -50,8 +50,7 @@ def parse_arguments(argv):
     help = "the --out of a run script (default: weights of the package)"
     parser.flag("run", help, type=run_folder, nargs="?", metavar="RUN_FOLDER")
     parser.flag("--model", "which weights of the package (default: ddpm)", choices=["vae", "ddpm"])
-    classes = ", ".join(f"{label} {name}" for label, name in enumerate(CLASSES))
-    help = f"diffusion: what to draw, by name or number, if the run was trained with --classes: {classes}"
+    help = f"diffusion: what to draw, by name or number, if the run was trained with --classes: {NUMBERED_CLASSES}"
     parser.flag("--class", help, type=a_class, nargs="+", metavar="NAME")
     add_sampler_flags(parser, nargs=1)
     parser.flag("--seed", "decides every random number", type=cli.number(int, 0), default=0)

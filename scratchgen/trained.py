@@ -221,10 +221,8 @@ def draw(model, N, seed, ranks, labels=None, description="samples", **options):
 
     def from_shard(numbers):
         rng = rng_for(seed, SAMPLES, numbers[0])
-        of_shard = options
-        if labels is not None:
-            of_shard = options | {"labels": np.resize(labels[numbers[0] :], SHARD)}
-        images = model.sample(SHARD, rng, **of_shard)[: len(numbers)]
+        of_shard = {} if labels is None else {"labels": np.resize(labels[numbers[0] :], SHARD)}
+        images = model.sample(SHARD, rng, **of_shard, **options)[: len(numbers)]
         return np.round(images * 255).astype(np.uint8)
 
     return over_images(from_shard, [np.arange(N)], SHARD, ranks, description)

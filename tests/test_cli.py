@@ -274,6 +274,8 @@ def test_what_is_no_folder_is_no_value_either(capsys):
             program.parse_arguments([*flags, *([] if program is draw else ["runs/x"])])
         assert flags[-1] in capsys.readouterr().err
     assert draw.parse_arguments(["--class", "boot", "runs/x"]).run == Path("runs/x")
+    args = draw.parse_arguments(["--class", "T-shirt/top", "boot"])  # a class with a / in its name
+    assert args.run is None and getattr(args, "class") == [0, 9]
 
 
 @pytest.mark.parametrize("program", [["run_vae.py"], ["run_ddpm.py"], ["-m", "scratchgen.draw"]])

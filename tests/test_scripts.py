@@ -338,6 +338,17 @@ def test_a_preview_that_cannot_be_written_ends_no_training(call, tmp_path, monke
     assert len(model.log) == 2 and (tmp_path / "samples.png").exists()
 
 
+def test_a_rank_that_dies_while_a_preview_is_drawn_is_no_preview_that_cannot_be_written(call, tmp_path, monkeypatch):
+    """ChildProcessError is an OSError, too."""
+
+    def killed(*args, **options):
+        raise ChildProcessError(parallel.KILLED)
+
+    monkeypatch.setattr(run_ddpm, "draw", killed)
+    with pytest.raises(ChildProcessError, match="was killed"):
+        call(run_ddpm, "--T", 2, "--arch", "mlp", "--epochs", 1, "--train-images", 16, "--out", tmp_path)
+
+
 def test_the_guide_is_the_average_as_it_was_after_an_eighth_of_the_steps(record, call, tmp_path):
     averages = record(run_ddpm, "ema_step")
     flags = ["--T", 5, "--arch", "mlp", "--batch-size", 4, "--train-images", 40, "--workers", 1, "--out", tmp_path]

@@ -13,7 +13,7 @@ from scratchgen.evaluate import classifier, metrics
 from scratchgen.machinery import cli, files
 from scratchgen.machinery.parallel import in_parallel
 from scratchgen.machinery.run import rng_for
-from scratchgen.trained import draw, over_images
+from scratchgen.trained import draw, labels_for, over_images
 
 import numpy as np
 
@@ -160,7 +160,7 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
         print(ROW.format(*cells))
         report.add(f"frechet_{N}", {name: numbers | settings})
 
-    labels = np.arange(N) % len(CLASSES) if model.config.get("classes") else None
+    labels = labels_for(N, None, model.config.get("classes"))
     if N < 1000:
         print(f"warning: {N} images say little: see the distance of training images")
     print("Frechet distance to the test images" + (f", and how {draws} draws differ (+-)" if draws > 1 else ""))

@@ -28,8 +28,6 @@ with warnings.catch_warnings():  # a notebook without widgets gets a bar of text
 
 tqdm.monitor_interval = 0  # no thread to watch the bars: ranks are forked, and a fork should find no thread at work
 tqdm.set_lock(threading.RLock())  # its own is shared by processes, and Python 3.14 finds it lost where a rank ends
-
-
 program = None  # what begins a message, as the parser of this program says it
 
 
@@ -82,15 +80,23 @@ class OneLineParser(argparse.ArgumentParser):
     def folders_first(self, words):
         """The words, with folders (what has a /) that follow several values of a flag in front: argparse would take
         them for more of its values."""
-        several = {name for action in self._actions if action.nargs == "+" for name in action.option_strings}
         folders = []
         others = []
         flag = None
         for word in words:
-            flag = word if word.startswith("--") else flag
-            swallowed = flag in several and len(Path(word).parts) > 1
+            if word.startswith("--"):
+                flag = self._option_string_actions.get(word)
+            swallowed = flag and flag.nargs == "+" and len(Path(word).parts) > 1 and not reads(flag, word)
             (folders if swallowed else others).append(word)
         return folders + others
+
+
+def reads(flag, word):
+    """Whether the type of an argparse flag can read the word, as it can the class T-shirt/top. No type: it cannot."""
+    try:
+        return flag.type is not None and flag.type(word) is not None
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
 
 
 def number(kind, low, high=math.inf):
@@ -132,7 +138,8 @@ def run_parser(prog, description, epochs, batch_size, lr, out, networks=""):
     by_arch = ", ".join(f"{count} for {arch}" for arch, count in epochs.items())
     whole = number(int, 1, high=10**9)
     positive = number(float, 1e-9, high=1e30)
-    p.flag("--arch", f"the network{networks}", choices=epochs, default=next(iter(epochs)))
+    help = "the network" + (f": {networks}" if networks else "")
+    p.flag("--arch", help, choices=epochs, default=next(iter(epochs)))
     p.flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
     help = "images per gradient step, cut into shards for the workers; on several machines take more (performance.md)"
     p.flag("--batch-size", help, type=whole, default=batch_size, metavar="N")

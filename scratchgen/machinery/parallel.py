@@ -42,8 +42,8 @@ import numpy as np
 
 CAN_FORK = sys.platform == "linux"  # macOS has fork, but its BLAS does not survive one; Windows has none
 # Ctrl-C, Ctrl-\, a kill, a closed terminal (Windows: BREAK), and what batch systems send some time before a kill.
-STOP_SIGNALS = ["SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
-STOP_SIGNALS = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+STOP_NAMES = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
 SPIN_SECONDS = 0.001  # to look for a message before going to sleep: a rank that sleeps takes 0.05 ms to wake up
 KILLED = "a rank (one of the --workers processes) was killed, for want of memory? Try fewer --workers"
 
