@@ -2,12 +2,15 @@
 the functions that the homework asks for left to write.
 
     python docs/handout.py FOLDER
+    python docs/handout.py --micro FOLDER
 
 Each of these functions keeps its docstring and gets one line, raise
 NotImplementedError("question 7: ..."). The README that is written says what is
 asked, for how many points, what to write, in which order, and how it is
 checked. All of it is made from the files as they are: what is asked comes from
-homework.md, the functions from QUESTIONS below.
+homework.md, the functions from QUESTIONS below. With --micro there is an exercise
+to begin with: both models on one page, scratchgen/micro.py, with six formulas
+left to write.
 """
 
 import ast
@@ -32,6 +35,16 @@ QUESTIONS = {  # question -> file and the functions in it that are to be written
     11: [("scratchgen/diffusion.py", ["draw_batch", "squared_errors", "simple_loss"])],
     12: [("scratchgen/diffusion.py", ["predict_x_0", "p_sample", "sample"])],
 }
+FORMULAS = {  # number -> what it is, and where in micro.py: a function, and how the line in it begins
+    1: ("the gradient of a layer", [("mlp_backward", "d_x, d_W, d_b =")]),
+    2: ("the gradient of the cross-entropy", [("cross_entropy", "d_logits =")]),
+    3: ("the KL divergence", [("vae_loss", "kl =")]),
+    4: ("the gradient of mu and log_var", [("vae_loss", "d_mu ="), ("vae_loss", "d_log_var =")]),
+    5: ("Eq. (4) for x_t, and solved for eps", [("ddpm_loss", "x_t ="), ("p_sample", "eps =")]),
+    6: ("line 4 of Algorithm 2", [("p_sample", "return ")]),
+}
+MICRO = "scratchgen/micro.py", "tests/test_micro.py"
+NOT_HANDED_OUT = f"# {'-' * 68} beside the package: not handed out"  # begins the part of test_micro.py with answers
 COPIED = ("scratchgen", "data", "tests", "run_vae.py", "run_ddpm.py", "setup.cfg", "pyproject.toml", "LICENSE")
 README = """# Problem set 5: variational autoencoders and diffusion models
 
@@ -56,31 +69,44 @@ until question 6 is done it stops there. After question 12, `python run_ddpm.py 
 diffusion model in some ten minutes and draws `trajectory.png`. Hand in the answers, the code that you wrote, and the
 figures that questions 5, 6, 11 and 12 make.
 """
+MICRO_README = """
+## To begin with
+
+`scratchgen/micro.py` is both models on one page, with the gradient by hand. Six formulas are left to write, each in
+place of a line `raise NotImplementedError("formula ...")`. `pytest tests/test_micro.py` checks them. Then
+`python scratchgen/micro.py` trains both models in two and a half minutes and draws `micro.png`.
+
+{formulas}
+"""
 
 
 def parse_arguments(argv):
     parser = cli.OneLineParser("docs/handout.py", __doc__)
     parser.flag("folder", "is made; must not exist or be empty", type=Path, metavar="FOLDER")
+    parser.flag("--micro", "with the exercise of one page, scratchgen/micro.py", action="store_true")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    folder = parse_arguments(argv).folder
+    args = parse_arguments(argv)
+    folder = args.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise cli.UsageError(f"{folder}: expected a new or an empty folder")
     if any(ROOT / name in folder.resolve().parents for name in COPIED):
         raise cli.UsageError(f"{folder}: expected a folder outside of what is handed out")
-    write(folder)
+    write(folder, micro=args.micro)
     print(f"wrote the homework to {folder}; begin with its README.md")
 
 
-def write(folder, left_out=tuple(QUESTIONS)):
-    """The project in ``folder``, without the bodies of what these questions ask for.
+def write(folder, left_out=tuple(QUESTIONS), micro=False):
+    """The project in ``folder``, without the bodies of what these questions ask for; with ``micro`` also the page,
+    without its formulas.
 
     Of the tests, those that speak of docs/ or the README stay behind, and the benchmarks, which have it all in PyTorch.
     """
     tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
     behind = [name for name, text in tests.items() if '"docs' in text or "README" in text]
+    behind += [] if micro else [Path(file).name for file in MICRO]
     ignored = shutil.ignore_patterns("__pycache__", "benchmarks", "mutation.py", *behind)
     questions = {}  # file -> what is left out of it
     for question in left_out:
@@ -89,6 +115,12 @@ def write(folder, left_out=tuple(QUESTIONS)):
 
     def copy(source, target):  # never the answers first, and not that a file may only be read
         source = Path(source)
+        place = source.relative_to(ROOT).as_posix()
+        if place in MICRO:
+            text = source.read_text(encoding="utf-8")
+            text = without_formulas(text) if place == MICRO[0] else text.partition(NOT_HANDED_OUT)[0].rstrip() + "\n"
+            Path(target).write_text(text, encoding="utf-8")
+            return
         if source not in questions:
             shutil.copyfile(source, target)
             return
@@ -107,7 +139,7 @@ def write(folder, left_out=tuple(QUESTIONS)):
     for path in [folder, *folder.rglob("*")]:
         if path.is_dir():
             path.chmod(path.stat().st_mode | 0o700)  # copytree makes it as its source is
-    (folder / "README.md").write_text(readme(), encoding="utf-8")
+    (folder / "README.md").write_text(readme() + (micro_readme() if micro else ""), encoding="utf-8")
 
 
 def without_bodies(text, names, question):
@@ -119,6 +151,24 @@ def without_bodies(text, names, question):
         kept = first.end_lineno if ast.get_docstring(function) else first.lineno - 1
         lines[kept:last] = [f'    raise NotImplementedError("question {question}: write {function.name}")']
     return "\n".join(lines) + "\n"
+
+
+def without_formulas(text):
+    """micro.py with one line in place of each formula."""
+    lines = text.splitlines()
+    functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    for number, (what, places) in FORMULAS.items():
+        for name, start in places:
+            within = range(functions[name].lineno, functions[name].end_lineno)
+            [found] = [i for i in within if lines[i].strip().startswith(start)]
+            indent = lines[found][: -len(lines[found].lstrip())]
+            lines[found] = f'{indent}raise NotImplementedError("formula {number}: {what}")'
+    return "\n".join(lines) + "\n"
+
+
+def micro_readme():
+    formulas = "\n".join(f"{number}. {what}" for number, (what, _) in FORMULAS.items())
+    return MICRO_README.format(formulas=formulas)
 
 
 def readme():

@@ -62,9 +62,10 @@ def test_each_function_keeps_its_docstring_and_says_which_question_it_is_for(tmp
     text = "".join(path.read_text() for path in (tmp_path / "homework" / "scratchgen").rglob("*.py"))
     assert text.count("NotImplementedError") == left_out == 20
     # All else is as it was.
+    changed = {*handout.MICRO, *(file for files in handout.QUESTIONS.values() for file, _ in files)}
     for path in (ROOT / "scratchgen").rglob("*.py"):
         place = path.relative_to(ROOT)
-        if not any(place.as_posix() == file for files in handout.QUESTIONS.values() for file, _ in files):
+        if place.as_posix() not in changed:
             assert (tmp_path / "homework" / place).read_bytes() == path.read_bytes()
 
 
@@ -82,6 +83,58 @@ def test_the_answers_stay_behind(tmp_path):
             assert Path(file).name in rows[question - 1][3]
             assert all(f"`{name}`" in rows[question - 1][3] for name in functions)
     assert len(readme.splitlines()) < 60  # one page
+
+
+# Each of these is a mistake in one of the formulas: a sign, a factor, a transposition, an index.
+WRONG = [
+    ("x.T @ d_y, d_y.sum(axis=0)", "x.T @ d_y / 2, d_y.sum(axis=0)"),
+    ("d_y.sum(axis=0)", "d_y.mean(axis=0)"),
+    ("d_x * (x > 0)", "d_x"),
+    ("(sigmoid(logits) - x) / len(x)", "(x - sigmoid(logits)) / len(x)"),
+    ("np.sum(softplus - x * logits)", "np.sum(softplus + x * logits)"),
+    ("kl = np.sum(mu**2 + sigma**2 - 1 - log_var) / 2", "kl = np.sum(mu**2 + sigma**2 - 1 - log_var)"),
+    ("d_z + mu / len(x)", "d_z - mu / len(x)"),
+    ("d_z * sigma * eps / 2", "d_z * sigma * eps"),
+    ("(sigma**2 - 1) / 2 / len(x)", "sigma**2 / 2 / len(x)"),
+    ("x_0 + np.sqrt(1 - alpha_bar[t]) * eps", "x_0 + (1 - alpha_bar[t]) * eps"),
+    ("(x_t - np.sqrt(alpha_bar[t]) * x_0) / np", "(x_t + np.sqrt(alpha_bar[t]) * x_0) / np"),
+    ("(1 - alpha_bar[t - 1]) / (1", "(1 - alpha_bar[t]) / (1"),
+    ("* eps) / np.sqrt(alpha[t])", "* eps) * np.sqrt(alpha[t])"),
+    ("(1 - alpha[t]) / np.sqrt(1 - alpha_bar[t]) * eps", "(1 - alpha[t]) / (1 - alpha_bar[t]) * eps"),
+    ("v_hat = m / (1 - 0.9**step), v / (1 - 0.999**step)", "v_hat = m, v"),
+    ("h[:, :D], h[:, D:]", "h[:, D:], h[:, :D]"),
+]
+
+
+def test_the_page_is_handed_out_without_its_formulas_and_its_tests_notice_each_mistake(tmp_path):
+    """Whole it passes them; without a formula, or with a wrong one, it does not."""
+    page = (ROOT / "scratchgen" / "micro.py").read_text()
+    handout.write(tmp_path, micro=True)
+    file = tmp_path / "scratchgen" / "micro.py"
+    left_out = [number for number, (_, places) in handout.FORMULAS.items() for _ in places]
+    assert re.findall(r"NotImplementedError\(.formula (\d)", file.read_text()) == sorted(map(str, left_out))
+    tests = (tmp_path / "tests" / "test_micro.py").read_text()
+    assert "assert_gradient" in tests and "beside the package" not in tests and "elbo_terms" not in tests
+
+    def passes(text):
+        file.write_text(text)
+        command = [sys.executable, "-m", "pytest", "-xq", "--tb=no", "-p", "no:cacheprovider", "tests/test_micro.py"]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode in (0, 1), result.stdout + result.stderr
+        return result.returncode == 0
+
+    assert not passes(file.read_text())
+    assert passes(page)
+    assert len(WRONG) >= 10
+    for right, wrong in WRONG:
+        assert page.count(right) == 1, right
+        assert not passes(page.replace(right, wrong)), wrong
+
+
+def test_without_it_the_page_stays_behind(tmp_path):
+    handout.write(tmp_path)
+    assert not list(tmp_path.rglob("*micro*")) and "micro" not in (tmp_path / "README.md").read_text()
 
 
 def test_of_a_read_only_project_the_hand_out_can_be_written_and_changed(tmp_path, monkeypatch):
