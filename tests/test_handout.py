@@ -89,7 +89,7 @@ def test_the_answers_stay_behind(tmp_path):
 WRONG = [
     ("x.T @ d_y, d_y.sum(axis=0)", "x.T @ d_y / 2, d_y.sum(axis=0)"),
     ("d_y.sum(axis=0)", "d_y.mean(axis=0)"),
-    ("d_x * (x > 0)", "d_x"),
+    ("d_y = d_x * (x > 0)", "d_y = d_x"),
     ("(sigmoid(logits) - x) / len(x)", "(x - sigmoid(logits)) / len(x)"),
     ("np.sum(softplus - x * logits)", "np.sum(softplus + x * logits)"),
     ("kl = np.sum(mu**2 + sigma**2 - 1 - log_var) / 2", "kl = np.sum(mu**2 + sigma**2 - 1 - log_var)"),
