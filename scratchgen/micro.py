@@ -160,24 +160,24 @@ def main(folder):
     encoder, decoder = init_mlp(784, 300, 300, 2 * D), init_mlp(D, 300, 300, 784)
     params = encoder + decoder  # one list of the same arrays
     moments = [[(0 * p, 0 * p) for p in layer] for layer in params]  # m and v begin as zeros
-    for step in range(1, 5001):
+    for step in range(1, 3501):
         x = images[rng.integers(0, len(images), 128)]
         eps = rng.standard_normal((128, D), np.float32)
         reconstruction, kl, gradient = vae_loss(encoder, decoder, x, eps)
-        adam_step(params, gradient, moments, step, lr=2e-3 * (1 - step / 5000))
+        adam_step(params, gradient, moments, step, lr=2e-3 * (1 - step / 3500))
         if step % 500 == 0:  # about once an epoch
-            print(f"VAE, step {step} of 5000: -ELBO = {reconstruction:.1f} + {kl:.1f} nats for this minibatch")
+            print(f"VAE, step {step} of 3500: -ELBO = {reconstruction:.1f} + {kl:.1f} nats for this minibatch")
 
     network = init_mlp(784 + 64, 512, 512, 512, 784)
     moments = [[(0 * p, 0 * p) for p in layer] for layer in network]
-    for step in range(1, 5001):  # Algorithm 1, line 1
+    for step in range(1, 4501):  # Algorithm 1, line 1
         x_0 = 2 * images[rng.integers(0, len(images), 256)] - 1  # line 2
         t = rng.integers(1, T + 1, (256, 1))  # line 3
         eps = rng.standard_normal((256, 784), np.float32)  # line 4
         loss, gradient = ddpm_loss(network, x_0, t, eps)  # line 5: the gradient, and the step
-        adam_step(network, gradient, moments, step, lr=2e-3 * (1 - step / 5000))
+        adam_step(network, gradient, moments, step, lr=2e-3 * (1 - step / 4500))
         if step % 250 == 0:  # about once an epoch
-            print(f"DDPM, step {step} of 5000: loss {loss:.1f} for this minibatch")
+            print(f"DDPM, step {step} of 4500: loss {loss:.1f} for this minibatch")
 
     logits, _ = mlp(decoder, rng.standard_normal((64, D), np.float32))  # of z ~ p(z)
     drawn = np.concatenate([sigmoid(logits), (sample(network, 64) + 1) / 2]).clip(0, 1)
