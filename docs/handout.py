@@ -8,9 +8,9 @@ Each of these functions keeps its docstring and gets one line, raise
 NotImplementedError("question 7: ..."). The README that is written says what is
 asked, for how many points, what to write, in which order, and how it is
 checked. All of it is made from the files as they are: what is asked comes from
-homework.md, the functions from QUESTIONS below. With --micro there is an exercise
-to begin with: both models on one page, scratchgen/micro.py, with six formulas
-left to write.
+homework.md, the functions from QUESTIONS below. With --micro there is an
+exercise to begin with: both models on one page, scratchgen/micro.py, with six
+formulas left to write.
 """
 
 import ast
