@@ -35,13 +35,13 @@ QUESTIONS = {  # question -> file and the functions in it that are to be written
     11: [("scratchgen/diffusion.py", ["draw_batch", "squared_errors", "simple_loss"])],
     12: [("scratchgen/diffusion.py", ["predict_x_0", "p_sample", "sample"])],
 }
-FORMULAS = {  # number -> what it is, and where in micro.py: a function, and how the line in it begins
-    1: ("the gradient of a layer", [("mlp_backward", "d_x, d_W, d_b =")]),
-    2: ("the gradient of the cross-entropy", [("cross_entropy", "d_logits =")]),
-    3: ("the KL divergence", [("vae_loss", "kl =")]),
-    4: ("the gradient of mu and log_var", [("vae_loss", "d_mu ="), ("vae_loss", "d_log_var =")]),
-    5: ("Eq. (4) for x_t, and solved for eps", [("ddpm_loss", "x_t ="), ("p_sample", "eps =")]),
-    6: ("line 4 of Algorithm 2", [("p_sample", "return ")]),
+FORMULAS = {  # number -> what it is, and where in micro.py: the function, and how each line in it begins
+    1: ("the gradient of a layer", {"mlp_backward": ["d_x, d_W, d_b ="]}),
+    2: ("the gradient of the cross-entropy", {"cross_entropy": ["d_logits ="]}),
+    3: ("the KL divergence", {"vae_loss": ["kl ="]}),
+    4: ("z, drawn from q(z | x), and the gradient of mu and log_var", {"vae_loss": ["z =", "d_mu =", "d_log_var ="]}),
+    5: ("Eq. (4) for x_t, and solved for eps", {"ddpm_loss": ["x_t ="], "p_sample": ["eps ="]}),
+    6: ("line 4 of Algorithm 2, with its sigma", {"p_sample": ["sigma =", "return "]}),
 }
 MICRO = "scratchgen/micro.py", "tests/test_micro.py"
 NOT_HANDED_OUT = f"# {'-' * 68} beside the package: not handed out"  # begins the part of test_micro.py with answers
@@ -61,7 +61,7 @@ The first line is for Linux and macOS, the second for PowerShell on Windows. The
 fail now, and pass once its functions are written; `pytest tests/test_homework.py` checks all questions. A function to
 write has a docstring that says what it takes and returns, and one line to replace, `raise NotImplementedError`.
 Questions 1 to 3 and 13 are answered in words alone, 7 to 10 in words and in code.
-
+{micro}
 {table}
 
 After question 5, `python run_vae.py` trains the VAE in a minute. It draws the latents last, `latents_I_J.png`, and
@@ -70,10 +70,8 @@ diffusion model in some ten minutes and draws `trajectory.png`. Hand in the answ
 figures that questions 5, 6, 11 and 12 make.
 """
 MICRO_README = """
-## To begin with
-
-`scratchgen/micro.py` is both models on one page, with the gradient by hand. Six formulas are left to write, each in
-place of a line `raise NotImplementedError("formula ...")`. `pytest tests/test_micro.py` checks them. Then
+Begin with `scratchgen/micro.py`: both models on one page, with the gradient by hand. Six formulas are left to write,
+each in place of the lines `raise NotImplementedError("formula ...")`. `pytest tests/test_micro.py` checks them. Then
 `python scratchgen/micro.py` trains both models in two and a half minutes and draws `micro.png`.
 
 {formulas}
@@ -139,7 +137,7 @@ def write(folder, left_out=tuple(QUESTIONS), micro=False):
     for path in [folder, *folder.rglob("*")]:
         if path.is_dir():
             path.chmod(path.stat().st_mode | 0o700)  # copytree makes it as its source is
-    (folder / "README.md").write_text(readme() + (micro_readme() if micro else ""), encoding="utf-8")
+    (folder / "README.md").write_text(readme(micro), encoding="utf-8")
 
 
 def without_bodies(text, names, question):
@@ -158,20 +156,16 @@ def without_formulas(text):
     lines = text.splitlines()
     functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
     for number, (what, places) in FORMULAS.items():
-        for name, start in places:
-            within = range(functions[name].lineno, functions[name].end_lineno)
-            [found] = [i for i in within if lines[i].strip().startswith(start)]
-            indent = lines[found][: -len(lines[found].lstrip())]
-            lines[found] = f'{indent}raise NotImplementedError("formula {number}: {what}")'
+        for name, starts in places.items():
+            for i in range(functions[name].lineno, functions[name].end_lineno):
+                code = lines[i].lstrip()
+                if code.startswith(tuple(starts)):
+                    indent = lines[i][: -len(code)]
+                    lines[i] = f'{indent}raise NotImplementedError("formula {number}: {what}")'
     return "\n".join(lines) + "\n"
 
 
-def micro_readme():
-    formulas = "\n".join(f"{number}. {what}" for number, (what, _) in FORMULAS.items())
-    return MICRO_README.format(formulas=formulas)
-
-
-def readme():
+def readme(micro):
     text = (ROOT / "docs" / "homework.md").read_text(encoding="utf-8")
     asked = re.findall(r"^### Question (\d+): .*\n\n\*Asked \((\d+) points?\):\* (.*(?:\n.+)*)", text, re.M)
     rows = ["| | points | what is asked | what to write |", "|---|---|---|---|"]
@@ -181,7 +175,12 @@ def readme():
             for file, names in QUESTIONS.get(int(question), [])
         )
         rows.append(f"| {question} | {points} | {' '.join(what.split())} | {'; '.join(parts)} |")
-    return README.format(points=sum(int(points) for _, points, _ in asked), table="\n".join(rows))
+    formulas = "\n".join(f"{number}. {what}" for number, (what, _) in FORMULAS.items())
+    return README.format(
+        points=sum(int(points) for _, points, _ in asked),
+        micro=MICRO_README.format(formulas=formulas) if micro else "",
+        table="\n".join(rows),
+    )
 
 
 if __name__ == "__main__":

@@ -111,8 +111,11 @@ def test_the_page_is_handed_out_without_its_formulas_and_its_tests_notice_each_m
     page = (ROOT / "scratchgen" / "micro.py").read_text()
     handout.write(tmp_path, micro=True)
     file = tmp_path / "scratchgen" / "micro.py"
-    left_out = [number for number, (_, places) in handout.FORMULAS.items() for _ in places]
-    assert re.findall(r"NotImplementedError\(.formula (\d)", file.read_text()) == sorted(map(str, left_out))
+    lines = [str(n) for n, (_, places) in handout.FORMULAS.items() for starts in places.values() for _ in starts]
+    handed_out = file.read_text()
+    assert sorted(re.findall(r"NotImplementedError\(.formula (\d)", handed_out)) == lines and len(lines) == 10
+    assert len(handed_out.splitlines()) == len(page.splitlines())
+    assert not re.search(r"sigma \* eps|sigma\*\*2|alpha_bar\[t\]|W\.T|sigmoid\(logits\) - x", handed_out)
     tests = (tmp_path / "tests" / "test_micro.py").read_text()
     assert "assert_gradient" in tests and "beside the package" not in tests and "elbo_terms" not in tests
 
