@@ -161,6 +161,26 @@ def test_question_2_the_characteristic_function_of_z_is_the_priors_and_that_of_m
     assert 0.5 + 0.5 * of_second_mu == pytest.approx(0.5, abs=1e-12)
 
 
+@pytest.mark.parametrize("s", [0.3, 1.0, 2.0])
+def test_question_2_the_perfect_vae_of_a_gaussian_decodes_its_means_to_too_small_a_variance(s, rng):
+    """x = z + eta, eta ~ N(0, s^2). The encoder is Bayes' rule on a grid; the variances are those of draws."""
+    z = np.linspace(-12, 12, 20_001)
+    for x in (-1.7, 0.4):
+        posterior = np.exp(-0.5 * z**2 - 0.5 * (x - z) ** 2 / s**2)
+        posterior /= posterior.sum()
+        mean = (posterior * z).sum()
+        assert mean == pytest.approx(x / (1 + s**2))
+        assert (posterior * (z - mean) ** 2).sum() == pytest.approx(s**2 / (1 + s**2))
+    N = 400_000
+    x = rng.standard_normal(N) + s * rng.standard_normal(N)
+    mu = x / (1 + s**2)
+    codes = vae.reparameterise(mu, np.log(s**2 / (1 + s**2)), rng.standard_normal(N))
+    decoded_codes, decoded_means = (of + s * rng.standard_normal(N) for of in (codes, mu))
+    assert codes.var() == pytest.approx(1, rel=0.02)
+    assert decoded_codes.var() == pytest.approx(1 + s**2, rel=0.02)  # the data's
+    assert decoded_means.var() == pytest.approx(1 / (1 + s**2) + s**2, rel=0.02)
+
+
 def test_question_2_collapsed_codes_are_the_priors_and_all_their_means_are_zero(rng):
     nothing = np.zeros((100_000, 2))
     z = vae.reparameterise(nothing, nothing, rng.standard_normal(nothing.shape))
