@@ -11,7 +11,7 @@ import numpy as np
 
 # The shorter side of the matrices that Muon steps: below there is little to make equal, above its products take too
 # long. In the U-Net that leaves to Adam the layers of the time embedding (128) and the two large layers of each global
-# block (256): a step of the optimiser takes half the time, and samples are as good. So Muon steps 22 % of the weights,
+# block (256): a step of the optimiser takes half the time, and samples are as good. So Muon steps 10 % of the weights,
 # or 88 % without the global blocks; 2 % of the gated VAE, 7 % of the convolutional VAE, nothing of the MLP denoiser.
 MUON_SIDES = range(8, 65)
 

@@ -1,11 +1,15 @@
 """Muon: orthogonalised momentum against a singular value decomposition, and what is stepped by what."""
 
-from scratchgen import tree
-from scratchgen.muon import muon_step, orthogonalise
+import re
+
+from scratchgen import improved, tree, vae
+from scratchgen.denoisers import DENOISERS
+from scratchgen.muon import MUON_SIDES, muon_step, orthogonalise
 from scratchgen.optim import adam_step, init_moments
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 
 @pytest.mark.parametrize("shape", [(9, 40), (40, 9), (16, 16)])
@@ -72,3 +76,22 @@ def test_a_muon_step_has_entries_of_the_size_lr_times_0_2(rng):
     muon_step(params, g, init_moments(params), 1, lr=1.0)
     assert params[0].dtype == np.float32
     assert np.sqrt((params[0] ** 2).mean()) == pytest.approx(0.2, rel=0.3)
+
+
+def test_the_texts_say_how_many_of_the_weights_it_steps(rng):
+    def percent(params):
+        sides = [min(p.size // p.shape[-1], p.shape[-1]) if p.ndim > 1 else 0 for p in tree.leaves(params)]
+        sizes = [p.size for p in tree.leaves(params)]
+        of_muon = sum(size for side, size in zip(sides, sizes, strict=True) if side in MUON_SIDES)
+        return f"{round(100 * of_muon / sum(sizes))} %"
+
+    unet, _ = DENOISERS["unet"]
+    with_blocks = percent(improved.init_denoiser(unet, rng, list(improved.ADDITIONS)))
+    without = percent(improved.init_denoiser(unet, rng, ["v", "black"]))
+    gated, conv = (percent(vae.VAES[arch][0](rng, 20)) for arch in ("gated", "conv"))
+    comment = re.sub(r"\n# ", " ", (ROOT / "scratchgen" / "muon.py").read_text())
+    assert f"Muon steps {with_blocks} of the weights, or {without} without the global blocks; {gated} of" in comment
+    assert f"{conv} of the convolutional VAE" in comment
+    quality = (ROOT / "docs" / "quality.md").read_text()
+    assert f"({without} of the weights without the global blocks, {with_blocks} with them)" in quality
+    assert f"({gated} and {conv} of the weights)" in quality
