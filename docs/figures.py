@@ -1,7 +1,6 @@
-"""Remake the figures in docs/figures/ from the checkpoints of the default
-runs, in an hour on two cores, and the code that homework.md shows. (Two are
-made elsewhere: ddpm_ablation.png by ablation.py, scaling.png by
-tests/benchmarks/scaling.py.)
+"""Remake the figures in docs/figures/ from the checkpoints of these runs, and
+what the texts take from them: the code that homework.md shows, and numbers,
+each of which stands between <!-- run name format --> and <!-- -->.
 
 The runs, from the folder of the run scripts:
   python run_vae.py
@@ -9,11 +8,16 @@ The runs, from the folder of the run scripts:
   python run_vae.py --beta 10 --out runs/vae-beta-10
   python run_ddpm.py --T 200
   python run_ddpm.py --T 200 --classes --out runs/ddpm-classes
+
+Those that are not there are left out. With all of them it takes an hour on two
+cores. (Made elsewhere: ddpm_ablation.png by ablation.py, micro.png by
+scratchgen/micro.py, scaling.png by tests/benchmarks/scaling.py.)
 """
 
 import ast
 import importlib
 import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -31,9 +35,11 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 ROOT, FIGURES = HERE.parent, HERE / "figures"
 BETAS = {0: "vae-beta-0", 1: "vae", 10: "vae-beta-10"}
+TEXTS = [ROOT / "README.md", HERE / "homework.md", HERE / "quality.md"]
+NUMBERS = HERE / "numbers.json"  # what the texts say of each run
 OF_RUN = {  # the run that a figure of docs/figures/ comes from -> its figures
-    "vae": ("loss", "samples", "reconstructions", "latents", "interpolation", "latent_use"),
-    "ddpm": ("loss", "samples", "trajectory", "forward", "sampling", "bound", "steps", "guidance"),
+    "vae": ("loss", "samples", "reconstructions", "latents", "interpolation", "codes", "latent_use"),
+    "ddpm": ("loss", "samples", "trajectory", "forward", "sampling", "nearest", "bound", "steps", "guidance"),
     "ddpm-classes": ("guidance",),
 }
 
@@ -41,7 +47,7 @@ OF_RUN = {  # the run that a figure of docs/figures/ comes from -> its figures
 def parse_arguments(argv):
     parser = cli.OneLineParser("docs/figures.py", __doc__)
     parser.flag("--runs", "the folder of the runs", type=Path, default=ROOT / "runs")
-    parser.flag("--code", "only put the package's code into homework.md", action="store_true")
+    parser.flag("--text", "only put code, and the numbers of numbers.json, into the texts", action="store_true")
     cli.add_data_flags(parser)
     args = parser.parse_args(argv)
     args.runs, args.data = args.runs.resolve(), args.data.resolve()  # the scripts are started from another folder
@@ -50,54 +56,102 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.code:
-        write_code()
+    if args.text:
+        write_texts()
         return
-    for run in (*BETAS.values(), "ddpm", "ddpm-classes"):
-        if not (args.runs / run / "checkpoint.npz").exists():
-            raise cli.UsageError(f"{args.runs / run}: expected a finished run; --help says which command makes it")
-    models = {beta: load_run(args.runs / run) for beta, run in BETAS.items()}
-    for beta, model in models.items():
-        if model.config.get("beta") != beta:
-            raise cli.UsageError(f"{args.runs / BETAS[beta]}: expected a run of run_vae.py with --beta {beta}")
-    x_test = load_fashion_mnist(args.data)["test_images"]
+    runs = [*BETAS.values(), "ddpm", "ddpm-classes"]
+    there = [run for run in runs if (args.runs / run / "checkpoint.npz").exists()]
+    if not there:
+        raise cli.UsageError(f"{args.runs}: expected finished runs in it; --help says which commands make them")
+    models = {run: load_run(args.runs / run) for run in there}
+    for beta, run in BETAS.items():
+        if run in there and models[run].config.get("beta") != beta:
+            raise cli.UsageError(f"{args.runs / run}: expected a run of run_vae.py with --beta {beta}")
 
     # A finished run that is resumed draws its figures again.
     again = ["--resume", "--data", args.data, "--workers", args.workers, "--out"]
     measure = ["-m", "scratchgen.evaluate", "--data", args.data, "--workers", args.workers]
     frechet, guides = ["--frechet", 10_000], ["--guide", "early", "unlabelled"]
     steps = ["--sampler", *samplers.SAMPLERS, "--steps", 5, 10, 20]
-    for command in (
-        [ROOT / "run_vae.py", *again, args.runs / "vae"],
-        [ROOT / "run_ddpm.py", "--T", 200, *again, args.runs / "ddpm"],
-        [*measure, args.runs / "vae"],
-        [*measure, args.runs / "ddpm", "--bound", 100],
-        [*measure, args.runs / "ddpm", *frechet, *steps],
-        [*measure, args.runs / "ddpm", *frechet, "--sampler", "ddpm", "--steps", 200],
-        [*measure, args.runs / "ddpm", *frechet, "--guidance", 0, 0.25, 0.5, 1],
-        [HERE / "sweeps.py", args.runs / "ddpm"],
-        [ROOT / "run_ddpm.py", "--T", 200, "--classes", *again, args.runs / "ddpm-classes"],
-        [*measure, args.runs / "ddpm-classes", *frechet, "--guidance", 0, 0.5, 1, 2, *guides],
-        [HERE / "sweeps.py", args.runs / "ddpm-classes"],
-    ):
-        if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
-            sys.exit(status)  # it has said what is wrong
-    for run, names in OF_RUN.items():
-        for name in names:
+    commands = {
+        "vae": [
+            [ROOT / "run_vae.py", *again, args.runs / "vae"],
+            [*measure, args.runs / "vae"],
+        ],
+        "ddpm": [
+            [ROOT / "run_ddpm.py", "--T", 200, *again, args.runs / "ddpm"],
+            [*measure, args.runs / "ddpm", "--bound", 100],
+            [*measure, args.runs / "ddpm", *frechet, *steps],
+            [*measure, args.runs / "ddpm", *frechet, "--sampler", "ddpm", "--steps", 200],
+            [*measure, args.runs / "ddpm", *frechet, "--guidance", 0, 0.25, 0.5, 1],
+            [HERE / "sweeps.py", args.runs / "ddpm"],
+        ],
+        "ddpm-classes": [
+            [ROOT / "run_ddpm.py", "--T", 200, "--classes", *again, args.runs / "ddpm-classes"],
+            [*measure, args.runs / "ddpm-classes", *frechet, "--guidance", 0, 0.5, 1, 2, *guides],
+            [HERE / "sweeps.py", args.runs / "ddpm-classes"],
+        ],
+    }
+    for run in there:
+        for command in commands.get(run, []):
+            if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
+                sys.exit(status)  # it has said what is wrong
+        for name in OF_RUN.get(run, ()):
             pattern = {"latents": "latents_*.png", "sampling": "sampling.gif"}.get(name, f"{name}.png")
             newest = max((args.runs / run).glob(pattern), key=lambda path: path.stat().st_mtime)
             shutil.copyfile(newest, FIGURES / f"{run.replace('-', '_')}_{name}{newest.suffix}")
-    plots.save(beta_rows(models, scale(x_test[:10], 0, 1)), FIGURES / "homework_beta.png")
+    x_test = load_fashion_mnist(args.data)["test_images"]
+    if set(BETAS.values()) <= set(there):
+        of_beta = {beta: models[run] for beta, run in BETAS.items()}
+        plots.save(beta_rows(of_beta, scale(x_test[:10], 0, 1)), FIGURES / "homework_beta.png")
     plots.save(prior_kl(scale(x_test, -1, 1)), FIGURES / "homework_prior_kl.png")
     plots.save(classes(load_trained("ddpm-classes")), FIGURES / "ddpm_classes_classes.png")
-    print(f"figures are in {FIGURES}")
-    write_code()
+    numbers = {run: numbers_of(args.runs / run / "metrics.json", model) for run, model in models.items()}
+    files.write_text(NUMBERS, json.dumps(read_numbers() | numbers, indent=1, sort_keys=True) + "\n")
+    left_out = f"; left out: {', '.join(run for run in runs if run not in there)}" if len(there) < len(runs) else ""
+    print(f"figures are in {FIGURES}{left_out}")
+    write_texts()
 
 
-def write_code():
-    homework = HERE / "homework.md"
-    files.write_text(homework, with_code(homework.read_text(encoding="utf-8")))
-    print(f"{homework} shows the code as it is")
+# -------------------------------------------------------------------------------------------- code and numbers in texts
+
+
+def write_texts():
+    numbers = read_numbers()
+    for path in TEXTS:
+        files.write_text(path, with_numbers(with_code(path.read_text(encoding="utf-8")), numbers))
+    print(f"code and numbers are in {', '.join(path.name for path in TEXTS)}")
+
+
+def read_numbers():
+    return json.loads(NUMBERS.read_text(encoding="utf-8")) if NUMBERS.exists() else {}
+
+
+def numbers_of(path, model):
+    """What a text may say of a run: the numbers of its metrics.json, and what follows from them."""
+    metrics = files.read_metrics(path, model.params)
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and name != "seconds"}
+    scores = [row.get("test_elbo", row.get("test_loss")) for row in model.log]
+    numbers["last_gain"] = abs(scores[-1] - scores[-2]) if len(scores) > 1 else 0.0
+    if latent := metrics.get("evaluation", {}).get("latent"):
+        mu, noise = (np.array(latent[name]) for name in ("variance_of_mu", "mean_of_variance"))
+        active = mu > 0.01
+        ranges = {"mu": mu[active], "noise": noise[active], "sum": mu + noise}
+        numbers |= {"active": int(active.sum()), "idle": int((~active).sum())}
+        numbers |= {f"{name}_{end.__name__}": float(end(of)) for name, of in ranges.items() for end in (min, max)}
+        if not active.all():
+            numbers |= {"idle_mu_max": float(mu[~active].max()), "idle_noise_min": float(noise[~active].min())}
+    return numbers
+
+
+def with_numbers(text, numbers):
+    """The text with the numbers of each run: <!-- vae kl .2f -->13.78<!-- --> has "kl" of the run "vae"."""
+
+    def number(match):
+        run, name, form = match.groups()
+        return f"<!-- {run} {name} {form} -->{numbers[run][name]:{form}}<!-- -->"
+
+    return re.sub(r"<!-- ([\w-]+) (\w+) (,?\.?\d*[dfe]) -->[^<]*<!-- -->", number, text)
 
 
 def with_code(text):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 from scratchgen import diffusion, vae
 from scratchgen.data import load_fashion_mnist, scale
@@ -677,15 +678,52 @@ def test_every_question_says_what_is_asked_for_how_many_points_and_opens_with_it
 
 
 def test_the_code_in_the_document_is_the_code_of_the_package():
-    """`python docs/figures.py --code` puts it there."""
+    """`python docs/figures.py --text` puts it there."""
     assert script("docs/figures.py").with_code(TEXT) == TEXT
     assert len(re.findall(r"^```python", TEXT, re.M)) == len(re.findall(r"^<!-- code: ", TEXT, re.M)) > 3
 
 
-def test_the_command_that_remakes_the_figures_says_which_run_is_missing(tmp_path):
+def test_the_numbers_in_the_texts_are_those_of_the_runs():
+    """`python docs/figures.py` writes numbers.json from metrics.json, and --text both into the texts."""
+    figures = script("docs/figures.py")
+    numbers = figures.read_numbers()
+    marked = 0
+    for path in figures.TEXTS:
+        text = path.read_text(encoding="utf-8")
+        assert figures.with_numbers(text, numbers) == text, path
+        marked += text.count("<!-- -->")
+    assert marked > 15
+    changed = numbers | {"vae": numbers["vae"] | {"kl": 99.991}}
+    assert figures.with_numbers(TEXT, changed) != TEXT and "-->99.99<!--" in figures.with_numbers(TEXT, changed)
+
+
+def test_what_the_texts_say_of_latent_dimensions(tmp_path, monkeypatch):
+    """Of two active and two idle ones."""
+    figures = script("docs/figures.py")
+    latent = {"variance_of_mu": [0.9, 0.0, 1.05, 0.002], "mean_of_variance": [0.05, 0.99, 0.02, 1.0]}
+    metrics = {"kl": 3.5, "weights": "CRC-32", "evaluation": {"latent": latent}}
+    monkeypatch.setattr(figures.files, "read_metrics", lambda path, params: metrics)
+    model = SimpleNamespace(params=None, log=[{"test_elbo": -9.0}, {"test_elbo": -8.5}])
+    found = figures.numbers_of(tmp_path, model)
+    assert found.pop("sum_min") == pytest.approx(0.95) and found.pop("sum_max") == pytest.approx(1.07)
+    assert found == {
+        "kl": 3.5,
+        "last_gain": 0.5,
+        "active": 2,
+        "idle": 2,
+        "mu_min": 0.9,
+        "mu_max": 1.05,
+        "noise_min": 0.02,
+        "noise_max": 0.05,
+        "idle_mu_max": 0.002,
+        "idle_noise_min": 0.99,
+    }
+
+
+def test_the_command_that_remakes_the_figures_says_that_no_run_is_there(tmp_path):
     command = [sys.executable, ROOT / "docs" / "figures.py", "--runs", tmp_path]
     before = (DOCS / "homework.md").stat().st_mtime_ns
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
-    assert "vae-beta-0: expected a finished run" in result.stderr
-    assert (DOCS / "homework.md").stat().st_mtime_ns == before  # nothing is written before all is there
+    assert "expected finished runs in it" in result.stderr
+    assert (DOCS / "homework.md").stat().st_mtime_ns == before
