@@ -3,8 +3,8 @@ seconds of training to a Frechet distance of 20, 10, 5, 3 and 2.
 
 For each row and seed this starts, for example,
   python run_ddpm.py --T 200 --classes --seed 1 --out runs/speed-classes-1
-and copies its checkpoint each time that it is written: once a minute, and after
-each epoch. From the moving average of the weights in each copy it draws 10,000
+and copies its checkpoint, which it writes once a minute and after each epoch,
+at most every 45 seconds, and at the end. From the moving average of the weights in each copy it draws 10,000
 samples, and measures their distance to the test images. The clock is that of
 the checkpoint: training alone, not the drawing.
 
@@ -37,6 +37,7 @@ ROWS = {  # name -> flags of run_ddpm.py
     "classes-12000": ["--classes", "--train-images", "12000"],
 }
 TARGETS = (20, 10, 5, 3, 2)
+SECONDS = 45  # between two copies, at least
 SHARD = 32  # images that one rank looks at at a time
 
 
@@ -86,23 +87,25 @@ def train(args, row, seed):
         seen = None
         while (status := process.poll()) is None:
             time.sleep(0.2)
-            seen = keep_copy(folder / "checkpoint.npz", copied, seen)
+            seen = keep_copy(folder / "checkpoint.npz", copied, seen, SECONDS)
         if status:
             sys.exit(status)  # it has said what is wrong
-        keep_copy(folder / "checkpoint.npz", copied, seen)
+        keep_copy(folder / "checkpoint.npz", copied, seen, 0)
     return sorted(copied.glob("*.npz"))
 
 
-def keep_copy(path, folder, seen):
-    """Copy a checkpoint that is newer than ``seen``. Returns when the one that is there was written."""
+def keep_copy(path, folder, seen, seconds):
+    """Copy a checkpoint if it is newer than the last copy, ``seen``, by these seconds. Returns when the last copy was
+    written, in nanoseconds, or None."""
     try:
         written = path.stat().st_mtime_ns
-        if written != seen:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / f"{written}.npz")
-        return written
     except FileNotFoundError:  # none is there yet
         return seen
+    if written == seen or (seen is not None and written - seen < seconds * 1e9):
+        return seen
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, folder / f"{written}.npz")
+    return written
 
 
 def has_guide(state):
