@@ -4,9 +4,9 @@ seconds of training to a Frechet distance of 20, 10, 5, 3 and 2.
 For each row and seed this starts, for example,
   python run_ddpm.py --T 200 --classes --seed 1 --out runs/speed-classes-1
 and copies its checkpoint, which it writes once a minute and after each epoch,
-at most every 45 seconds, and at the end. From the moving average of the weights in each copy it draws 10,000
-samples, and measures their distance to the test images. The clock is that of
-the checkpoint: training alone, not the drawing.
+at most every 45 seconds, and at the end. From the moving average of the weights
+in each copy it draws 10,000 samples, and measures their distance to the test
+images. The clock is that of the checkpoint: training alone, not the drawing.
 
 A finished run is not trained again, and a copy is not measured again. Half an
 hour for a row and a seed, on two cores with nothing else to do.
