@@ -135,7 +135,7 @@ def numbers_of(path, model):
     numbers["last_gain"] = abs(scores[-1] - scores[-2]) if len(scores) > 1 else 0.0
     if latent := metrics.get("evaluation", {}).get("latent"):
         mu, noise = (np.array(latent[name]) for name in ("variance_of_mu", "mean_of_variance"))
-        active = mu > 0.01
+        active = np.argsort(np.argsort(-mu)) < latent["active_units"]  # those with the largest variances
         ranges = {"mu": mu[active], "noise": noise[active], "sum": mu + noise}
         numbers |= {"active": int(active.sum()), "idle": int((~active).sum())}
         numbers |= {f"{name}_{end.__name__}": float(end(of)) for name, of in ranges.items() for end in (min, max)}

@@ -79,15 +79,19 @@ def train(args, row, seed):
     """The copies of this run's checkpoints, the oldest first; trained if it is not yet."""
     folder = args.runs / f"speed-{row}-{seed}"
     copied = folder / "copies"
-    if not (folder / "metrics.json").exists():
+    if not (folder / "metrics.json").exists() or not copied.exists():
         command = [ROOT / "run_ddpm.py", "--T", 200, *ROWS[row], "--seed", seed, "--out", folder]
         command += ["--data", args.data.resolve(), "--workers", args.workers]
+        command += ["--resume"] if (folder / "checkpoint.npz").exists() else []
         process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
-        shutil.rmtree(copied, ignore_errors=True)
         seen = None
-        while (status := process.poll()) is None:
-            time.sleep(0.2)
-            seen = keep_copy(folder / "checkpoint.npz", copied, seen, SECONDS)
+        try:
+            while (status := process.poll()) is None:
+                time.sleep(0.2)
+                seen = keep_copy(folder / "checkpoint.npz", copied, seen, SECONDS)
+        except KeyboardInterrupt:
+            process.wait()  # it has been told, too, and saves what it has
+            raise
         if status:
             sys.exit(status)  # it has said what is wrong
         keep_copy(folder / "checkpoint.npz", copied, seen, 0)

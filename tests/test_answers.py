@@ -700,7 +700,7 @@ def test_the_numbers_in_the_texts_are_those_of_the_runs():
 def test_what_the_texts_say_of_latent_dimensions(tmp_path, monkeypatch):
     """Of two active and two idle ones."""
     figures = script("docs/figures.py")
-    latent = {"variance_of_mu": [0.9, 0.0, 1.05, 0.002], "mean_of_variance": [0.05, 0.99, 0.02, 1.0]}
+    latent = {"variance_of_mu": [0.9, 0.0, 1.05, 0.002], "mean_of_variance": [0.05, 0.99, 0.02, 1.0], "active_units": 2}
     metrics = {"kl": 3.5, "weights": "CRC-32", "evaluation": {"latent": latent}}
     monkeypatch.setattr(figures.files, "read_metrics", lambda path, params: metrics)
     model = SimpleNamespace(params=None, log=[{"test_elbo": -9.0}, {"test_elbo": -8.5}])

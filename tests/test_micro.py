@@ -61,6 +61,7 @@ def test_the_gradient_of_an_mlp(rng):
     gradient, d_x = micro.mlp_backward(params, micro.mlp(params, x)[1], u)
     assert_gradient(loss, params, gradient)
     assert d_x.shape == x.shape
+    assert_gradient(loss, [(x,)], [(d_x,)])
 
 
 def test_the_gradient_of_the_elbo(small_vae):

@@ -1,6 +1,7 @@
 """docs/speed.py: seconds of training to a Frechet distance."""
 
 import math
+import shutil
 
 import pytest
 from conftest import script
@@ -47,3 +48,11 @@ def test_a_run_is_copied_as_it_trains_and_each_copy_is_measured_once(small_data,
     monkeypatch.setattr(speed, "draw", None)  # and the run is not trained again
     speed.main(command)
     assert capsys.readouterr().out.splitlines()[-1] == printed.splitlines()[-1]
+    monkeypatch.undo()
+    monkeypatch.setitem(speed.ROWS, "tiny", flags)
+    shutil.rmtree(copies[0].parent)  # a run without copies, or one that was stopped, is resumed and not begun anew
+    (copies[0].parent.parent / "metrics.json").unlink()
+    speed.main(command)
+    end = printed.splitlines()[-1].split(" | ")[-1].split(" after ")[0]
+    assert f"| {end} after " in capsys.readouterr().out
+    assert not list((tmp_path / "speed-tiny-3").glob("earlier-*"))
