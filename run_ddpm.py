@@ -5,7 +5,7 @@ examples:
   python run_ddpm.py                        T = 200: ten minutes on two cores
   python run_ddpm.py --additions none       Ho et al. 2020: eps, L_simple, Adam
   python run_ddpm.py --classes              draws the class that one asks for
-  python run_ddpm.py --train-images 12000   two minutes; samples are still rough
+  python run_ddpm.py --epochs 2             three minutes; samples are a little rough
 """
 
 from functools import partial
@@ -69,14 +69,16 @@ def main(argv=None):
     x_test = scale(data["test_images"], -1, 1)
 
     schedule = diffusion.make_schedule(args.schedule, args.T)
-    init, network = DENOISERS[args.arch]
-    denoiser = improved.Denoiser(network, schedule, args.additions)
+    init, _ = DENOISERS[args.arch]
     weights = improved.step_weights(schedule) if "weights" in args.additions else None
     optimiser_step = partial(muon_step, beta2=0.99) if "muon" in args.additions else adam_step
     params = improved.init_denoiser(init, rng_for(args.seed, INIT), args.additions, len(CLASSES) if args.classes else 0)
     arrays = {"params": params, "moments": init_moments(params), "ema": tree.map(np.copy, params)}
     if "guide" in args.additions:
         arrays["early"] = tree.map(np.copy, params)  # the moving average "ema" as it was early on
+    if args.classes or "groups" in args.additions:
+        count = improved.GROUPS if "groups" in args.additions else len(CLASSES)
+        arrays["groups"] = improved.find_groups(*train, count, rng_for(args.seed, INIT, 1))
     arrays["previews"] = np.zeros((min(args.epochs, 12), 10, 28, 28, 1), np.uint8)  # of the last twelve epochs
     settings = {name: getattr(args, name) for name in ("arch", "T", "schedule", "additions", "classes", "ema")}
     run = Run(args, {"model": "ddpm"} | settings, (train, test), arrays, ranks)
@@ -86,18 +88,18 @@ def main(argv=None):
     model = DDPM(run.config, arrays)  # its weights are the moving average
     early_step = improved.early_step(run.total_steps)
 
-    def loss(params, batch):  # batch is (x_0, t, eps, labels), all drawn before; labels are None without --classes
-        *draws, labels = batch
-        return diffusion.simple_loss(partial(denoiser.eps, params, labels=labels), schedule, draws, weights)
+    def loss(params, batch):  # batch is (x_0, t, eps, groups), all drawn before
+        *draws, groups = batch
+        return diffusion.simple_loss(partial(model.denoiser.eps, params, groups=groups), schedule, draws, weights)
 
-    def errors(x_0, t, eps, labels):  # (N, H, W, 1), (N,), (N, H, W, 1), (N,) -> (N,)
-        return diffusion.squared_errors(eps, model.eps_theta(diffusion.q_sample(schedule, x_0, t, eps), t, labels))
+    def errors(x_0, t, eps, groups):  # (N, H, W, 1), (N,), (N, H, W, 1), (N,) -> (N,)
+        return diffusion.squared_errors(eps, model.eps_theta(diffusion.q_sample(schedule, x_0, t, eps), t, groups))
 
     value_and_grad = sharded(loss, ranks, params, run.shard_size, args.batch_size)
     evaluate = in_parallel(errors, SHARD, ranks)
     t_test = 1 + np.arange(len(x_test)) * args.T // len(x_test)  # not at random, but evenly from 1 to T
     eps_test = rng_for(args.seed, TEST).standard_normal(x_test.shape, dtype=np.float32)
-    test_batch = (x_test, t_test, eps_test, data.get("test_labels"))
+    test_batch = (x_test, t_test, eps_test, model.groups_of(x_test, data.get("test_labels")))
 
     print(f"diffusion {args.arch}: {tree.size(params):,} parameters, {run.count:,} training images")
     alpha_bar_T = float(schedule["alpha_bar"][-1])
@@ -109,10 +111,9 @@ def main(argv=None):
     with ranks, run:  # as in run_vae.py
         for epoch in run.epochs():
             for step, (images, labels) in run.minibatches():
-                batch = diffusion.draw_batch(schedule, scale(images, -1, 1), run.rng)  # Algorithm 1, lines 3 and 4
-                if args.classes:
-                    labels = improved.drop_labels(labels, run.rng)
-                value, terms, gradient = value_and_grad(params, (*batch, labels))  # line 5: the gradient ...
+                x_0, t, eps = diffusion.draw_batch(schedule, scale(images, -1, 1), run.rng)  # Algorithm 1, lines 3, 4
+                groups = improved.drop_groups(model.groups_of(x_0, labels), run.rng)  # None without any
+                value, terms, gradient = value_and_grad(params, (x_0, t, eps, groups))  # line 5: the gradient ...
                 if step % 100 == 0:
                     flush_denormals(ranks.own(moments))  # numbers so small that a processor is slow with them
                 lr = cosine_decay(step, run.total_steps, args.lr)

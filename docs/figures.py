@@ -22,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from scratchgen import diffusion, plots, samplers  # before NumPy, whose threads it sets up
@@ -100,12 +101,14 @@ def main(argv=None):
             pattern = {"latents": "latents_*.png", "sampling": "sampling.gif"}.get(name, f"{name}.png")
             newest = max((args.runs / run).glob(pattern), key=lambda path: path.stat().st_mtime)
             shutil.copyfile(newest, FIGURES / f"{run.replace('-', '_')}_{name}{newest.suffix}")
-    x_test = load_fashion_mnist(args.data)["test_images"]
+    data = load_fashion_mnist(args.data)
+    x_test = data["test_images"]
     if set(BETAS.values()) <= set(there):
         of_beta = {beta: models[run] for beta, run in BETAS.items()}
         plots.save(beta_rows(of_beta, scale(x_test[:10], 0, 1)), FIGURES / "homework_beta.png")
     plots.save(prior_kl(scale(x_test, -1, 1)), FIGURES / "homework_prior_kl.png")
     plots.save(classes(load_trained("ddpm-classes")), FIGURES / "ddpm_classes_classes.png")
+    plots.save(groups(load_trained("ddpm"), data["train_images"]), FIGURES / "ddpm_groups.png")
     numbers = {run: numbers_of(args.runs / run / "metrics.json", model) for run, model in models.items()}
     files.write_text(NUMBERS, json.dumps(read_numbers() | numbers, indent=1, sort_keys=True) + "\n")
     left_out = f"; left out: {', '.join(run for run in runs if run not in there)}" if len(there) < len(runs) else ""
@@ -197,13 +200,31 @@ def classes(model):
     x_T = np.repeat(rng.standard_normal((1, 28, 28, 1), dtype=np.float32), 10, axis=0)
     guided = {f"{guide}, w = {w:g}": (w, guide) for guide in samplers.GUIDES for w in (0.5, 1, 2, 4)}
     for label, guidance in ({"unguided": ()} | guided).items():
-        config = samplers.SamplerConfig("dpm++", 20, *guidance)  # nothing else is random
-        *_, (_, x_0) = model.trajectory(x_T, None, config=config)
+        config = samplers.SamplerConfig("dpm++", 20, *guidance)
+        *_, (_, x_0) = model.trajectory(x_T, np.random.default_rng(1), config=config)  # of the same groups each time
         rows.append(x_0)
         labels.append(label)
     title = "by class; below, from one noise: unguided, then away from a guide, w times"
     figure = plots.grid(np.concatenate(rows), 10, title, -1, 1, labels, CLASSES)
     figure.set_size_inches(8.4, 9.6)  # the labels are wide
+    return figure
+
+
+def groups(model, train_images):
+    """A column for each of ten groups: its mean, four samples, and the training image that is nearest to the last."""
+    rng = np.random.default_rng(0)
+    drawn = model.groups.draw(10, None, rng)
+    config = model.sampler_config()
+    x_T = rng.standard_normal((40, 28, 28, 1), dtype=np.float32)
+    x_0_theta = partial(model.x_0_guided, groups=np.tile(drawn, 4), config=config)
+    of_config = (config.steps, *samplers.SAMPLERS[config.sampler])
+    *_, (_, x_0) = samplers.sample(x_0_theta, model.schedule, x_T, rng, *of_config)
+    others = scale(train_images, -1, 1)
+    nearest = [others[((others - image) ** 2).sum(axis=(1, 2, 3)).argmin()] for image in x_0[30:]]
+    rows = [model.groups.means_of(drawn), x_0, nearest]
+    labels = ["mean of group", *(f"sample {number}" for number in range(1, 5)), "nearest to it"]
+    figure = plots.grid(np.concatenate(rows), 10, "by group: its mean, samples, a training image", -1, 1, labels)
+    figure.set_size_inches(8.4, 4.8)  # the labels are wide
     return figure
 
 

@@ -177,13 +177,13 @@ def bound_weights(schedule):
     return schedule["beta"][2:] / (2 * schedule["alpha"][2:] * (1 - schedule["alpha_bar"][1:-1]))
 
 
-def bound_terms(x_0_theta, schedule, x_0, t, eps, labels=None):
+def bound_terms(x_0_theta, schedule, x_0, t, eps, groups=None):
     """L_{t-1} of each image at its own t, in nats, (N,) float64; eps (N, H, W, C) leads to the x_t that it is for.
 
-    With labels it is the bound of -log p(x_0 | label)."""
+    Where x_0_theta is told the group of each image, it is of the bound of -log p(x_0 | group)."""
     x_t = q_sample(schedule, x_0, t, eps)
     mean, variance = q_posterior(schedule, x_0, x_t, t)
-    mean_theta, _ = q_posterior(schedule, x_0_theta(x_t, t, labels), x_t, t)
+    mean_theta, _ = q_posterior(schedule, x_0_theta(x_t, t, groups), x_t, t)
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 at t = 1, where the decoder takes its place
         divergence = gaussian_kl(mean, variance, mean_theta, variance)
     terms = divergence.reshape(len(t), -1).sum(axis=1, dtype=np.float64)

@@ -7,12 +7,13 @@ optimiser and the sampler are the paper's. Two of them are in other files: "muon
 An effect is a change of the Frechet distance between samples and test images (like FID, but of the features of our own
 classifier; docs/quality.md), drawn unguided in 20 steps of `samplers.py` unless it says otherwise.
 
-Dimensions: N images, H height, W width. Images are (N, H, W, 1) in [-1, 1], t is (N,) integers in 1..T, and so are
-labels, which are None for a network without classes; the label -1 stands for no label.
+Dimensions: N images, H height, W width. Images are (N, H, W, 1) in [-1, 1], t is (N,) integers in 1..T. ``groups``
+are (N,) integers, the group of each image (`Groups`), -1 for none; None where the network is told of no groups.
 """
 
 import math
 
+from scratchgen.data import CLASSES, scale
 from scratchgen.diffusion import at, predict_x_0
 
 import autograd.numpy as np  # NumPy with functions that autograd can record
@@ -24,6 +25,7 @@ ADDITIONS = {  # name -> what it does, for --help; in the order of the ablation
     "muon": "Muon steps the smaller matrices, Adam the rest",
     "global": "the U-Net has blocks that see the whole image",
     "guide": "samples are guided away from what the network would have drawn early in its training",
+    "groups": "the network sees the mean of a group of images like the one to be drawn",
 }
 
 
@@ -31,11 +33,11 @@ def init_denoiser(init, rng, additions, classes=0):
     """The parameters of a network of `denoisers.py`, made by its ``init``, with what the additions ask of it."""
     options = {"global_blocks": True} if "global" in additions else {}
     options |= {"classes": classes} if classes else {}
-    return init(rng, inputs=2 if "black" in additions else 1, **options)
+    return init(rng, inputs=1 + ("black" in additions) + ("groups" in additions), **options)
 
 
 class Denoiser:
-    """A network as a predictor of the noise in x_t, `eps`, and of the clean image, `x_0`.
+    """A network as a predictor of the noise in x_t, `eps`, and of the clean image, `x_0`; ``known`` are the `Groups`.
 
     ``network(params, x, t, labels)`` knows nothing of schedules. Without additions its output is eps itself.
 
@@ -51,24 +53,25 @@ class Denoiser:
     1 / sqrt(alpha_bar_t) on the way to x_0. Here c_skip copies x_t, v is nearly -x_0, and its error does not grow.
     Effect: Frechet distance 53 -> 38 (docs/quality.md).
 
-    "black": the network sees `above_black` beside x_t.
+    "black": the network sees `above_black` beside x_t. "groups": it sees the mean image of the group, too.
     """
 
-    def __init__(self, network, schedule, additions):
+    def __init__(self, network, schedule, additions, known=None):
         self.network = network
         self.schedule = schedule
         self.additions = additions
+        self.known = known
 
-    def eps(self, params, x_t, t, labels=None):
+    def eps(self, params, x_t, t, groups=None):
         """The predicted noise in x_t, which the loss scores: (N, H, W, 1)."""
-        output = self.network(params, self.network_input(x_t, t), t, labels)
+        output = self.output(params, x_t, t, groups)
         if "v" not in self.additions:
             return output
         c_skip = at(self.schedule["sqrt_one_minus_alpha_bar"], t)
         c_out = at(self.schedule["sqrt_alpha_bar"], t)
         return c_skip * x_t + c_out * output
 
-    def x_0(self, params, x_t, t, labels=None):
+    def x_0(self, params, x_t, t, groups=None):
         """The predicted clean image, for the samplers: (N, H, W, 1).
 
         A network that predicts eps: clipped to [-1, 1], as its error grows (`diffusion.predict_x_0`).
@@ -78,17 +81,24 @@ class Denoiser:
         errors upwards, and over the steps of a sampler these add up to a grey instead of cancelling.
         Effect: Frechet distance 6.6 -> 5.4, unguided.
         """
-        output = self.network(params, self.network_input(x_t, t), t, labels)
+        output = self.output(params, x_t, t, groups)
         if "v" not in self.additions:
             return predict_x_0(self.schedule, x_t, t, output)
         c_skip = at(self.schedule["sqrt_alpha_bar"], t)
         c_out = -at(self.schedule["sqrt_one_minus_alpha_bar"], t)
         return c_skip * x_t + c_out * output
 
-    def network_input(self, x_t, t):
-        if "black" not in self.additions:
-            return x_t
-        return np.concatenate([x_t, above_black(self.schedule, x_t, t)], axis=3)
+    def output(self, params, x_t, t, groups):
+        labels = groups if groups is None or self.known is None else self.known.labels(groups)
+        return self.network(params, self.network_input(x_t, t, groups), t, labels)
+
+    def network_input(self, x_t, t, groups=None):
+        channels = [x_t]
+        if "black" in self.additions:
+            channels.append(above_black(self.schedule, x_t, t))
+        if "groups" in self.additions:
+            channels.append(self.known.means_of(groups) if groups is not None else np.zeros_like(x_t))
+        return np.concatenate(channels, axis=3) if len(channels) > 1 else x_t
 
 
 def above_black(schedule, x_t, t):
@@ -120,8 +130,12 @@ GUIDANCE = 0.5  # w
 
 
 def early_step(total_steps):
-    """The step after which the moving average of the weights is kept to be the guide: an eighth of all."""
-    return math.ceil(total_steps / 8)
+    """The step after which the moving average of the weights is kept to be the guide.
+
+    A quarter of all, which is best for two minutes of training; and the 411th at the latest, an eighth of the default
+    run, which is better there than a quarter (docs/quality.md).
+    """
+    return min(math.ceil(total_steps / 4), 411)
 
 
 def guided(x_0, x_0_guide, w):
@@ -139,6 +153,99 @@ def guided(x_0, x_0_guide, w):
     return np.clip(x_0 + np.float32(w) * (x_0 - x_0_guide), -1, 1)
 
 
-def drop_labels(labels, rng):
-    """The labels with -1, no label, in place of a tenth, so that the network learns both (Ho and Salimans, Alg. 1)."""
-    return np.where(rng.random(len(labels)) < 0.1, -1, labels.astype(int))
+def drop_groups(groups, rng):
+    """The groups with -1, none, in place of a tenth, so that the network learns both (Ho and Salimans, Alg. 1). None
+    stays None."""
+    return None if groups is None else np.where(rng.random(len(groups)) < 0.1, -1, groups)
+
+
+# ------------------------------------------------------------------------------------------------------------ "groups"
+
+GROUPS = 300
+
+
+class Groups:
+    """What kinds of images there are: C classes (1 without labels), and of each class G groups of similar images.
+
+    ``means``, (C, G, H, W, 1), has the mean image of each group, and ``shares``, (C, G), how much of its class it is. A
+    group's number is G times its class plus its place there. Without the addition "groups" each class is one group.
+
+    To draw an image is to draw its group first, and then an image of that group: p(x) = sum over g of p(g) p(x | g),
+    with p(g) the share. The network sees the mean image of g as one more channel of its input. So it need not find out
+    from noise alone what kind of garment to draw, nor how often; that is counted. No label is needed. That a network is
+    better when it is told of groups which nobody has labelled: Bao et al. 2022; Adaloglou et al. 2025 (they group the
+    features of another network, and embed the number of the group).
+    """
+
+    def __init__(self, means, shares):
+        self.means = means
+        self.shares = shares
+
+    def of(self, x_0, classes=None):
+        """The group of each image: of its class the one whose mean is nearest. (N, H, W, 1), (N,) -> (N,)."""
+        C, G = self.shares.shape
+        classes = np.zeros(len(x_0), int) if classes is None else classes.astype(int)
+        groups = np.empty(len(x_0), int)
+        for c in range(C):
+            groups[classes == c] = G * c + nearest(self.means[c], x_0[classes == c])
+        return groups
+
+    def draw(self, N, classes, rng):
+        """A group for each of N images, drawn by the shares of its class; none for the class -1. (N,) -> (N,)."""
+        C, G = self.shares.shape
+        classes = np.zeros(N, int) if classes is None else classes
+        within = (rng.random((N, 1)) > np.cumsum(self.shares, axis=1)[classes]).sum(axis=1)
+        return np.where(classes < 0, -1, G * classes + np.minimum(within, G - 1))  # a sum may end a little below 1
+
+    def nats(self, groups):
+        """-log p(g | class) of each group: (N,) -> (N,)."""
+        return -np.log(self.shares.ravel()[groups])
+
+    def labels(self, groups):
+        """The class of each group, -1 for none: (N,) -> (N,); None if there is one class."""
+        C, G = self.shares.shape
+        return groups // G if C > 1 else None
+
+    def means_of(self, groups):
+        """The mean image of each group; grey, 0, for none: (N,) -> (N, H, W, 1)."""
+        means = self.means.reshape(-1, *self.means.shape[2:])
+        return np.where(groups.reshape(-1, 1, 1, 1) < 0, np.float32(0), means[groups])
+
+
+def find_groups(images, classes, count, rng):
+    """The arrays of `Groups` of training images, uint8 (N, H, W, 1): ``count`` in all, as many of each class.
+
+    ``classes`` are (N,), or None. Ten thousand images of a class are enough to find its groups. What share each has,
+    all of them say. Each group counts as if it had one image more: there may be images of a group that no training
+    image is in. Takes seconds.
+    """
+    of_class = [images] if classes is None else [images[classes == c] for c in range(len(CLASSES))]
+    means, shares = [], []
+    for images_of_class in of_class:
+        x = images_of_class if len(images_of_class) else images  # a small slice may lack a class
+        G = count // len(of_class)
+        means.append(k_means(scale(x[rng.permutation(len(x))[:10_000]], -1, 1), G, rng))
+        shares.append((np.bincount(nearest(means[-1], scale(x, -1, 1)), minlength=G) + 1) / (len(x) + G))
+    return {"means": np.array(means), "shares": np.array(shares)}
+
+
+def k_means(x, K, rng, rounds=20):
+    """The means of K groups of images: (N, H, W, 1) -> (K, H, W, 1).
+
+    Each image is in the group whose mean is nearest, by squared distance of pixels. Then each mean is that of its
+    group, and so on. Both steps can only lower the sum of the squared distances (Lloyd 1982).
+    """
+    means = x[rng.choice(len(x), K, replace=len(x) < K)]
+    for _ in range(rounds):
+        members = nearest(means, x)[:, None] == np.arange(K)  # (N, K)
+        size = members.sum(axis=0).reshape(-1, 1, 1, 1)
+        sums = np.tensordot(members.astype(np.float32), x, axes=(0, 0))
+        means = np.where(size > 0, sums / np.maximum(size, 1), means).astype(np.float32)  # an empty one stays
+    return means
+
+
+def nearest(means, x):
+    """The number of the mean that is nearest to each image: (K, H, W, 1), (N, H, W, 1) -> (N,)."""
+    means = means.reshape(len(means), -1)
+    # ||x - m||^2 = ||x||^2 - 2 (x . m - ||m||^2 / 2)
+    return (x.reshape(-1, means.shape[1]) @ means.T - (means**2).sum(axis=1) / 2).argmax(axis=1)

@@ -68,3 +68,50 @@ def test_a_folder_in_the_place_of_the_weights_is_refused_before_any_work(small_d
     with pytest.raises(SystemExit) as stop:
         training.main(["--data", str(small_data), "--out", str(tmp_path)])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_drawn_and_real_images_are_learned_from_alike(small_data, monkeypatch, tmp_path, capsys):
+    """Here what is "drawn" of a class is a bright stripe, from which nothing about garments can be learned."""
+    asked = []
+
+    def stripes(model, N, seed, ranks, labels):
+        asked.append((model, N, labels.tolist()))
+        images = np.zeros((N, 28, 28, 1), np.uint8)
+        images[np.arange(N), 2 * labels] = 255
+        return images
+
+    trained_on = []
+
+    def train(images_and_labels, data, seed, workers, real=training.train):
+        trained_on.append((seed, *images_and_labels))
+        return real(images_and_labels, data, seed, workers)
+
+    monkeypatch.setattr(training, "EPOCHS", 1)
+    monkeypatch.setattr(training, "draw", stripes)
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training, "load_trained", lambda name: name)
+    figure, out = tmp_path / "bars.png", tmp_path / "weights.npz"
+    flags = ["--drawn", "30", "--figure", str(figure), "--out", str(out), "--data", str(small_data), "--workers", "1"]
+    with pytest.warns(UserWarning, match="not the published"):
+        training.main(flags)
+    assert asked == [("ddpm-classes", 30, [*range(10)] * 3)]
+    assert [seed for seed, *_ in trained_on] == [0, 1, 2] * 2
+    with pytest.warns(UserWarning, match="not the published"):
+        data = load_fashion_mnist(small_data)
+    for _, images, labels in trained_on[3:]:
+        np.testing.assert_array_equal(images, data["train_images"][:30])
+        np.testing.assert_array_equal(labels, data["train_labels"][:30])
+    words = capsys.readouterr().out
+    assert "trained on 30 drawn images, right about" in words and "trained on 30 real images, right about" in words
+    assert figure.stat().st_size > 1000 and not out.exists()
+
+
+def test_each_class_has_a_pair_of_bars():
+    labels = np.array([0, 0, 3, 3])
+    right = {"drawn": np.array([[1, 0, 1, 1], [0, 0, 1, 1]]), "real": np.ones((2, 4))}
+    labels = np.concatenate([labels, np.arange(10)])
+    right = {name: np.concatenate([of, np.ones((2, 10))], axis=1) for name, of in right.items()}
+    axes = training.by_class(right, labels, 7).axes[0]
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights[0] == pytest.approx(50) and heights[1:10] == [100] * 9 and heights[10:] == [100] * 10
+    assert "7 images" in axes.get_title()

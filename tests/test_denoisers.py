@@ -102,7 +102,7 @@ def test_with_classes_labels_matter_have_a_gradient_and_none_is_minus_one(rng, a
     nobody = np.full(3, -1)
 
     def loss(params):
-        return diffusion.simple_loss(partial(denoiser.eps, params, labels=labels), s, batch)[0]
+        return diffusion.simple_loss(partial(denoiser.eps, params, groups=labels), s, batch)[0]
 
     assert_directional(loss, params, rng, rtol=1e-5)
     _, gradient = value_and_grad(loss)(params)

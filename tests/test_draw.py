@@ -104,7 +104,7 @@ def test_every_class_has_a_name_and_a_number():
     [
         (["RUNS/ddpm", "--model", "ddpm"], "--model is for the weights of the package"),
         (["RUNS/ddpm", "--steps", T + 1], f"a sampler takes 1 to T = {T} steps, not {T + 1}"),
-        (["RUNS/ddpm", "--guide", "unlabelled"], "expected no guide without labels, this run was trained without"),
+        (["RUNS/ddpm", "--guide", "unlabelled", "--guidance", 0], "--guide needs a --guidance above 0"),
         (["RUNS/vae", "--steps", 5], "--steps is for a diffusion model, which"),
         (["RUNS/vae", "--class", "boot"], "--class is for a diffusion model, which"),
         (["--model", "vae", "--guidance", 0], "--guidance is for a diffusion model, which vae is not"),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import run_ddpm
 from scratchgen import diffusion, improved, samplers, tree
+from scratchgen.data import scale
 from scratchgen.denoisers import init_mlp_denoiser, init_unet
 from scratchgen.diffusion import at, make_schedule
 
@@ -33,8 +34,8 @@ def chosen(names, arch):
     [
         (["none"], "unet", []),
         (["none"], "mlp", []),
-        (["all"], "unet", ["v", "black", "weights", "muon", "global", "guide"]),
-        (["all"], "mlp", ["v", "black", "weights", "muon", "guide"]),  # which has no place for "global"
+        (["all"], "unet", ["v", "black", "weights", "muon", "global", "guide", "groups"]),
+        (["all"], "mlp", ["v", "black", "weights", "muon", "guide", "groups"]),  # which has no place for "global"
         (["muon", "v"], "unet", ["v", "muon"]),  # in the order of the ablation, as a checkpoint compares them
         (["global", "black", "v"], "unet", ["v", "black", "global"]),
         (["black", "black", "v", "v"], "mlp", ["v", "black"]),
@@ -93,8 +94,9 @@ def test_the_parameters_are_those_that_the_additions_ask_for(rng):
     assert tree.size(whole) > tree.size(plain) and whole["conv_in"]["w"].shape == plain["conv_in"]["w"].shape
     with_classes = improved.init_denoiser(init_unet, rng, [], classes=10)
     assert with_classes.keys() - plain.keys() == {"labels"} and with_classes["labels"]["w"].shape == (10, 128)
-    mlp = [improved.init_denoiser(init_mlp_denoiser, rng, names)["mlp"][0]["w"].shape[0] for names in ([], ["black"])]
-    assert mlp == [784 + 128, 2 * 784 + 128]
+    choices = ([], ["black"], ["groups"], ["black", "groups"])
+    mlp = [improved.init_denoiser(init_mlp_denoiser, rng, names)["mlp"][0]["w"].shape[0] for names in choices]
+    assert mlp == [784 + 128, 2 * 784 + 128, 2 * 784 + 128, 3 * 784 + 128]
 
 
 def test_the_help_names_every_addition(capsys):
@@ -315,15 +317,121 @@ def test_a_guided_prediction_is_clipped_to_the_range_of_images():
     np.testing.assert_allclose(found, [1, 0.7, -0.7, -1])
 
 
-def test_a_tenth_of_the_labels_are_dropped(rng):
-    labels = np.arange(20_000).astype(np.uint8) % 10
-    found = improved.drop_labels(labels, rng)
+def test_a_tenth_of_the_groups_are_dropped(rng):
+    groups = np.arange(20_000) % 10
+    found = improved.drop_groups(groups, rng)
     dropped = found == -1
     assert dropped.mean() == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 20_000))
-    np.testing.assert_array_equal(found[~dropped], labels[~dropped])
-    assert np.bincount(labels[dropped]).min() > 100  # whatever they say
+    np.testing.assert_array_equal(found[~dropped], groups[~dropped])
+    assert np.bincount(groups[dropped]).min() > 100  # whatever they are
+    assert improved.drop_groups(None, rng) is None
 
 
-@pytest.mark.parametrize(("total", "step"), [(1, 1), (8, 1), (9, 2), (7504, 938)])
-def test_the_guide_is_kept_after_an_eighth_of_the_training(total, step):
+@pytest.mark.parametrize(("total", "step"), [(1, 1), (4, 1), (5, 2), (938, 235), (7504, 411)])
+def test_the_guide_is_kept_after_a_quarter_of_the_training(total, step):
     assert improved.early_step(total) == step
+
+
+# ------------------------------------------------------------------------------------------------------------ "groups"
+
+
+def kinds(rng, each):
+    """Images 4 x 6 of three kinds, as many of each as it says, and which kind each is: a grey level and some noise."""
+    kind = rng.permutation(np.repeat([0, 1, 2], each))
+    noise = rng.normal(0, 3, (len(kind), 4, 6, 1))
+    return (np.array([40, 120, 220])[kind].reshape(-1, 1, 1, 1) + noise).round().astype(np.uint8), kind
+
+
+def test_k_means_finds_the_kinds_that_there_are(rng):
+    images, kind = kinds(rng, [30, 50, 20])
+    x = scale(images, -1, 1)
+    begin = x[[np.flatnonzero(kind == k)[0] for k in (2, 0, 1)]]  # any three images of three kinds lead there
+
+    class First:
+        def choice(self, N, K, replace):
+            return [np.flatnonzero((x == image).all(axis=(1, 2, 3)))[0] for image in begin]
+
+    found = improved.k_means(x, 3, First())
+    expected = [x[kind == k].mean(axis=0) for k in (2, 0, 1)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found.dtype == np.float32
+
+
+def test_more_rounds_of_k_means_bring_the_means_nearer(rng):
+    x = rng.standard_normal((200, 4, 6, 1), dtype=np.float32)
+    spread = []
+    for rounds in (0, 1, 2, 5):
+        means = improved.k_means(x, 7, np.random.default_rng(3), rounds)
+        spread.append(((x[:, None] - means) ** 2).sum(axis=(2, 3, 4)).min(axis=1).sum())
+    assert sorted(spread, reverse=True) == spread and spread[3] < 0.9 * spread[0]
+
+
+def test_there_may_be_fewer_images_than_groups(rng):
+    images, _ = kinds(rng, [1, 2, 1])
+    known = improved.Groups(**improved.find_groups(images, None, 6, rng))
+    assert known.means.shape == (1, 6, 4, 6, 1) and np.isfinite(known.means).all()
+    assert known.shares.sum() == pytest.approx(1) and known.shares.min() > 0
+    assert known.draw(50, None, rng).max() < 6
+
+
+def test_the_nearest_mean_is_that_of_the_smallest_distance(rng):
+    x, means = (rng.standard_normal((N, 4, 6, 1), dtype=np.float32) for N in (40, 7))
+    expected = [min(range(7), key=lambda k: float(((image - means[k]) ** 2).sum())) for image in x]
+    assert improved.nearest(means, x).tolist() == expected
+
+
+def test_each_class_has_groups_of_its_own(rng):
+    images, kind = kinds(rng, [30, 50, 20])
+    classes = (kind == 2).astype(np.uint8)  # the first has two kinds, the second one; the other eight have no image
+    known = improved.Groups(**improved.find_groups(images, classes, 20, rng))
+    assert known.means.shape == (10, 2, 4, 6, 1) and known.shares.shape == (10, 2)
+    groups = known.of(scale(images, -1, 1), classes)
+    np.testing.assert_array_equal(groups // 2, classes)
+    np.testing.assert_array_equal(known.labels(groups), classes)
+    np.testing.assert_array_equal(known.labels(np.array([-1, 19])), [-1, 9])
+    for group in range(4):  # one more image than there are, and of as many in all
+        size = np.sum(groups == group) + 1
+        assert known.shares.ravel()[group] == pytest.approx(size / (np.sum(classes == group // 2) + 2))
+    np.testing.assert_allclose(known.shares.sum(axis=1), 1)
+    asked = np.array([1, -1, 0, 9] * 5000)
+    drawn = known.draw(20_000, asked, rng)
+    assert np.all((drawn == -1) == (asked == -1)) and np.all(known.labels(drawn) == asked)
+    share = np.bincount(drawn[asked == 0], minlength=2)[:2] / 5000
+    np.testing.assert_allclose(share, known.shares[0], atol=4 * 0.5 / math.sqrt(5000))
+    np.testing.assert_allclose(np.exp(-known.nats(np.arange(20))).reshape(10, 2).sum(axis=1), 1)
+
+
+def test_without_classes_a_group_is_any_and_there_are_no_labels(rng):
+    images, kind = kinds(rng, [30, 50, 20])
+    known = improved.Groups(**improved.find_groups(images, None, 3, rng))
+    x_0 = scale(images, -1, 1)
+    groups = known.of(x_0)
+    np.testing.assert_array_equal(groups, improved.nearest(known.means[0], x_0))
+    assert known.labels(groups) is None
+    drawn = known.draw(20_000, None, rng)
+    np.testing.assert_allclose(np.bincount(drawn) / 20_000, known.shares[0], atol=4 * 0.5 / math.sqrt(20_000))
+
+
+def test_the_network_sees_the_mean_of_the_group_and_grey_for_none(schedule, rng):
+    means = rng.standard_normal((10, 2, 4, 6, 1), dtype=np.float32)
+    known = improved.Groups(means, np.full((10, 2), 0.5))
+    seen = []
+
+    def network(params, x, t, labels):
+        seen.append((x, labels))
+        return x[..., :1]
+
+    x_t = rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
+    t = np.array([1, 60, 200])
+    black = improved.above_black(schedule, x_t, t)
+    denoiser = improved.Denoiser(network, schedule, ["black", "groups"], known)
+    denoiser.eps(None, x_t, t, np.array([3, -1, 18]))
+    shown = np.stack([means[1, 1], 0 * means[0, 0], means[9, 0]])
+    np.testing.assert_array_equal(seen[0][0], np.concatenate([x_t, black, shown], axis=3))
+    assert seen[0][1].tolist() == [1, -1, 9] and seen[0][0].dtype == np.float32
+    denoiser.eps(None, x_t, t)
+    np.testing.assert_array_equal(seen[1][0], np.concatenate([x_t, black, 0 * shown], axis=3))
+    assert seen[1][1] is None
+    one = improved.Denoiser(network, schedule, [], improved.Groups(means[:, :1], np.ones((10, 1))))
+    one.eps(None, x_t, t, np.array([3, -1, 9]))  # without the addition a class is a group, and its mean is not shown
+    assert seen[2][0] is x_t and seen[2][1].tolist() == [3, -1, 9]

@@ -1,5 +1,7 @@
 """The numbers that compare models, on cases whose answer is known without them."""
 
+import math
+
 from scratchgen.evaluate import metrics
 
 import numpy as np
@@ -96,3 +98,21 @@ def test_torn_pictures_cost_precision_and_a_missing_kind_recall(rng):
     some_torn = np.concatenate([rng.standard_normal((100, 4)), 20 + rng.standard_normal((100, 4)), torn])
     assert metrics.precision(real, some_torn) < 0.55 and metrics.recall(real, some_torn) > 0.8
     assert metrics.precision(real, one_kind) > 0.8 and metrics.recall(real, one_kind) < 0.55
+
+
+# -------------------------------------------------------------------------------------------- copies of training images
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_the_nearest_distance_is_its_definition(block, rng):
+    images, others = (rng.integers(0, 256, (N, 4, 6, 1)).astype(np.uint8) for N in (7, 20))
+    expected = [
+        min(math.sqrt(((image.astype(float) - other) ** 2).mean()) for other in others.astype(float))
+        for image in images
+    ]
+    np.testing.assert_allclose(metrics.nearest_distance(images, others, block), expected, rtol=1e-5)
+
+
+def test_a_copy_is_at_no_distance(rng):
+    images = rng.integers(0, 256, (5, 28, 28, 1)).astype(np.uint8)
+    assert metrics.nearest_distance(images[2:4], images).max() < 0.2

@@ -119,21 +119,31 @@ def test_the_bound_and_its_exact_sum(folder, measure, x_test):
     found = measure("ddpm", "--bound", 40)  # all of the small test set
     estimate = found["bound_estimate"]
     exact = found["bound_exact_40"]
-    assert exact["bits_per_dimension"] == pytest.approx(sum(exact[p] for p in ("prior", "between", "decoder")))
+    assert exact["bits_per_dimension"] == pytest.approx(sum(exact[p] for p in ("group", "prior", "between", "decoder")))
     difference = abs(estimate["bits_per_dimension"] - exact["bits_per_dimension"])
     assert difference < 4 * estimate["standard_error"]  # and two, in 95 of 100 cases
     schedule = diffusion.make_schedule("linear", T)
     prior = diffusion.prior_kl(schedule, scale(x_test, -1, 1)).mean() / (784 * np.log(2))
     assert exact["prior"] == pytest.approx(prior, rel=1e-5)
+    assert exact["group"] == pytest.approx(group_bits(folder, x_test).mean())
     assert (folder / "ddpm" / "bound.png").exists()
 
 
-def test_the_estimate_counts_each_of_the_T_terms_once(measure, x_test, monkeypatch):
+def group_bits(folder, x_test):
+    """-log2 of the share of the group whose mean is nearest to each image, per pixel: (N,)."""
+    known = load_run(folder / "ddpm").groups
+    x = scale(x_test, -1, 1).reshape(len(x_test), 1, -1)
+    nearest = ((x - known.means.reshape(1, -1, 784)) ** 2).sum(axis=2).argmin(axis=1)
+    return -np.log2(known.shares[0, nearest]) / 784
+
+
+def test_the_estimate_counts_each_of_the_T_terms_once(measure, folder, x_test, monkeypatch):
     """With one bit per pixel for every L_{t-1}, whatever the image, there is no chance left."""
     one_bit = 784 * np.log(2)
-    monkeypatch.setattr(diffusion, "bound_terms", lambda x_0_theta, s, x_0, t, eps, labels: np.full(len(t), one_bit))
+    monkeypatch.setattr(diffusion, "bound_terms", lambda x_0_theta, s, x_0, t, eps, groups: np.full(len(t), one_bit))
     found = measure("ddpm", "--bound", 5)
     prior = diffusion.prior_kl(diffusion.make_schedule("linear", T), scale(x_test, -1, 1)) / (784 * np.log(2))
+    prior = prior + group_bits(folder, x_test)
     assert found["bound_estimate"]["bits_per_dimension"] == pytest.approx(T + prior.mean(), rel=1e-6)
     assert found["bound_exact_5"]["bits_per_dimension"] == pytest.approx(T + prior[:5].mean(), rel=1e-6)
     assert (found["bound_exact_5"]["between"], found["bound_exact_5"]["decoder"]) == pytest.approx((T - 1, 1))
@@ -160,6 +170,7 @@ def test_samples_beside_training_images_and_those_of_the_vae(folder, measure, x_
     assert found["VAE"]["precision"] == metrics.precision(real, generated)
     assert found["VAE"]["recall"] == metrics.recall(real, generated)
     assert found["VAE"]["share"] == [np.mean(taken_for == k) for k in range(10)]
+    assert found["training images"]["nearest"] < 0.2 < 1 < found["VAE"]["nearest"]
     assert measure("vae", "--frechet", 10)["frechet_10"]["VAE"] == found["VAE"]
 
 
@@ -255,7 +266,6 @@ def test_sample_metrics():
         ("ddpm", ["--iwae", 5], "--iwae is for a VAE"),
         ("ddpm", ["--frechet", 5, "--steps", T + 1], "a sampler takes 1 to T = 6 steps, not 7"),
         ("ddpm", ["--guidance", 1], "--guidance needs --frechet"),
-        ("ddpm", ["--frechet", 5, "--guide", "unlabelled"], "expected no guide without labels"),
         ("vae", ["--frechet", 5, "--guidance", 1], "--guidance is for a diffusion model"),
         ("ddpm", ["--steps", 3], "--steps needs --frechet"),
         ("ddpm", ["--bound", 5, "--sampler", "ddim"], "--sampler needs --frechet"),

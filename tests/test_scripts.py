@@ -349,15 +349,15 @@ def test_a_rank_that_dies_while_a_preview_is_drawn_is_no_preview_that_cannot_be_
         call(run_ddpm, "--T", 2, "--arch", "mlp", "--epochs", 1, "--train-images", 16, "--out", tmp_path)
 
 
-def test_the_guide_is_the_average_as_it_was_after_an_eighth_of_the_steps(record, call, tmp_path):
+def test_the_guide_is_the_average_as_it_was_after_a_quarter_of_the_steps(record, call, tmp_path):
     averages = record(run_ddpm, "ema_step")
     flags = ["--T", 5, "--arch", "mlp", "--batch-size", 4, "--train-images", 40, "--workers", 1, "--out", tmp_path]
     call(run_ddpm, *flags, "--epochs", 2)
     arrays, _ = load(tmp_path / "checkpoint.npz")
-    after = averages[3][0]  # the average that the fourth step changes, as it was before: after 3 of 20
+    after = averages[5][0]  # the average that the sixth step changes, as it was before: after 5 of 20
     assert [args[2] for args in averages] == list(range(1, 21))
     np.testing.assert_array_equal(arrays["early/mlp/0/w"], after["mlp"][0]["w"])
-    before_and_next = (averages[step][0]["mlp"][0]["w"] for step in (2, 4))
+    before_and_next = (averages[step][0]["mlp"][0]["w"] for step in (4, 6))
     assert all(np.any(arrays["early/mlp/0/w"] != other) for other in before_and_next)
     call(run_ddpm, *flags, "--epochs", 1, "--additions", "v")
     assert not any(name.startswith("early/") for name in load(tmp_path / "checkpoint.npz")[0])

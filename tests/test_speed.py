@@ -23,7 +23,7 @@ def test_the_early_state_guides_only_once_it_is_there():
         log = [{"step": 100 * n} for n in range(1, 1 + step // 100)]
         return {"step": step, "log": log, "config": {"epochs": 16, "additions": additions}}
 
-    assert [speed.has_guide(state(step)) for step in (50, 150, 200, 201, 1600)] == [False, False, False, True, True]
+    assert [speed.has_guide(state(step)) for step in (50, 350, 400, 401, 1600)] == [False, False, False, True, True]
     assert not speed.has_guide(state(1600, ()))
 
 

@@ -45,11 +45,13 @@ def test_the_functions_of_a_run_have_its_weights(runs, rng):
     model = load_run(runs / "ddpm")
     x_t = rng.standard_normal((3, 28, 28, 1), dtype=np.float32)
     t = np.array([1, 3, T])
-    additions = ["v", "black", "weights", "muon", "guide"]
+    additions = ["v", "black", "weights", "muon", "guide", "groups"]
     assert model.config["additions"] == additions
-    expected = improved.Denoiser(denoisers.mlp_denoiser, diffusion.make_schedule("linear", T), additions)
+    expected = improved.Denoiser(denoisers.mlp_denoiser, diffusion.make_schedule("linear", T), additions, model.groups)
+    groups = np.array([3, -1, 299])
     for found, f in ((model.eps_theta, expected.eps), (model.x_0_theta, expected.x_0)):
-        np.testing.assert_array_equal(found(x_t, t), f(model.params, x_t, t))
+        np.testing.assert_array_equal(found(x_t, t, groups), f(model.params, x_t, t, groups))
+        assert np.any(found(x_t, t) != found(x_t, t, groups))
     with np.load(runs / "ddpm" / "checkpoint.npz") as file:  # sampling and measuring are for the averaged weights
         np.testing.assert_array_equal(model.params["mlp"][0]["w"], file["ema/mlp/0/w"])
         np.testing.assert_array_equal(model.early["mlp"][0]["w"], file["early/mlp/0/w"])
@@ -87,12 +89,14 @@ def test_samples_of_a_diffusion_model_are_those_of_its_sampler_in_0_to_1(runs, c
     ]
 
     def guided(x_t, t):
-        return improved.guided(model.x_0_theta(x_t, t), model.denoiser.x_0(model.early, x_t, t), w)
+        return improved.guided(unguided(x_t, t), model.denoiser.x_0(model.early, x_t, t, groups), w)
 
     rng = np.random.default_rng(3)
     x_T = rng.standard_normal((5, 28, 28, 1), dtype=np.float32)
+    groups = model.groups.draw(5, None, rng)
+    unguided = partial(model.x_0_theta, groups=groups)
     steps = chosen.get("steps", T)  # which is below 20
-    x_0_theta = guided if w else model.x_0_theta
+    x_0_theta = guided if w else unguided
     path = list(samplers.sample(x_0_theta, model.schedule, x_T, rng, steps, eta, order))
     assert len(path) == steps
     x_0 = path[-1][1]
@@ -130,7 +134,7 @@ def test_what_is_not_chosen_has_a_default(additions, T, chosen, expected):
         (["v", "guide"], {"steps": 201}, "a sampler takes 1 to T = 200 steps, not 201"),
         (["v", "guide"], {"steps": 0}, "a sampler takes 1 to T = 200 steps, not 0"),
         (["v"], {"guidance": 1}, "trained without the addition guide"),
-        (["v", "guide"], {"guidance": 1, "guide": "unlabelled"}, "trained without --classes"),
+        (["v", "guide"], {"guidance": 1, "guide": "unlabelled"}, "trained without labels or groups"),
         (["v", "guide"], {"sampler": "euler"}, "euler: expected one of ddpm, ddim"),
         (["v", "guide"], {"guide": "late"}, "late: expected one of early, unlabelled"),
     ],
@@ -251,10 +255,11 @@ def test_in_a_notebook_no_generator_is_needed_and_a_model_has_its_log(runs):
 def algorithm_2(model, x_t, rng):
     """{t: x_t}, line 4 as printed, Eq. (11): where the network predicts v, no x_0 is clipped (`Denoiser.x_0`)."""
     s = model.schedule
+    groups = model.groups.draw(len(x_t), None, rng)
     path = {T: x_t}
     for t in range(T, 0, -1):
         z = rng.standard_normal(x_t.shape, dtype=np.float32)
-        eps = model.eps_theta(x_t, np.full(len(x_t), t))
+        eps = model.eps_theta(x_t, np.full(len(x_t), t), groups)
         mean = (x_t - s["beta"][t] / s["sqrt_one_minus_alpha_bar"][t] * eps) / np.sqrt(s["alpha"][t])
         path[t - 1] = x_t = (mean + np.sqrt(s["posterior_variance"][t]) * z).astype(np.float32)
     return path
@@ -263,7 +268,7 @@ def algorithm_2(model, x_t, rng):
 def test_samples_of_ddpm_are_algorithm_2(runs):
     model = load_run(runs / "ddpm")
     rng = np.random.default_rng([5, SAMPLES, 0])
-    x_T = rng.standard_normal((16, 28, 28, 1), dtype=np.float32)
+    x_T = rng.standard_normal((trained.SHARD, 28, 28, 1), dtype=np.float32)
     x_0 = np.clip(algorithm_2(model, x_T, rng)[0], -1, 1)[:3]
     images = draw(model, 3, 5, Ranks(1), config=model.sampler_config(sampler="ddpm"))
     assert np.abs(images - (x_0 + 1) * 127.5).max() <= 0.51
@@ -295,14 +300,15 @@ def test_over_images_keeps_the_order():
 
 @pytest.mark.parametrize("sampler", [None, "ddpm", "ddim", "vae"])
 def test_an_image_depends_on_seed_and_place_alone(sampler, runs):
-    """To the bit, however many others are drawn: 1 is the smallest shard, 17 one and the start of a second."""
+    """To the bit, however many others are drawn: a part of a shard, a shard, or one and the start of a second."""
+    shard = trained.SHARD
     model = load_run(runs / ("vae" if sampler == "vae" else "ddpm"))
     options = {} if sampler == "vae" else {"config": model.sampler_config(sampler=sampler)}
     with Ranks(2) as ranks:
-        many = draw(model, 40, 1, ranks, **options)
-    for few in (1, 5, 16, 17, 33):
+        many = draw(model, 2 * shard + 8, 1, ranks, **options)
+    for few in (1, 5, shard, shard + 1, 2 * shard + 1):
         np.testing.assert_array_equal(draw(model, few, 1, Ranks(1), **options), many[:few])
-    assert len(np.unique(many, axis=0)) == 40
+    assert len(np.unique(many, axis=0)) == 2 * shard + 8
     assert np.any(many[0] != draw(model, 1, 2, Ranks(1), **options))
 
 
@@ -316,7 +322,7 @@ def test_the_first_images_of_a_model_with_classes_have_labels_of_their_own(label
             return np.broadcast_to(labels.reshape(-1, 1, 1, 1) / 255, (N, 28, 28, 1))
 
     if labels is None:
-        for N in (1, 16, 23):
+        for N in (1, trained.SHARD, trained.SHARD + 7):
             assert draw(Model(), N, 0, Ranks(1))[:, 0, 0, 0].tolist() == [n % 10 for n in range(N)]
     else:
         assert draw(Model(), 3, 0, Ranks(1), np.array(labels))[:, 0, 0, 0].tolist() == labels
@@ -352,7 +358,8 @@ class Sure:
         return np.broadcast_to(labels.reshape(-1, 1, 1, 1) / 10, (N, 28, 28, 1))
 
     def trajectory(self, x_T, rng, config):
-        assert rng is None and np.ptp(x_T, axis=0).max() == 0 and config.sampler == "dpm++"
+        assert rng.random() == np.random.default_rng(1).random()  # the same groups for each row
+        assert np.ptp(x_T, axis=0).max() == 0 and config.sampler == "dpm++"
         yield 0, np.full_like(x_T, config.guidance / 8 if config.guide == "early" else -config.guidance / 8)
 
 
@@ -371,8 +378,8 @@ def test_the_guide_is_the_early_network_or_the_same_without_the_label(guide, see
     class Marked:
         """Its x_0 is a number for the parameters plus one for the label."""
 
-        def x_0(self, params, x_t, t, labels):
-            return np.full(x_t.shape, {"ema": 0.1, "early": 0.2}[params] + labels[0] / 100, np.float32)
+        def x_0(self, params, x_t, t, groups):
+            return np.full(x_t.shape, {"ema": 0.1, "early": 0.2}[params] + groups[0] / 100, np.float32)
 
     model = model_of(["v", "guide"], 5, classes=True)
     model.params, model.early, model.denoiser = "ema", "early", Marked()
@@ -512,6 +519,15 @@ def test_a_run_that_never_finished_an_epoch(name, folder):
         load_run(folder / name)
 
 
+def test_a_run_with_classes_of_before_there_were_groups(folder):
+    path = folder / "ddpm" / "checkpoint.npz"
+    arrays, state = load(path)
+    state["config"]["classes"] = True
+    checkpoint.save(path, {name: array for name, array in arrays.items() if not name.startswith("groups/")}, state)
+    with pytest.raises(CheckpointError, match="expected a run of this version"):
+        load_run(folder / "ddpm")
+
+
 # ---------------------------------------------------------------------------------------------- weights of the package
 
 
@@ -535,15 +551,17 @@ def test_the_weights_of_the_package_are_small_and_good():
     elbo = bernoulli_log_likelihood(model.decode(mu), x) - vae.kl_per_dimension(mu, log_var).sum(axis=1)
     assert -245 < elbo.mean() < -230
     for name in ("ddpm", "ddpm-classes"):
+        named, _ = load(trained.WEIGHTS[name])
+        assert {place.split("/")[0] for place in named} == {"ema", "early", "groups"}  # the last weights draw nothing
         model = load_trained(name)
-        labels = data["test_labels"][:100] if name == "ddpm-classes" else None
         x_0 = scale(data["test_images"][:100], -1, 1)
+        groups = model.groups_of(x_0, data["test_labels"][:100] if name == "ddpm-classes" else None)
         t = np.arange(1, 201, 2)
         eps = np.random.default_rng(0).standard_normal(x_0.shape, dtype=np.float32)
         x_t = diffusion.q_sample(model.schedule, x_0, t, eps)
-        assert diffusion.squared_errors(eps, model.eps_theta(x_t, t, labels)).mean() < 0.045
-        now = diffusion.squared_errors(x_0, model.x_0_theta(x_t, t, labels)).mean()
-        early = diffusion.squared_errors(x_0, model.denoiser.x_0(model.early, x_t, t, labels)).mean()
+        assert diffusion.squared_errors(eps, model.eps_theta(x_t, t, groups)).mean() < 0.045
+        now = diffusion.squared_errors(x_0, model.x_0_theta(x_t, t, groups)).mean()
+        early = diffusion.squared_errors(x_0, model.denoiser.x_0(model.early, x_t, t, groups)).mean()
         assert early > now  # the guide makes larger errors
 
 
@@ -557,7 +575,7 @@ def test_packed_weights_are_those_of_the_run_but_for_rounding(monkeypatch, tmp_p
     assert packed.keys() == {"early/0/w", "early/0/w/scale", "early/0/b"}
     assert list(pack.pack("moments/first/w", w)) == []
     assert packed["early/0/w"].dtype == np.int8 and packed["early/0/b"].dtype == np.float16
-    assert np.abs(packed["early/0/w"]).max(axis=0).tolist() == [8] * 3 + [0] + [8] * 16
+    assert np.abs(packed["early/0/w"]).max(axis=0).tolist() == [7] * 3 + [0] + [7] * 16
 
     config = model_of(["guide"], 5).config | {"model": "ddpm"}
     checkpoint.save(tmp_path / "packed.npz", packed | {"ema/0/b": b.astype(np.float16)}, {"config": config})

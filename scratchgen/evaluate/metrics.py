@@ -54,3 +54,13 @@ def precision(real, generated, k=3, block=500):
 def recall(real, generated):
     """Share of the real points inside the k-nearest-neighbour ball of at least one generated one."""
     return precision(generated, real)
+
+
+def nearest_distance(images, others, block=100):
+    """How far each image is from the nearest of the others: the root mean square over pixels of their difference, in
+    grey levels. (N, H, W, 1), (M, H, W, 1) uint8 -> (N,). Samples nearer to training images than test images are would
+    be copies of them."""
+    x, y = (a.reshape(len(a), -1).astype(np.float32) for a in (images, others))
+    squares = np.einsum("mp,mp->m", y, y)
+    least = [(squares - 2 * part @ y.T).min(axis=1) for part in np.split(x, range(block, len(x), block))]
+    return np.sqrt(np.maximum(np.concatenate(least) + np.einsum("np,np->n", x, x), 0) / x.shape[1])

@@ -87,15 +87,17 @@ def measure_bound(report, model, data, ranks, N):
     """The variational bound by one t an image and, if N is given, of the first N images at every t, with its parts."""
     T = model.config["T"]
     x = scale(data["test_images"], -1, 1)
-    labels = data.get("test_labels")
+    groups = model.groups_of(x, data.get("test_labels"))
     bits = partial(diffusion.bits_per_dimension, dimensions=x[0].size)
     terms_of = partial(diffusion.bound_terms, model.x_0_theta, model.schedule)
 
     # T L_{t-1} at one t, drawn evenly from 1..T, is in expectation the sum of all L_{t-1}.
     prior = bits(diffusion.prior_kl(model.schedule, x))
+    # An image belongs to one group: p(x) >= p(group) p(x | group), and the rest bounds -log p(x | group).
+    group = np.zeros(len(x)) if groups is None else bits(model.groups.nats(groups))
     _, t, eps = diffusion.draw_batch(model.schedule, x, rng_for(report.seed, BOUND))
-    terms = bits(over_images(terms_of, [x, t, eps, labels], SHARD, ranks, "bound"))
-    mean, numbers, remark = mean_and_error(prior + T * terms)
+    terms = bits(over_images(terms_of, [x, t, eps, groups], SHARD, ranks, "bound"))
+    mean, numbers, remark = mean_and_error(group + prior + T * terms)
     report.add("bound_estimate", numbers, (f"bound, {len(x):,} images at one t each", f"{mean:.3f}", remark))
     times, count = np.unique(t, return_counts=True)
     over_t = np.bincount(t, terms)[times] / count
@@ -107,12 +109,14 @@ def measure_bound(report, model, data, ranks, N):
         all_terms = np.empty((N, T))
         for t in cli.progress(T, "bound, all t", " steps", times):
             eps = rng.standard_normal(x[:N].shape, dtype=np.float32)
-            all_terms[:, t - 1] = bits(parallel(x[:N], np.full(N, t), eps, None if labels is None else labels[:N]))
+            all_terms[:, t - 1] = bits(parallel(x[:N], np.full(N, t), eps, None if groups is None else groups[:N]))
         over_t = all_terms.mean(axis=0)
-        mean, numbers, remark = mean_and_error(prior[:N] + all_terms.sum(axis=1))
-        parts = {"prior": float(prior[:N].mean()), "between": float(over_t[1:].sum()), "decoder": float(over_t[0])}
+        mean, numbers, remark = mean_and_error(group[:N] + prior[:N] + all_terms.sum(axis=1))
+        parts = {"group": float(group[:N].mean()), "prior": float(prior[:N].mean())}
+        parts |= {"between": float(over_t[1:].sum()), "decoder": float(over_t[0])}
         lines = [
             (f"bound, {N:,} images at every t", f"{mean:.3f}", remark),
+            ("    which group it is", f"{parts['group']:.5f}", "-log of its share"),
             ("    L_T, the prior", f"{parts['prior']:.5f}", ""),
             (f"    L_1 to L_{T - 1}", f"{parts['between']:.3f}", ""),
             ("    L_0, the decoder", f"{parts['decoder']:.3f}", ""),
@@ -147,12 +151,15 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
     measured = {}
 
     def measure(name, images_of, labels=None, **settings):
-        """Measure the images that ``images_of`` draws with each seed."""
-        found = [features_of(images_of(seed)) for seed in seeds]
+        """Measure the images that ``images_of`` draws with each seed; the first thousand, whether they are copies."""
+        drawn = [images_of(seed) for seed in seeds]
+        nearest[name] = float(metrics.nearest_distance(drawn[0][:1000], train).mean()) if ranks.rank == 0 else 0.0
+        found = [features_of(images) for images in drawn]
         found = ranks.broadcast([sample_metrics(h, real, params, labels) for h in found] if ranks.rank == 0 else None)
         numbers = {key: np.mean([one[key] for one in found], axis=0).round(4).tolist() for key in found[0]}
         if draws > 1:
             numbers |= {"spread": float(np.std([one["distance"] for one in found], ddof=1)), "draws": draws}
+        numbers["nearest"] = round(nearest[name], 3)
         measured[name] = numbers
         cells = [name]
         for key, digits in {"distance": 2, "spread": 2, "precision": 3, "recall": 3, "agreement": 3}.items():
@@ -168,12 +175,16 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
         print("asked: the share that a classifier takes for the class that was asked for")
     print(ROW.format(f"{N:,} images each", "Frechet", "+-", "precision", "recall", "asked"))
     train = data["train_images"]
+    nearest = {"test images": float(metrics.nearest_distance(data["test_images"][:1000], train).mean())}
     measure("training images", lambda seed: train[rng_for(seed, REAL).permutation(len(train))[:N]])
     measure("VAE", lambda seed: draw(peer or model, N, seed, ranks))
     for config in configs:
         images_of = partial(draw, model, N, ranks=ranks, labels=labels, config=config)
         measure(str(config), images_of, labels, **asdict(config))
 
+    print("How far from the nearest training image, in grey levels of a pixel:")
+    for name, distance in nearest.items():
+        print(f"{name:<41} {distance:>7.1f}")
     print("What the classifier takes them for, in %, and how sure it is, in %:")
     print(f"{'':<29}", *(f"{name[:4]:>4}" for name in CLASSES))
     for name, numbers in measured.items():
