@@ -5,7 +5,7 @@ examples:
   python run_ddpm.py                        T = 200: ten minutes on two cores
   python run_ddpm.py --additions none       Ho et al. 2020: eps, L_simple, Adam
   python run_ddpm.py --classes              draws the class that one asks for
-  python run_ddpm.py --epochs 2             three minutes; samples are a little rough
+  python run_ddpm.py --epochs 2             three minutes; samples are rougher
 """
 
 from functools import partial

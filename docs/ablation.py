@@ -10,10 +10,10 @@ the third, with seed 1):
 
 The addition guide changes no training: the sixth run is measured without and
 with it. The seventh has minibatches of 128 images, and the eighth, with groups,
-is the default run. A finished run is not trained again, and one that was stopped is
-resumed; `python run_vae.py` must have been run. Four hours or so on two cores.
-Prints the table of quality.md, the mean over the seeds and how far they
-differ, and writes ddpm_ablation.png.
+is the default run. A finished run is not trained again, and one that was
+stopped is resumed; `python run_vae.py` must have been run. Five hours or so on
+two cores. Prints the table of quality.md, the mean over the seeds and how far
+they differ, and writes ddpm_ablation.png.
 """
 
 import subprocess

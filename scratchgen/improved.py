@@ -147,7 +147,7 @@ def guided(x_0, x_0_guide, w):
 
     The guide of "guide" is the network itself early in its training ("autoguidance", Karras et al. 2024, whose w is one
     more): it makes the errors of the network, only larger ones, so the direction away from it leads away from the
-    errors of both. Effect: Frechet distance 5 -> 2, and 2.5 -> 0.9 with classes.
+    errors of both. Effect without "groups": Frechet distance 5 -> 2, and 2.5 -> 0.9 with classes.
     The guide of Ho and Salimans 2022 is the network without the label: what is typical of the class comes out more.
     """
     return np.clip(x_0 + np.float32(w) * (x_0 - x_0_guide), -1, 1)
@@ -161,7 +161,7 @@ def drop_groups(groups, rng):
 
 # ------------------------------------------------------------------------------------------------------------ "groups"
 
-GROUPS = 300
+GROUPS = 300  # 1,000 are as good, 100 a little worse
 
 
 class Groups:
@@ -173,8 +173,9 @@ class Groups:
     To draw an image is to draw its group first, and then an image of that group: p(x) = sum over g of p(g) p(x | g),
     with p(g) the share. The network sees the mean image of g as one more channel of its input. So it need not find out
     from noise alone what kind of garment to draw, nor how often; that is counted. No label is needed. That a network is
-    better when it is told of groups which nobody has labelled: Bao et al. 2022; Adaloglou et al. 2025 (they group the
-    features of another network, and embed the number of the group).
+    better when it is told of groups which nobody has labelled: Bao et al. 2022; Adaloglou et al. 2025. They group the
+    features of another network, and embed the number of the group. Here images are grouped by their pixels, and the
+    mean is seen. Effect: Frechet distance 2.1 -> 1.2, guided; 18 -> 6 unguided after two minutes of training.
     """
 
     def __init__(self, means, shares):
