@@ -232,8 +232,8 @@ def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
     flags = ["--T", 20, "--epochs", 2, "--batch-size", 16, "--train-images", 40, "--schedule", schedule]
     flags += ["--additions", additions, "--ema", 0.5, "--out", tmp_path, "--workers", 1]
     call(run_ddpm, *flags)
-    # Two previews of one shard of 16 images, 16 by Algorithm 2 for strip and animation, and four shards of samples.
-    assert [len(args[2]) for args in sampled] == [16] * 7 and not_sampled == []
+    # Two previews of one shard of 32 images, 16 by Algorithm 2 for strip and animation, and two shards of samples.
+    assert [len(args[2]) for args in sampled] == [32, 32, 16, 32, 32] and not_sampled == []
     (noisy, forward_times, _), (path, reverse_times, _) = rows
     assert forward_times[::-1] == reverse_times == [20, 10, 5, 2, 1, 0]
     noisy, forward_times = noisy[::-1], forward_times[::-1]
