@@ -259,8 +259,8 @@ def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
     np.testing.assert_array_equal(frames[0][0], path[-1])
     model = load_run(tmp_path)
     best = SamplerConfig("ddpm", 20) if additions == "none" else SamplerConfig("sde-dpm++", 20, improved.GUIDANCE)
-    image = model.sample(16, rng_for(0, SAMPLES, 0), config=best)
-    np.testing.assert_array_equal(samples[:16], np.round(image * 255))
+    image = model.sample(32, rng_for(0, SAMPLES, 0), config=best)
+    np.testing.assert_array_equal(samples[:32], np.round(image * 255))
 
     m = metrics(tmp_path)
     assert m["alpha_bar_T"] == s["alpha_bar"][-1]
