@@ -112,7 +112,7 @@ def main(argv=None):
         for epoch in run.epochs():
             for step, (images, labels) in run.minibatches():
                 x_0, t, eps = diffusion.draw_batch(schedule, scale(images, -1, 1), run.rng)  # Algorithm 1, lines 3, 4
-                groups = improved.drop_groups(model.groups_of(x_0, labels), run.rng)  # None without any
+                groups = improved.drop_groups(model.groups_of(x_0, labels), run.rng)  # or None: there are no groups
                 value, terms, gradient = value_and_grad(params, (x_0, t, eps, groups))  # line 5: the gradient ...
                 if step % 100 == 0:
                     flush_denormals(ranks.own(moments))  # numbers so small that a processor is slow with them

@@ -25,7 +25,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from scratchgen import diffusion, plots, samplers  # before NumPy, whose threads it sets up
+from scratchgen import diffusion, improved, plots, samplers  # before NumPy, whose threads it sets up
 from scratchgen.data import CLASSES, load_fashion_mnist, scale
 from scratchgen.machinery import cli, files
 from scratchgen.trained import load_run, load_trained
@@ -220,8 +220,7 @@ def groups(model, train_images):
     of_config = (config.steps, *samplers.SAMPLERS[config.sampler])
     *_, (_, x_0) = samplers.sample(x_0_theta, model.schedule, x_T, rng, *of_config)
     others = scale(train_images, -1, 1)
-    nearest = [others[((others - image) ** 2).sum(axis=(1, 2, 3)).argmin()] for image in x_0[30:]]
-    rows = [model.groups.means_of(drawn), x_0, nearest]
+    rows = [model.groups.means_of(drawn), x_0, others[improved.nearest(others, x_0[30:])]]
     labels = ["mean of group", *(f"sample {number}" for number in range(1, 5)), "nearest to it"]
     figure = plots.grid(np.concatenate(rows), 10, "by group: its mean, samples, a training image", -1, 1, labels)
     figure.set_size_inches(8.4, 4.8)  # the labels are wide

@@ -68,7 +68,8 @@ def main(argv=None):
     if args.out.is_dir():
         parser.error(f"--out {args.out} is a folder")
     files.check_output(args.out)
-    plots.check_figure(args.figure)
+    if args.drawn:
+        plots.check_figure(args.figure)
     data = load_fashion_mnist(args.data)
     if args.drawn:
         compare(args, data)

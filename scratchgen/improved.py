@@ -161,14 +161,15 @@ def drop_groups(groups, rng):
 
 # ------------------------------------------------------------------------------------------------------------ "groups"
 
-GROUPS = 300  # 1,000 are as good, 100 a little worse
+GROUPS = 300  # unguided, 1,000 are as good and 100 are worse
 
 
 class Groups:
     """What kinds of images there are: C classes (1 without labels), and of each class G groups of similar images.
 
-    ``means``, (C, G, H, W, 1), has the mean image of each group, and ``shares``, (C, G), how much of its class it is. A
-    group's number is G times its class plus its place there. Without the addition "groups" each class is one group.
+    The papers call them clusters. ``means``, (C, G, H, W, 1), has the mean image of each, and ``shares``, (C, G), the
+    share of the images of its class that are in it. A group's number is G times its class plus its place there. Without
+    the addition "groups" each class is one group.
 
     To draw an image is to draw its group first, and then an image of that group: p(x) = sum over g of p(g) p(x | g),
     with p(g) the share. The network sees the mean image of g as one more channel of its input. So it need not find out

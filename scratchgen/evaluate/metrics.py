@@ -58,8 +58,8 @@ def recall(real, generated):
 
 def nearest_distance(images, others, block=100):
     """How far each image is from the nearest of the others: the root mean square over pixels of their difference, in
-    grey levels. (N, H, W, 1), (M, H, W, 1) uint8 -> (N,). Samples nearer to training images than test images are would
-    be copies of them."""
+    grey levels. (N, H, W, 1), (M, H, W, 1) uint8 -> (N,). Copies of training images would be far nearer to them than
+    test images are. Blurred images are a little nearer, too."""
     x, y = (a.reshape(len(a), -1).astype(np.float32) for a in (images, others))
     squares = np.einsum("mp,mp->m", y, y)
     least = [(squares - 2 * part @ y.T).min(axis=1) for part in np.split(x, range(block, len(x), block))]

@@ -148,18 +148,23 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
         return over_images(lambda x: classifier.features(params, scale(x, 0, 1)), [images], SHARD, ranks, "features")
 
     real = features_of(data["test_images"])
+    train = data["train_images"]
     measured = {}
+
+    def from_train(images):
+        if ranks.rank > 0:  # who prints and writes nothing
+            return 0.0
+        return round(float(metrics.nearest_distance(images[:1000], train).mean()), 3)
 
     def measure(name, images_of, labels=None, **settings):
         """Measure the images that ``images_of`` draws with each seed; the first thousand, whether they are copies."""
         drawn = [images_of(seed) for seed in seeds]
-        nearest[name] = float(metrics.nearest_distance(drawn[0][:1000], train).mean()) if ranks.rank == 0 else 0.0
         found = [features_of(images) for images in drawn]
         found = ranks.broadcast([sample_metrics(h, real, params, labels) for h in found] if ranks.rank == 0 else None)
         numbers = {key: np.mean([one[key] for one in found], axis=0).round(4).tolist() for key in found[0]}
         if draws > 1:
             numbers |= {"spread": float(np.std([one["distance"] for one in found], ddof=1)), "draws": draws}
-        numbers["nearest"] = round(nearest[name], 3)
+        numbers["nearest"] = from_train(drawn[0])
         measured[name] = numbers
         cells = [name]
         for key, digits in {"distance": 2, "spread": 2, "precision": 3, "recall": 3, "agreement": 3}.items():
@@ -174,8 +179,6 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
     if labels is not None:
         print("asked: the share that a classifier takes for the class that was asked for")
     print(ROW.format(f"{N:,} images each", "Frechet", "+-", "precision", "recall", "asked"))
-    train = data["train_images"]
-    nearest = {"test images": float(metrics.nearest_distance(data["test_images"][:1000], train).mean())}
     measure("training images", lambda seed: train[rng_for(seed, REAL).permutation(len(train))[:N]])
     measure("VAE", lambda seed: draw(peer or model, N, seed, ranks))
     for config in configs:
@@ -183,8 +186,9 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
         measure(str(config), images_of, labels, **asdict(config))
 
     print("How far from the nearest training image, in grey levels of a pixel:")
-    for name, distance in nearest.items():
-        print(f"{name:<41} {distance:>7.1f}")
+    print(f"{'test images':<41} {from_train(data['test_images']):>7.1f}")
+    for name, numbers in measured.items():
+        print(f"{name:<41} {numbers['nearest']:>7.1f}")
     print("What the classifier takes them for, in %, and how sure it is, in %:")
     print(f"{'':<29}", *(f"{name[:4]:>4}" for name in CLASSES))
     for name, numbers in measured.items():
