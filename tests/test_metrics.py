@@ -100,6 +100,13 @@ def test_torn_pictures_cost_precision_and_a_missing_kind_recall(rng):
     assert metrics.precision(real, one_kind) > 0.8 and metrics.recall(real, one_kind) < 0.55
 
 
+def test_the_variance_of_samples_is_a_share_of_that_of_real_images(rng):
+    """The sum over features counts, not the mean of each one's share; where they are does not."""
+    real = rng.standard_normal((50_000, 2)) * [3, 1]
+    samples = 7 + rng.standard_normal((40_000, 2)) * [1.5, 2]
+    assert metrics.variance_ratio(samples, real) == pytest.approx((1.5**2 + 2**2) / (3**2 + 1), rel=0.03)
+
+
 # -------------------------------------------------------------------------------------------- copies of training images
 
 

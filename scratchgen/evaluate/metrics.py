@@ -32,6 +32,13 @@ def frechet_distance(a, b):
     return float(((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + np.trace(C_a + C_b) - 2 * cross)
 
 
+def variance_ratio(generated, real):
+    """The variance of the features of samples, (N, F), summed over features, over that of real ones, (M, F).
+
+    Below 1 samples are more alike than real images are."""
+    return float(generated.var(axis=0, dtype=np.float64).sum() / real.var(axis=0, dtype=np.float64).sum())
+
+
 def precision(real, generated, k=3, block=500):
     """Share of the generated points, (N, F), inside the k-nearest-neighbour ball of at least one real one, (M, F).
 

@@ -185,10 +185,12 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
         images_of = partial(draw, model, N, ranks=ranks, labels=labels, config=config)
         measure(str(config), images_of, labels, **asdict(config))
 
-    print("How far from the nearest training image, in grey levels of a pixel:")
-    print(f"{'test images':<41} {from_train(data['test_images']):>7.1f}")
+    print("nearest: how far from the nearest training image, in grey levels of a pixel")
+    print("variance: of the classifier's features, as a share of that of the test images")
+    print(f"{'':<41} {'nearest':>7} {'variance':>8}")
+    print(f"{'test images':<41} {from_train(data['test_images']):>7.1f} {1:>8.3f}")
     for name, numbers in measured.items():
-        print(f"{name:<41} {numbers['nearest']:>7.1f}")
+        print(f"{name:<41} {numbers['nearest']:>7.1f} {numbers['variance']:>8.3f}")
     print("What the classifier takes them for, in %, and how sure it is, in %:")
     print(f"{'':<29}", *(f"{name[:4]:>4}" for name in CLASSES))
     for name, numbers in measured.items():
@@ -209,6 +211,7 @@ def sample_metrics(features, real, params, labels=None):
         "distance": metrics.frechet_distance(features, real),
         "precision": metrics.precision(real, features),
         "recall": metrics.recall(real, features),
+        "variance": metrics.variance_ratio(features, real),
         "share": count / len(features),
         "confidence": np.bincount(taken_for, probabilities.max(axis=1), len(CLASSES)) / np.maximum(count, 1),
     }
