@@ -4,9 +4,9 @@ in a browser, without a server or a network.
     python docs/page.py
 
 The page is docs/latents.template.html with data in it: the weights as they are
-in scratchgen/weights/vae.npz, in base64; the KL of each latent dimension, a mean
-over the test images; the codes of 1,000 test images; and 20 of these images to
-click.
+in scratchgen/weights/vae.npz, in base64; the KL of each latent dimension, as a
+mean over the test images; the codes of 1,000 test images; and 20 of these
+images to click.
 """
 
 import base64

@@ -39,6 +39,14 @@ function model() {  // what NumPy is compared with
 }
 
 const controls = {
+  "log_var is cut off above": () => {
+    const most = data.max_log_var;
+    data.max_log_var = -4;
+    const {log_var} = encode(images[0]);
+    data.max_log_var = most;
+    return Math.max(...log_var) === -4;
+  },
+
   "at first the garment is decoded from the mean of the first test image": () =>
     near(z, encode(images[0]).mu) && at_z(),
 
@@ -55,7 +63,8 @@ const controls = {
 
   "sliders are in the order of KL, and the KL stands beside each": () => {
     const shown = Array.from(document.querySelectorAll("#sliders label .kl"), kl => Number(kl.textContent));
-    return shown.length === D && shown.every((kl, n) => kl <= (shown[n - 1] ?? Infinity) && Math.abs(kl - data.kl[order[n]]) < 0.0051);
+    return shown.length === D && shown.every((kl, n) => kl <= (shown[n - 1] ?? Infinity) && Math.abs(kl - data.kl[order[n]]) < 0.0051) &&
+      order.every(d => rows[d].slider.getAttribute("aria-label") === `dimension ${d}, KL ${data.kl[d].toFixed(2)} nats`);
   },
 
   "draw from the prior: another code each time": () => {
