@@ -1,11 +1,12 @@
 "use strict";
-// Works the controls of docs/latents.html and notes in `seen` what it saw. test_page.py puts this script at the end of a
-// copy of the page, with `inputs`, codes and images in base64, and `seen` before it.
+// Works the controls of docs/latents.html, and notes in `seen` what it saw. test_page.py puts this script at the end of
+// a copy of the page, whose beginning then has `seen`, and `inputs`: codes and images in base64.
 
 const bytes = base64 => Uint8Array.from(atob(base64), letter => letter.charCodeAt(0));
 const base64 = array => btoa(Array.from(array, byte => String.fromCharCode(byte)).join(""));
 const greys = x => x.map(value => Math.round(255 * value));
-const parts = (array, size) => Array.from({length: array.length / size}, (_, n) => array.slice(size * n, size * (n + 1)));
+const parts = (array, size) =>
+  Array.from({length: array.length / size}, (_, n) => array.slice(size * n, size * (n + 1)));
 const all = arrays => arrays.flatMap(array => Array.from(array));
 
 const near = (a, b, limit = 1e-9) => a.length === b.length && a.every((value, i) => Math.abs(value - b[i]) <= limit);
@@ -13,9 +14,10 @@ const one = (d, value) => z.map((other, i) => i === d ? value : other);
 const picture = (id, column = 0) => {  // the grey levels of a canvas, of which each pixel is grey and opaque
   const {data} = element(id).getContext("2d").getImageData(28 * column, 0, 28, 28);
   const grey = Array.from({length: 784}, (_, i) => data[4 * i]);
-  return grey.every((value, i) => data[4 * i + 1] === value && data[4 * i + 2] === value && data[4 * i + 3] === 255) ? grey : [];
+  const right = grey.every((value, i) => [1, 2].every(c => data[4 * i + c] === value) && data[4 * i + 3] === 255);
+  return right ? grey : [];
 };
-const at_z = () => near(picture("decoded"), Array.from(greys(generate(z)))) &&
+const at_z = () => near(picture("decoded"), greys(generate(z))) &&
   order.every(d => Math.abs(rows[d].slider.value - Math.max(-3.3, Math.min(3.3, z[d]))) < 0.026 &&
     Math.abs(rows[d].value.textContent.replace("\u2212", "-") - z[d]) < 0.00501);
 const plane_url = () => plane.toDataURL();
@@ -63,8 +65,9 @@ const controls = {
 
   "sliders are in the order of KL, and the KL stands beside each": () => {
     const shown = Array.from(document.querySelectorAll("#sliders label .kl"), kl => Number(kl.textContent));
-    return shown.length === D && shown.every((kl, n) => kl <= (shown[n - 1] ?? Infinity) && Math.abs(kl - data.kl[order[n]]) < 0.0051) &&
-      order.every(d => rows[d].slider.getAttribute("aria-label") === `dimension ${d}, KL ${data.kl[d].toFixed(2)} nats`);
+    return shown.length === D && shown.every((kl, n) => Math.abs(kl - data.kl[order[n]]) < 0.0051) &&
+      shown.every((kl, n) => kl <= (shown[n - 1] ?? Infinity)) &&
+      order.every(d => rows[d].slider.ariaLabel === `dimension ${d}, KL ${data.kl[d].toFixed(2)} nats`);
   },
 
   "draw from the prior: another code each time": () => {
@@ -79,8 +82,9 @@ const controls = {
   "a test image is shown and encoded, and the garment decoded from its mean": () => images.every((x, n) => {
     element("tests").children[n].click();
     const pressed = Array.from(element("tests").children, button => button.getAttribute("aria-pressed") === "true");
-    return near(z, encode(x).mu) && at_z() && near(picture("original"), Array.from(greys(x))) &&
-      pressed.every((is, other) => is === (other === n)) && element("original-caption").textContent.endsWith(name(n));
+    const named = element("original-caption").textContent.endsWith(class_of(n));
+    return near(z, encode(x).mu) && at_z() && near(picture("original"), greys(x)) && named &&
+      pressed.every((is, other) => is === (other === n));
   }),
 
   "draw from q(z | x): mu + sigma eps": () => {
@@ -99,12 +103,13 @@ const controls = {
     element("tests").children[4].click();
     element("tests").children[17].click();
     const start = encode(images[4]).mu, end = encode(images[17]).mu;
-    const ends = near(picture("from"), Array.from(greys(images[4]))) && near(picture("to"), Array.from(greys(images[17])));
-    return ends && [0, 0.25, 1].every(w => {
+    const between = w => start.map((value, d) => value + w * (end[d] - value));
+    const ends = near(picture("from"), greys(images[4])) && near(picture("to"), greys(images[17]));
+    const strip = [0, 3, 9].every(n => near(picture("strip", n), greys(generate(between(n / 9))), 1));
+    return ends && strip && [0, 0.25, 1].every(w => {
       slide(element("walk"), w);
-      return near(z, start.map((value, d) => value + w * (end[d] - value))) && at_z();
-    }) && [0, 3, 9].every(n =>
-      near(picture("strip", n), Array.from(greys(generate(start.map((value, d) => value + n / 9 * (end[d] - value))))), 1));
+      return near(z, between(w)) && at_z();
+    });
   },
 
   "the plane's two dimensions can be chosen, and change places": () => {
@@ -166,8 +171,9 @@ const controls = {
     [...document.querySelectorAll("main button, main input, main select, main canvas")].every(one => {
       if (one.parentElement.matches("button")) return true;  // whose name is the button's
       const by = one.getAttribute("aria-labelledby");
-      const text = one.getAttribute("aria-label") ?? (by ? element(by).textContent : one.labels?.[0]?.textContent || one.textContent);
-      return text.trim() !== "" && (one.matches("canvas[role=img]") || one.tabIndex === 0);
+      const text = one.labels?.[0]?.textContent || one.textContent;
+      const said = one.getAttribute("aria-label") ?? (by ? element(by).textContent : text);
+      return said.trim() !== "" && (one.matches("canvas[role=img]") || one.tabIndex === 0);
     }),
 };
 
@@ -184,7 +190,8 @@ for (const width of [1280, 1000, 700, 390, 320]) {
   frame.srcdoc = inputs.template.replace("DATA", () => element("data").textContent);
   frame.onload = () => {
     const root = frame.contentDocument.documentElement;
-    seen.overhang[width] = [root.scrollWidth - root.clientWidth, Math.round(root.querySelector("#decoded").getBoundingClientRect().width)];
+    const garment = root.querySelector("#decoded").getBoundingClientRect();
+    seen.overhang[width] = [root.scrollWidth - root.clientWidth, Math.round(garment.width)];
   };
   document.body.append(frame);
 }
