@@ -105,7 +105,7 @@ def write(folder, left_out=tuple(QUESTIONS), micro=False):
     tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
     behind = [name for name, text in tests.items() if '"docs' in text or "README" in text]
     behind += [] if micro else [Path(file).name for file in MICRO]
-    ignored = shutil.ignore_patterns("__pycache__", "benchmarks", "mutation.py", *behind)
+    ignored = shutil.ignore_patterns("__pycache__", "benchmarks", "mutation.py", "*.js", *behind)
     questions = {}  # file -> what is left out of it
     for question in left_out:
         for file, names in QUESTIONS[question]:
