@@ -230,10 +230,10 @@ def draw_guidance(figure, points, eps_theta, eps_guide, N=1000):
             axes.scatter(*x_0[where].reshape(-1, 2).T, s=3, color=colour, linewidths=0)
 
 
-def animation(points, found, frames=20):
+def animation(points, found, frames=16):
     """Algorithm 2 beside DDIM, of the `ways`: in a notebook HTML(animation(..).to_jshtml()) has a slider for t."""
     figure = plots.new_figure(5, 2.8)
-    figure.set_dpi(80)  # a frame is a picture of its own
+    figure.set_dpi(60)  # a frame is a picture of its own
     dots = {}
     for axes, name in zip(figure.subplots(1, 2), ("Algorithm 2", "DDIM"), strict=True):
         panel(axes, points, name, 2.2)
