@@ -11,7 +11,8 @@ The runs, from the folder of the run scripts:
 
 Those that are not there are left out. With all of them it takes an hour on two
 cores. (Made elsewhere: ddpm_ablation.png by ablation.py, micro.png by
-scratchgen/micro.py, scaling.png by tests/benchmarks/scaling.py.)
+scratchgen/micro.py, scaling.png by tests/benchmarks/scaling.py, toy2d.png and
+unet.png by programs of these names.)
 """
 
 import ast

@@ -103,3 +103,42 @@ def sample(x_0_theta, schedule, x_t, rng, steps=None, eta=1.0, order=1, start=No
         last = t, predicted
         x = ddim_step(schedule, x, x_0, t, s, eta, rng)
         yield s, x
+
+
+# ------------------------------------------------------------------------------------------------------- flow matching
+# The same model in other coordinates (Lipman et al. 2023; rectified flow, Liu et al. 2023). The path from an image to
+# noise is a straight line, and its velocity u does not change on the way:
+#
+#     x_tau = (1 - tau) x_0 + tau eps,    u = dx_tau / dtau = eps - x_0,    tau from 0 to 1.
+#
+# The network learns E[u | x_tau], and a sampler follows it from tau = 1 to 0. Now divide x_t of Eq. (4) of Ho et al. by
+# its scale, sqrt(alpha_bar_t) + sqrt(1 - alpha_bar_t). That is x_tau, with tau = sqrt(1 - alpha_bar_t) / scale. And
+# x_tau - x_0 = tau (eps - x_0). So a network that predicts x_0 from x_t predicts u = (x_tau - x_0) / tau as well.
+#
+# Both papers, and MIT 6.S184, count time from noise to image: their t is 1 - tau, and their velocity x_0 - eps.
+
+
+def flow_path(schedule):
+    """For t = 0..T the scale, x_t = scale_t x_tau, and tau: twice (T + 1,) float32."""
+    scale = schedule["sqrt_alpha_bar"] + schedule["sqrt_one_minus_alpha_bar"]
+    return scale, schedule["sqrt_one_minus_alpha_bar"] / scale
+
+
+def velocity(x_0_theta, schedule, x_tau, t):  # (N, H, W, 1) -> (N, H, W, 1)
+    """E[eps - x_0 | x_tau], according to a network that was trained on x_t; t is one integer, not 0."""
+    scale, tau = flow_path(schedule)
+    x_0 = x_0_theta(scale[t] * x_tau, np.full(len(x_tau), t))
+    return (x_tau - x_0) / tau[t]
+
+
+def euler(x_0_theta, schedule, x_tau, steps=None):
+    """Euler's steps along the velocity, a generator: yield (s, x_tau) for each s of `timesteps` after T.
+
+    It starts from the given x_tau of t = T. Multiplied by its scale, each x_tau is the x_s of DDIM, `sample` with
+    eta = 0: both steps put the predicted x_0, and the eps that it implies, into their own path at s.
+    """
+    _, tau = flow_path(schedule)
+    times = timesteps(schedule["T"], steps)
+    for t, s in zip(times, times[1:], strict=False):
+        x_tau = x_tau + (tau[s] - tau[t]) * velocity(x_0_theta, schedule, x_tau, t)
+        yield s, x_tau

@@ -25,7 +25,7 @@ FLOORS = [  # from the ground up: a module may import from the floors below its 
     {"evaluate.__main__"},
     {"run_vae", "run_ddpm"},
     {"docs.ablation", "docs.figures", "docs.handout", "docs.measure_micro", "docs.pack", "docs.sweeps"},
-    {"docs.page", "docs.published_protocol", "docs.speed", "docs.train_classifier"},
+    {"docs.page", "docs.published_protocol", "docs.speed", "docs.toy2d", "docs.train_classifier", "docs.unet"},
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in sorted(floor)}
 WINGS = ("machinery", "evaluate")

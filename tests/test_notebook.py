@@ -1,6 +1,7 @@
 """The programs in a notebook: one kernel, whatever happens in its cells; and the tour, executed."""
 
 import os
+import re
 import sys
 import time
 
@@ -115,7 +116,23 @@ def test_the_tour_runs_from_the_top_and_from_any_folder(tmp_path):
 def test_the_tour_is_stored_with_its_pictures_and_not_large():
     cells = [cell for cell in nbformat.read(TOUR, as_version=4).cells if cell.cell_type == "code"]
     assert cells[0].source.startswith("from scratchgen import")  # before NumPy
-    assert sum("image/png" in out.get("data", {}) for cell in cells for out in cell.outputs) >= 12
-    assert TOUR.stat().st_size < 1.5e6
+    assert sum("image/png" in out.get("data", {}) for cell in cells for out in cell.outputs) >= 18
+    animations = [
+        out["data"]["text/html"] for cell in cells for out in cell.outputs if "text/html" in out.get("data", {})
+    ]
+    assert len(animations) == 1 and "slider" in animations[0] and len(animations[0]) < 400_000
+    assert TOUR.stat().st_size < 2.7e6
     assert str(ROOT) not in TOUR.read_text(encoding="utf-8")
     assert not any("/tmp" in out.get("text", "") for cell in cells for out in cell.outputs)  # nor what is gone
+
+
+def test_each_section_of_the_tour_ends_with_something_to_try_and_its_answer_folded_away():
+    cells = nbformat.read(TOUR, as_version=4).cells
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    text = "\n\n".join(texts)
+    sections = re.split(r"^## ", text, flags=re.M)[1:-1]  # the last is where to go from here
+    assert [int(section.split(".")[0]) for section in sections] == list(range(1, 12))
+    for section in sections:
+        *_, last = section.split("**Try this.**")
+        assert section.count("**Try this.**") == 1, section[:40]
+        assert re.search(r"\?[^?]*\n\n<details><summary>Answer</summary>\n\n.+\n\n</details>\s*$", last, re.S), last

@@ -245,3 +245,52 @@ def test_order_of_the_samplers_with_fresh_noise():
     for order in (1, 2):
         ratios = [error(order, steps) / error(order, 2 * steps) for steps in (32, 64, 128)]
         assert ratios == pytest.approx([2**order] * 3, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------- flow matching
+
+
+def test_x_t_over_its_scale_lies_on_the_straight_path(rng, schedule):
+    scale, tau = samplers.flow_path(schedule)
+    assert scale.dtype == tau.dtype == np.float32
+    assert (scale[0], tau[0]) == (1, 0) and tau[-1] > 0.99 and np.all(np.diff(tau) > 0)
+    x_0 = images(rng, 3)
+    eps = rng.standard_normal(x_0.shape, dtype=np.float32)
+    for t in (1, 50, 200):
+        x_t = diffusion.q_sample(schedule, x_0, np.full(3, t), eps)
+        x_tau = x_t / scale[t]
+        np.testing.assert_allclose(x_tau, (1 - tau[t]) * x_0 + tau[t] * eps, atol=1e-6)
+        found = samplers.velocity(lambda x, times: x_0, schedule, x_tau, t)  # noqa: B023  called at once
+        np.testing.assert_allclose(found, eps - x_0, atol=2e-4)
+
+
+@pytest.mark.parametrize("t", [1, 30, 100, 200])
+def test_the_velocity_is_the_best_prediction_of_eps_minus_x_0(t):
+    """For x_0 ~ N(0, 0.04 I), x_tau and u are jointly Gaussian: E[u | x_tau] = Cov[u, x_tau] / Var[x_tau] x_tau."""
+    schedule, _, x_0_theta = where_all_is_known(200)
+    _, tau = samplers.flow_path(schedule)
+    tau = float(tau[t])
+    x_tau = np.array([-1.2, 0.1, 0.7]).reshape(3, 1, 1, 1)
+    expected = (tau - (1 - tau) * 0.2**2) / (tau**2 + (1 - tau) ** 2 * 0.2**2) * x_tau
+    np.testing.assert_allclose(samplers.velocity(x_0_theta, schedule, x_tau, t), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [None, 20, 1])
+def test_eulers_steps_are_ddims_in_other_coordinates(steps, rng, schedule):
+    """For a network that knows nothing of either: its prediction is not even consistent from t to t."""
+    scale, _ = samplers.flow_path(schedule)
+
+    def x_0_theta(x_t, t):
+        return np.tanh(2 * x_t[..., ::-1, :] + np.sin(t).reshape(-1, 1, 1, 1))
+
+    x_T = rng.standard_normal((2, 4, 6, 1))  # float64
+    ddim = samplers.sample(x_0_theta, schedule, x_T, None, steps, eta=0.0)
+    flow = samplers.euler(x_0_theta, schedule, x_T / scale[-1], steps)
+    for (t, x_t), (s, x_tau) in zip(ddim, flow, strict=True):
+        assert t == s
+        np.testing.assert_allclose(scale[s] * x_tau, x_t, atol=2e-5)
+
+
+def test_eulers_steps_stay_in_float32(rng, schedule):
+    x_T = rng.standard_normal((2, 4, 6, 1), dtype=np.float32)
+    assert {x.dtype for _, x in samplers.euler(x_0_of(of_x_t, schedule), schedule, x_T, 7)} == {np.dtype(np.float32)}
