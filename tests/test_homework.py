@@ -47,7 +47,7 @@ def expect_normal(noise, words):
     expect(abs(noise.mean()) < error and abs(noise.var() - 1) < 1.5 * error, f"{words}: expected mean 0 and variance 1")
     expect(
         np.abs(np.subtract(shares, [0.6827, 0.9545])) < error,
-        f"{words}: expected 68 % within 1 of 0 and 95 % within 2, as of N(0, 1), found {shares[0]:.0%}, {shares[1]:.0%}",
+        f"{words}: expected 68 % within 1 of 0, 95 % within 2, as of N(0, 1); found {shares[0]:.0%}, {shares[1]:.0%}",
     )
 
 
