@@ -83,7 +83,9 @@ def parse_arguments(argv):
     parser = cli.OneLineParser("docs/handout.py", __doc__)
     parser.flag("folder", "is made; must not exist or be empty", type=Path, metavar="FOLDER", nargs="?")
     parser.flag("--notebook", "with homework.ipynb, a cell for each function", action="store_true")
-    parser.flag("--micro", "with the exercise of one page, scratchgen/micro.py", action="store_true")
+    parser.flag(
+        "--micro", "with the exercise of one page (it shows parts of questions 4, 11 and 12)", action="store_true"
+    )
     parser.flag("--grade", "grade these folders instead", type=Path, nargs="+", metavar="FOLDER")
     args = parser.parse_args(argv)
     if bool(args.folder) == bool(args.grade):
@@ -169,7 +171,7 @@ def without_formulas(text):
 
 # --------------------------------------------------------------------------------------------------------- the notebook
 
-IMPORTS = """# Run this cell first. Then write a function in its cell, run that, and run the cell with the question's tests.
+IMPORTS = """# Run this cell first. Then write a function in its cell, run that, and run the cell of its tests.
 from scratchgen.plots import *
 from scratchgen.vae import *
 from scratchgen.diffusion import *
@@ -212,7 +214,7 @@ def notebook_of_stubs():
 # -------------------------------------------------------------------------------------------------------------- grading
 
 
-def grade(folder):
+def grade(folder, questions=tuple(FUNCTIONS)):
     """Question -> {function: (points, what its first failed test says, or "")}.
 
     A process runs the questions in turn, on our copies of the tests, and writes down each as it is done. Where it dies,
@@ -228,7 +230,7 @@ def grade(folder):
         write_text(Path(scratch) / "pytest.ini", "[pytest]\n")
         results = Path(scratch) / "results"
         environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
-        while missing := [question for question in FUNCTIONS if question not in said]:
+        while missing := [question for question in questions if question not in said]:
             results.write_text("")
             asked = {question: [place.split(".") for place in FUNCTIONS[question]] for question in missing}
             everything = [place.split(".") for functions in FUNCTIONS.values() for place in functions]
@@ -243,13 +245,12 @@ def grade(folder):
             if lost is not None:
                 words = f"crashed, or took longer than {LIMIT} seconds"
                 said[lost] = {place.partition(".")[2]: words for place in FUNCTIONS[lost]}
-    return {
-        question: {
-            name: (0 if (words := said[question][name]) else points, words)
-            for name, points in ((place.partition(".")[2], points) for place, points in functions.items())
-        }
-        for question, functions in FUNCTIONS.items()
-    }
+    earned = {}
+    for question in questions:
+        words = said[question]
+        points = {place.partition(".")[2]: points for place, points in FUNCTIONS[question].items()}
+        earned[question] = {name: (0 if words[name] else points[name], words[name]) for name in points}
+    return earned
 
 
 def table(grades):

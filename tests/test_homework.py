@@ -516,7 +516,10 @@ def test_question_8_prior_kl_falls_to_zero(rng):
     x_0 = rng.uniform(-1, 1, (1, 28, 28, 1)).astype(np.float32)
     values = [diffusion.prior_kl(schedule_with([0.5] * T), x_0)[0] for T in (1, 3, 7, 14, 20)]
     expect(np.diff(values) < 0, "prior_kl: the less of the image is left in x_T, the smaller it is")
-    expect(0 < values[-1] < 1e-3, "prior_kl: where nearly nothing of the image is left it is nearly 0, in float64")
+    S = (1 - 0.5**20) * np.eye(784)
+    expected = 0.5 * (np.trace(S) + 0.5**20 * np.sum(x_0.astype(np.float64) ** 2) - 784 - np.linalg.slogdet(S)[1])
+    words = "prior_kl: where nearly nothing of the image is left it is nearly 0; expected it to be computed in float64"
+    expect(close(values[-1], expected, 1e-3, 1e-9), words)
 
 
 # ------------------------------------------------------------------------------------------------- 9: the reverse step

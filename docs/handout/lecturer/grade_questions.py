@@ -71,7 +71,8 @@ class Outcomes:
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             words = crash.message if crash else report.longreprtext
-            self.words[name] = next((line.strip() for line in words.splitlines() if line.strip()), "failed")[:300]
+            first = next((line.strip() for line in words.splitlines() if line.strip()), "failed")
+            self.words[name] = first.removeprefix("Failed: ")[:300]
         else:
             self.words.setdefault(name, "")
 

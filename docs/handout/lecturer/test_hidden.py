@@ -186,9 +186,10 @@ def test_question_12_p_sample_of_other_betas(rng):
     schedule = schedule_with([0.1, 0.5, 0.02])
     x_0, eps = np.full((1, 1, 1, 1), 0.4), np.full((1, 1, 1, 1), -0.7)
     x_3 = diffusion.q_sample(schedule, x_0, np.array([3]), eps)
-    mean, above = (float(diffusion.p_sample(lambda *_: eps, schedule, x_3, 3, z * np.ones_like(eps))) for z in (0, 1))
+    steps = (diffusion.p_sample(lambda *_: eps, schedule, x_3.copy(), 3, z * np.ones_like(eps)) for z in (0, 1))
+    mean, above, x = (float(np.ravel(step)[0]) for step in (*steps, x_3))
     expect(above > mean, "p_sample: expected noise to be added")
-    far = bayes(schedule, 3, 0.4, float(x_3), mean, (above - mean) ** 2)
+    far = bayes(schedule, 3, 0.4, x, mean, (above - mean) ** 2)
     expect(far < 1e-3, "p_sample: expected a draw from q(x_{t-1} | x_t, x_0) for other betas")
 
 

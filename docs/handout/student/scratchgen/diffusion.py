@@ -8,7 +8,8 @@ Time runs t = 1 .. T, and index 0 is the clean image: the arrays of a schedule h
 
 Dimensions: N images, H height, W width, C channels. Images are (N, H, W, C) in [-1, 1], t is (N,) integers in 1 .. T,
 each image's own, unless it says otherwise. Images may be float32 or float64, and so may be what is returned.
-eps_theta(x_t, t) is any function that predicts the noise in x_t: (N, H, W, C), (N,) -> (N, H, W, C).
+eps_theta(x_t, t) is any function that predicts the noise in x_t: (N, H, W, C), (N,) -> (N, H, W, C). ``schedule`` is
+what `make_schedule` returns.
 """
 
 import math
@@ -88,8 +89,8 @@ def q_posterior(schedule, x_0, x_t, t):
 def gaussian_kl(mean, variance, mean_theta, variance_theta):
     """D_KL(N(mean, variance) || N(mean_theta, variance_theta)) in nats, number by number, not summed.
 
-    Each argument is an array of means or variances of single components, such as pixels. They broadcast: of means
-    (N, H, W, C) and variances (N, 1, 1, 1) the answer is (N, H, W, C).
+    Each argument is an array of means or variances of single components, such as pixels. They broadcast. Returns, for
+    means (N, H, W, C) and variances (N, 1, 1, 1), an array (N, H, W, C).
     """
     raise NotImplementedError("question 10: write gaussian_kl")
 
@@ -147,6 +148,7 @@ def p_sample(eps_theta, schedule, x_t, t, z):
 def sample(eps_theta, schedule, x_T, rng):
     """From noise to images, as a generator (with ``yield``): the pairs (t, x_t) for t = T - 1, .., 1, 0.
 
-    x_T: (N, H, W, C), drawn from N(0, I). rng: a numpy.random.Generator, for fresh noise in each step.
+    eps_theta: the network. x_T: (N, H, W, C), drawn from N(0, I). rng: a numpy.random.Generator, for fresh noise in each
+    step.
     """
     raise NotImplementedError("question 12: write sample")
