@@ -80,8 +80,8 @@ def cases(question, tests=test_homework):
                     yield name, lambda test=test, arguments=arguments: test(**arguments)
 
 
-def failures(question):
-    """Test -> what it says, for each that fails."""
+def failures(question, all_of_them=True):
+    """Test -> what it says, for each that fails, or for the first."""
     said = {}
     for name, case in cases(question):
         try:
@@ -90,6 +90,8 @@ def failures(question):
                 case()
         except (pytest.fail.Exception, Exception) as error:
             said[name] = error
+            if not all_of_them:
+                break
     return said
 
 
@@ -218,15 +220,22 @@ def put_in(monkeypatch, question, code):
     return names
 
 
+WITHOUT_WORDS = set()
+
+
 @pytest.mark.parametrize(("question", "what", "code"), WRONG, ids=[f"{q} {what}" for q, what, _ in WRONG])
 def test_what_is_wrong_is_refused_in_words(question, what, code, monkeypatch):
-    names = put_in(monkeypatch, question, code)
-    said = failures(question)
-    assert said
-    in_words = [str(error) for error in said.values() if isinstance(error, pytest.fail.Exception)]
-    assert all("\n" not in words for words in in_words)
-    if in_words:  # else it does not even have the shape to be compared
-        assert any(re.match(rf"({names[0]}|the networks)\b", words) for words in in_words), in_words
+    """By the tests of the function itself, in one line, unless what it returns cannot even be compared."""
+    (name,) = put_in(monkeypatch, question, code)
+    error = next(iter(failures(f"{question}_{name}", all_of_them=False).values()))
+    if isinstance(error, pytest.fail.Exception):
+        assert str(error).startswith(f"{name}: ") and "\n" not in str(error)
+    else:
+        WITHOUT_WORDS.add(what)
+
+
+def test_hardly_any_is_refused_without_words():
+    assert len(WITHOUT_WORDS) <= 0.05 * len(WRONG), WITHOUT_WORDS
 
 
 @pytest.mark.parametrize(("question", "what", "code"), RIGHT, ids=[f"{q} {what}" for q, what, _ in RIGHT])
@@ -501,6 +510,7 @@ def test_grading_counts_what_is_right_question_by_question(answered, tmp_path):
         '"alpha_bar": alpha_bar, **factors', '"alpha_bar": alpha_bar * 0, **factors'
     )  # all else needs it
     text = text.replace("0.5 * (ratio - 1", "0.7 * (ratio - 1")
+    text = text.replace("posterior_variance", "a_key_of_its_own")  # which goes together with its own schedule only
     (half / "scratchgen" / "diffusion.py").write_text(text)
     (half / "scratchgen" / "plots.py").write_text("def plot_latents(:\n")
     grades = {"full": handout.grade(answered), "half": handout.grade(half)}
@@ -622,9 +632,9 @@ import pytest
 from scratchgen import micro
 passed = []
 for page in json.load(open("pages.json")):
-    open(micro.__file__, "w").write(page)  # one of the tests runs it as a program
     exec(page, vars(micro))
-    status = pytest.main(["-xq", "--tb=no", "-p", "no:cacheprovider", "tests/test_micro.py"])
+    choice = ["-k", "not copied_anywhere"]  # which trains, in half a minute, and tells nothing of a formula
+    status = pytest.main(["-xq", "--tb=no", "-p", "no:cacheprovider", "tests/test_micro.py", *choice])
     assert status in (0, 1), status
     passed.append(status == 0)
 json.dump(passed, open("passed.json", "w"))

@@ -148,7 +148,7 @@ def p_sample(eps_theta, schedule, x_t, t, z):
 def sample(eps_theta, schedule, x_T, rng):
     """From noise to images, as a generator (with ``yield``): the pairs (t, x_t) for t = T - 1, .., 1, 0.
 
-    eps_theta: the network. x_T: (N, H, W, C), drawn from N(0, I). rng: a numpy.random.Generator, for fresh noise in each
-    step.
+    eps_theta: the network. x_T: (N, H, W, C), drawn from N(0, I). rng: a numpy.random.Generator, for the fresh noise of
+    each step.
     """
     raise NotImplementedError("question 12: write sample")
