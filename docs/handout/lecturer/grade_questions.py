@@ -27,6 +27,7 @@ def load(folder):
     """
     ours = {name: importlib.import_module(f"scratchgen.{name}") for name in MODULES}
     scratchgen.__path__.append(str(folder / "scratchgen"))  # for modules that the student has added
+    sys.path.append(str(folder))
     theirs = {}
     for name in MODULES:
         spec = importlib.util.spec_from_file_location(f"scratchgen.{name}", folder / "scratchgen" / f"{name}.py")
