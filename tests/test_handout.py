@@ -161,6 +161,12 @@ def test_the_readme_and_the_questions_have_the_points_of_the_sheet():
     }
     assert asked == handout.POINTS
     assert re.findall(r"\\tag\{(\d)\}", questions) == list("12345678")
+    rubric = (ROOT / "docs" / "handout" / "lecturer" / "rubric.md").read_text()
+    by_hand = {int(n): float(points) for n, points in re.findall(r"^\| (\d+) \| ([\d.]+) \| ", rubric, re.M)}
+    of_code = {question: sum(functions.values()) for question, functions in handout.FUNCTIONS.items()}
+    rest = {question: points - of_code.get(question, 0) for question, points in handout.POINTS.items()}
+    assert by_hand == {question: points for question, points in rest.items() if points}
+    assert f"{sum(of_code.values()):g} of 29" in rubric and f"the {sum(rest.values()):g} others" in rubric
 
 
 @pytest.fixture(scope="module")

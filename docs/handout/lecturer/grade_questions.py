@@ -7,7 +7,7 @@ student's functions: these may go together well and yet be made in another way t
 """
 
 import faulthandler
-import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path

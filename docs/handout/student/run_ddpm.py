@@ -1,5 +1,5 @@
 """Train the diffusion model of question 11 on FashionMNIST, and draw the figures
-of questions 11 and 12. Some twenty minutes; --epochs 1 is a first look.
+of questions 11 and 12. A quarter of an hour; --epochs 1 is a first look.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 """Train the variational autoencoder of questions 4 and 5 on FashionMNIST, and
-draw the figures of questions 5 and 6. About two minutes.
+draw the figures of questions 5 and 6. A minute or two.
 """
 
 import argparse
