@@ -26,6 +26,7 @@ from homework_variants import RIGHT, WRONG
 from nbclient import NotebookClient
 
 handout = script("docs/handout.py")
+test_hidden = script("docs/handout/lecturer/test_hidden.py")
 STUDENT = ROOT / "docs" / "handout" / "student"
 PLACES = [place.split(".") for functions in handout.FUNCTIONS.values() for place in functions]
 PACKAGE = {"vae": vae, "diffusion": diffusion, "plots": plots}
@@ -80,10 +81,10 @@ def cases(question, tests=test_homework):
                     yield name, lambda test=test, arguments=arguments: test(**arguments)
 
 
-def failures(question, all_of_them=True):
+def failures(question, tests=test_homework, all_of_them=True):
     """Test -> what it says, for each that fails, or for the first."""
     said = {}
-    for name, case in cases(question):
+    for name, case in cases(question, tests):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -247,7 +248,7 @@ def test_hardly_any_is_refused_without_words():
 @pytest.mark.parametrize(("question", "what", "code"), RIGHT, ids=[f"{q} {what}" for q, what, _ in RIGHT])
 def test_what_is_right_is_accepted(question, what, code, monkeypatch):
     put_in(monkeypatch, question, code)
-    assert failures(question) == {}
+    assert failures(question) == failures(question, test_hidden) == {}
 
 
 # ----------------------------------------------------------------------------------------------- no answer is in it

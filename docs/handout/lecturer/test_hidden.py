@@ -104,11 +104,12 @@ def test_question_6_plot_latents_of_another_n_and_extent(n, extent):
         expect(close(found, np.linspace(-extent, extent, n), atol=1e-3), words)
 
 
-@pytest.mark.parametrize("T", [1, 2, 50])
-def test_question_7_make_schedule_of_few_steps(T):
-    for name in diffusion.SCHEDULES:
-        schedule = schedule_of(name, T)
-        expect(close(schedule["alpha_bar"], survivals(schedule), 1e-9, 1e-12), f"make_schedule: alpha_bar for T = {T}")
+def test_question_7_make_schedule_of_few_steps():
+    for T in (1, 2, 50):
+        for name in diffusion.SCHEDULES:
+            schedule = schedule_of(name, T)
+            words = f"make_schedule: alpha_bar for T = {T}"
+            expect(close(schedule["alpha_bar"], survivals(schedule), 1e-9, 1e-12), words)
 
 
 def test_question_7_q_sample_has_the_moments_of_the_chain(rng):
