@@ -451,15 +451,13 @@ def test_question_7_make_schedule_holds_what_its_names_say():
             expect(close(schedule["alpha_bar"], left, 1e-10, 1e-15), words)
 
 
-def test_question_7_q_sample_is_what_t_steps_of_noise_come_to():
-    """Step by step: a step multiplies what is there by sqrt(1 - beta_t) and adds noise of variance beta_t, Eq. (2)."""
+def test_question_7_q_sample_has_the_mean_and_the_variance_of_equation_3():
+    """At every t, of one pixel: the factor of the image, and the variance of the noise."""
     one = np.ones((1, 1, 1, 1))
     for schedule in both_schedules():
-        factor, variance = 1.0, 0.0
+        left = survivals(schedule)
         for t in range(1, 201):
-            beta = schedule["beta"][t]
-            factor = np.sqrt(1 - beta) * factor
-            variance = (1 - beta) * variance + beta
+            factor, variance = np.sqrt(left[t]), 1 - left[t]
             image, noise = (diffusion.q_sample(schedule, k * one, np.array([t]), (1 - k) * one) for k in (1, 0))
             expect(np.shape(image) == (1, 1, 1, 1), "q_sample: expected x_t of the shape of x_0")
             image, noise = float(np.ravel(image)[0]), float(np.ravel(noise)[0])
