@@ -1,40 +1,62 @@
-"""Write the project as one hands it to a class: without the answers, and with
-the functions that the homework asks for left to write.
+"""Write the homework as one hands it to a class, and grade what comes back.
 
     python docs/handout.py FOLDER
-    python docs/handout.py --micro FOLDER
+    python docs/handout.py --notebook FOLDER
+    python docs/handout.py --grade ANNA BERT CARLA
 
-Each of these functions keeps its docstring and gets one line, raise
-NotImplementedError("question 7: ..."). The README that is written says what is
-asked, for how many points, what to write, in which order, and how it is
-checked. All of it is made from the files as they are: what is asked comes from
-homework.md, the functions from QUESTIONS below. With --micro there is an
-exercise to begin with: both models on one page, scratchgen/micro.py, with six
-formulas left to write.
+What is handed out lies in docs/handout/student, as it is: the questions, the
+functions to write, without their bodies, and two plain run scripts. To these
+come the data, the modules that they need, and the tests of the questions. With
+--notebook there is homework.ipynb, too: a cell for each function and one for
+each question's tests. With --micro there is an exercise to begin with: both
+models on one page, scratchgen/micro.py, with six formulas left to write.
+
+--grade runs the tests of the questions, and hidden ones, on each folder, and
+prints a table of points. What is asked in words is graded by hand, with
+docs/handout/lecturer/rubric.md. This is no sandbox: it runs the students' code.
 """
 
 import ast
-import re
+import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from scratchgen.machinery import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-QUESTIONS = {  # question -> file and the functions in it that are to be written, in a good order
-    4: [
-        ("scratchgen/vae.py", ["reparameterise", "kl_per_dimension", "elbo_terms", "mlp_encode", "mlp_decode"]),
-        ("scratchgen/ops.py", ["bernoulli_log_likelihood"]),
-    ],
-    5: [("scratchgen/vae.py", ["negative_elbo"])],
-    6: [("scratchgen/plots.py", ["plot_latents"])],
-    7: [("scratchgen/diffusion.py", ["make_schedule", "q_sample"])],
-    8: [("scratchgen/diffusion.py", ["prior_kl"])],
-    9: [("scratchgen/diffusion.py", ["q_posterior"])],
-    10: [("scratchgen/diffusion.py", ["gaussian_kl", "bound_weights"])],
-    11: [("scratchgen/diffusion.py", ["draw_batch", "squared_errors", "simple_loss"])],
-    12: [("scratchgen/diffusion.py", ["predict_x_0", "p_sample", "sample"])],
+PARTS = Path("docs/handout")  # student: handed out as it is; notebook: with --notebook; lecturer: never
+# Question -> its points on the sheet, and of these what each function to write is worth. The rest is for words.
+POINTS = {1: 1, 2: 1, 3: 1, 4: 6, 5: 1, 6: 4, 7: 2, 8: 1, 9: 1, 10: 1, 11: 6, 12: 2, 13: 2}
+FUNCTIONS = {
+    4: {
+        "vae.reparameterise": 1,
+        "vae.kl_per_dimension": 1,
+        "vae.bernoulli_log_likelihood": 1,
+        "vae.elbo_terms": 1,
+        "vae.init_mlp_vae": 0.5,
+        "vae.mlp_encode": 1,
+        "vae.mlp_decode": 0.5,
+    },
+    5: {"vae.negative_elbo": 0.5},
+    6: {"plots.plot_latents": 3},
+    7: {"diffusion.make_schedule": 0.5, "diffusion.q_sample": 0.5},
+    8: {"diffusion.prior_kl": 0.5},
+    9: {"diffusion.q_posterior": 0.5},
+    10: {"diffusion.gaussian_kl": 0.5},
+    11: {"diffusion.draw_batch": 2, "diffusion.squared_errors": 1, "diffusion.simple_loss": 2},
+    12: {"diffusion.predict_x_0": 0.25, "diffusion.p_sample": 0.5, "diffusion.sample": 0.25},
 }
+UNCHANGED = (
+    *(f"scratchgen/{name}.py" for name in ("data", "tree", "gradients", "layers", "optim", "denoisers")),
+    *("scratchgen/machinery/__init__.py", "scratchgen/machinery/blas.py"),
+    *("tests/test_homework.py", "tests/finite_differences.py", "LICENSE"),
+)
+OPS = "scratchgen/ops.py"  # handed out but for its last section, which is a part of question 4
+LAST_SECTION = "# ------------------------------------------------------------------------------------------- Bernoulli"
 FORMULAS = {  # number -> what it is, and where in micro.py: the function, and how each line in it begins
     1: ("the gradient of a layer", {"mlp_backward": ["d_x, d_W, d_b ="]}),
     2: ("the gradient of the cross-entropy", {"cross_entropy": ["d_logits ="]}),
@@ -45,116 +67,98 @@ FORMULAS = {  # number -> what it is, and where in micro.py: the function, and h
 }
 MICRO = "scratchgen/micro.py", "tests/test_micro.py"
 NOT_HANDED_OUT = f"# {'-' * 68} beside the package: not handed out"  # begins the part of test_micro.py with answers
-COPIED = ("scratchgen", "data", "tests", "run_vae.py", "run_ddpm.py", "setup.cfg", "pyproject.toml", "LICENSE")
-README = """# Problem set 5: variational autoencoders and diffusion models
-
-Two models of FashionMNIST in NumPy, with the parts to write left out: {points} points. Nothing else is missing: layers,
-gradients, optimisers, the training loops and the functions that draw are here. Work from the top: no question needs a
-later one.
-
-    python3 -m venv .venv && . .venv/bin/activate
-    py -m venv .venv; .venv\\Scripts\\Activate.ps1
-    pip install -e ".[test]"
-    pytest -k question_7
-
-The first line is for Linux and macOS, the second for PowerShell on Windows. The last one checks question 7: its tests
-fail now, and pass once its functions are written; `pytest tests/test_homework.py` checks all questions. A function to
-write has a docstring that says what it takes and returns, and one line to replace, `raise NotImplementedError`.
-Questions 1 to 3 and 13 are answered in words alone, 7 to 10 in words and in code.
-{micro}
-{table}
-
-After question 5, `python run_vae.py` trains the VAE in a minute. It draws the latents last, `latents_I_J.png`, and
-until question 6 is done it stops there. After question 12, `python run_ddpm.py --T 200 --additions none` trains the
-diffusion model in some ten minutes and draws `trajectory.png`. Hand in the answers, the code that you wrote, and the
-figures that questions 5, 6, 11 and 12 make.
-"""
 MICRO_README = """
-Begin with `scratchgen/micro.py`: both models on one page, with the gradient by hand. Six formulas are left to write,
-each in place of the lines `raise NotImplementedError("formula ...")`. `pytest tests/test_micro.py` checks them. Then
+## To begin with
+
+`scratchgen/micro.py` is both models on one page, with the gradient by hand. Six formulas are left to write, each in
+place of the lines `raise NotImplementedError("formula ...")`. `pytest tests/test_micro.py` checks them. Then
 `python scratchgen/micro.py` trains both models in two and a half minutes and draws `micro.png`.
 
 {formulas}
 """
+LIMIT = 60  # seconds that the tests of one question may take a student's functions
 
 
 def parse_arguments(argv):
     parser = cli.OneLineParser("docs/handout.py", __doc__)
-    parser.flag("folder", "is made; must not exist or be empty", type=Path, metavar="FOLDER")
-    parser.flag("--micro", "with the exercise of one page, scratchgen/micro.py", action="store_true")
-    return parser.parse_args(argv)
+    parser.flag("folder", "is made; must not exist or be empty", type=Path, metavar="FOLDER", nargs="?")
+    parser.flag("--notebook", "with homework.ipynb, a cell for each function", action="store_true")
+    parser.flag(
+        "--micro", "with the exercise of one page (it shows parts of questions 4, 11 and 12)", action="store_true"
+    )
+    parser.flag("--grade", "grade these folders instead", type=Path, nargs="+", metavar="FOLDER")
+    args = parser.parse_args(argv)
+    if bool(args.folder) == bool(args.grade):
+        parser.error("expected either one FOLDER to write or --grade and folders to grade")
+    return args
 
 
 def main(argv=None):
     args = parse_arguments(argv)
+    if args.grade:
+        for folder in args.grade:
+            if not (folder / "scratchgen").is_dir():
+                raise cli.UsageError(f"{folder}: expected a folder with the homework, with scratchgen/ in it")
+        print(table({folder.resolve().name: grade(folder) for folder in args.grade}))
+        return
     folder = args.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise cli.UsageError(f"{folder}: expected a new or an empty folder")
-    if any(ROOT / name in folder.resolve().parents for name in COPIED):
-        raise cli.UsageError(f"{folder}: expected a folder outside of what is handed out")
-    write(folder, micro=args.micro)
+    if any(ROOT / name in folder.resolve().parents for name in ("scratchgen", "data", "tests", "docs")):
+        raise cli.UsageError(f"{folder}: expected a folder outside of the project's own")
+    write(folder, args.notebook, args.micro)
     print(f"wrote the homework to {folder}; begin with its README.md")
 
 
-def write(folder, left_out=tuple(QUESTIONS), micro=False):
-    """The project in ``folder``, without the bodies of what these questions ask for; with ``micro`` also the page,
-    without its formulas.
+# ---------------------------------------------------------------------------------------------------------- handing out
 
-    Of the tests, those that speak of docs/ or the README stay behind, and the benchmarks, which have it all in PyTorch.
-    """
-    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
-    behind = [name for name, text in tests.items() if '"docs' in text or "README" in text]
-    behind += [] if micro else [Path(file).name for file in MICRO]
-    ignored = shutil.ignore_patterns("__pycache__", "benchmarks", "mutation.py", "*.js", *behind)
-    questions = {}  # file -> what is left out of it
-    for question in left_out:
-        for file, names in QUESTIONS[question]:
-            questions.setdefault(ROOT / file, []).append((names, question))
 
-    def copy(source, target):  # never the answers first, and not that a file may only be read
-        source = Path(source)
-        place = source.relative_to(ROOT).as_posix()
-        if place in MICRO:
-            text = source.read_text(encoding="utf-8")
-            text = without_formulas(text) if place == MICRO[0] else text.partition(NOT_HANDED_OUT)[0].rstrip() + "\n"
-            Path(target).write_text(text, encoding="utf-8")
-            return
-        if source not in questions:
-            shutil.copyfile(source, target)
-            return
-        text = source.read_text(encoding="utf-8")
-        for names, question in questions[source]:
-            text = without_bodies(text, names, question)
-        Path(target).write_text(text, encoding="utf-8")
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=ignored, copy_function=copy)
-        else:
-            copy(source, folder / name)
+def write(folder, notebook=False, micro=False):
+    """The homework in ``folder``: new files, whatever the modes of ours are."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for source in (ROOT / PARTS / "student", *([ROOT / PARTS / "notebook"] if notebook else [])):
+        shutil.copytree(source, folder, ignore=ignored, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "data", folder / "data", copy_function=shutil.copyfile)
     for path in [folder, *folder.rglob("*")]:
         if path.is_dir():
             path.chmod(path.stat().st_mode | 0o700)  # copytree makes it as its source is
-    (folder / "README.md").write_text(readme(micro), encoding="utf-8")
+    (folder / "scratchgen" / "machinery").mkdir(exist_ok=True)
+    for name in UNCHANGED:
+        shutil.copyfile(ROOT / name, folder / name)
+    write_text(folder / OPS, without_last_section(read(OPS)))
+    if notebook:
+        write_text(folder / "homework.ipynb", json.dumps(notebook_of_stubs(), indent=1) + "\n")
+    if micro:
+        write_text(folder / MICRO[0], without_formulas(read(MICRO[0])))
+        write_text(folder / MICRO[1], read(MICRO[1]).partition(NOT_HANDED_OUT)[0].rstrip() + "\n")
+        formulas = "\n".join(f"{number}. {what}" for number, (what, _) in FORMULAS.items())
+        readme = (folder / "README.md").read_text(encoding="utf-8")
+        write_text(folder / "README.md", readme + MICRO_README.format(formulas=formulas))
 
 
-def without_bodies(text, names, question):
-    """The source with one line in place of the body of each of these functions, below its docstring."""
-    lines = text.splitlines()
-    functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
-    for function in sorted((functions[name] for name in names), key=lambda node: -node.lineno):
-        first, last = function.body[0], function.end_lineno
-        kept = first.end_lineno if ast.get_docstring(function) else first.lineno - 1
-        lines[kept:last] = [f'    raise NotImplementedError("question {question}: write {function.name}")']
-    return "\n".join(lines) + "\n"
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def write_text(path, text):
+    path.write_text(text, encoding="utf-8")
+
+
+def without_last_section(text):
+    before, found, _ = text.partition(LAST_SECTION)
+    if not found:
+        raise ValueError(f"{OPS}: expected its last section to be that of the Bernoulli log-likelihood")
+    return before.rstrip() + "\n"
+
+
+def functions_in(text):
+    return {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
 
 
 def without_formulas(text):
     """micro.py with one line in place of each formula."""
     lines = text.splitlines()
-    functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    functions = functions_in(text)
     for number, (what, places) in FORMULAS.items():
         for name, starts in places.items():
             for i in range(functions[name].lineno, functions[name].end_lineno):
@@ -165,22 +169,114 @@ def without_formulas(text):
     return "\n".join(lines) + "\n"
 
 
-def readme(micro):
-    text = (ROOT / "docs" / "homework.md").read_text(encoding="utf-8")
-    asked = re.findall(r"^### Question (\d+): .*\n\n\*Asked \((\d+) points?\):\* (.*(?:\n.+)*)", text, re.M)
-    rows = ["| | points | what is asked | what to write |", "|---|---|---|---|"]
-    for question, points, what in asked:
-        parts = (
-            f"`{Path(file).name}`: " + ", ".join(f"`{name}`" for name in names)
-            for file, names in QUESTIONS.get(int(question), [])
-        )
-        rows.append(f"| {question} | {points} | {' '.join(what.split())} | {'; '.join(parts)} |")
-    formulas = "\n".join(f"{number}. {what}" for number, (what, _) in FORMULAS.items())
-    return README.format(
-        points=sum(int(points) for _, points, _ in asked),
-        micro=MICRO_README.format(formulas=formulas) if micro else "",
-        table="\n".join(rows),
-    )
+# --------------------------------------------------------------------------------------------------------- the notebook
+
+IMPORTS = """# Run this cell first. Then write a function in its cell, run that, and run the cell of its tests.
+from scratchgen.plots import *
+from scratchgen.vae import *
+from scratchgen.diffusion import *
+import autograd.numpy as np
+from check import check"""
+TRAIN = """# After question 6; and after question 12 the same with run_ddpm. Figures are in the folder runs.
+import run_vae
+run_vae.main([])"""
+
+
+def notebook_of_stubs():
+    """The skeleton as a notebook, in nbformat 4: for each question its functions, and a cell that runs its tests."""
+    modules = {name: read(PARTS / "student" / "scratchgen" / f"{name}.py") for name in ("vae", "plots", "diffusion")}
+    cells = [
+        ("markdown", "# Problem set 5\n\nThe questions, with their equations, are in questions.md."),
+        ("code", IMPORTS),
+    ]
+    for question, functions in FUNCTIONS.items():
+        cells.append(("markdown", f"## Question {question}"))
+        for place in functions:
+            module, name = place.split(".")
+            node = functions_in(modules[module])[name]
+            cells.append(("code", "\n".join(modules[module].splitlines()[node.lineno - 1 : node.end_lineno])))
+        cells.append(("code", f"check({question}, globals())"))
+    cells.append(("code", TRAIN))
+    cells.append(("code", "import run_ddpm\nrun_ddpm.main([])"))
+    only_code = {"execution_count": None, "outputs": []}
+    return {
+        "cells": [
+            {"cell_type": kind, "id": f"cell-{number}", "metadata": {}, "source": text.splitlines(keepends=True)}
+            | (only_code if kind == "code" else {})
+            for number, (kind, text) in enumerate(cells)
+        ],
+        "metadata": {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- grading
+
+
+def grade(folder, questions=tuple(FUNCTIONS)):
+    """Question -> {function: (points, what its first failed test says, or "")}.
+
+    A process runs the questions in turn, on our copies of the tests, and writes down each as it is done. Where it dies,
+    or takes longer than LIMIT, that question is lost, and another process goes on behind it.
+    """
+    said = {}  # question -> function -> words
+    with tempfile.TemporaryDirectory() as scratch:
+        lecturer = ROOT / PARTS / "lecturer"
+        copied = [ROOT / "tests" / name for name in ("test_homework.py", "finite_differences.py")]
+        copied += [lecturer / "test_hidden.py", ROOT / PARTS / "student" / "tests" / "conftest.py"]
+        for path in copied:
+            shutil.copyfile(path, Path(scratch) / path.name)
+        write_text(Path(scratch) / "pytest.ini", "[pytest]\n")
+        results = Path(scratch) / "results"
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+        while missing := [question for question in questions if question not in said]:
+            results.write_text("")
+            asked = {question: [place.split(".") for place in FUNCTIONS[question]] for question in missing}
+            everything = [place.split(".") for functions in FUNCTIONS.values() for place in functions]
+            order = json.dumps({"folder": str(folder.resolve()), "asked": asked, "all": everything, "limit": LIMIT})
+            command = [sys.executable, str(lecturer / "grade_questions.py"), order]
+            options = {"cwd": scratch, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            subprocess.run(command, stdin=subprocess.DEVNULL, **options)
+            for line in results.read_text(encoding="utf-8").splitlines():
+                question, words = json.loads(line)
+                said[question] = words
+            lost = next((question for question in missing if question not in said), None)
+            if lost is not None:
+                words = f"crashed, or took longer than {LIMIT} seconds"
+                said[lost] = {place.partition(".")[2]: words for place in FUNCTIONS[lost]}
+    earned = {}
+    for question in questions:
+        words = said[question]
+        points = {place.partition(".")[2]: points for place, points in FUNCTIONS[question].items()}
+        earned[question] = {name: (0 if words[name] else points[name], words[name]) for name in points}
+    return earned
+
+
+def table(grades):
+    """Rows are students, columns questions; below it what failed, function by function."""
+    of_code = {question: sum(functions.values()) for question, functions in FUNCTIONS.items()}
+    by_hand = [question for question in POINTS if of_code.get(question, 0) < POINTS[question]]
+    width = max(len("points for code"), *map(len, grades))
+    earned = {
+        student: [sum(points for points, _ in functions.values()) for functions in by_question.values()]
+        for student, by_question in grades.items()
+    }
+
+    def row(name, numbers):
+        return f"{name:{width}}" + "".join(f"{number:>6.4g}" for number in (*numbers, sum(numbers)))
+
+    lines = [f"{'question':{width}}" + "".join(f"{question:>6}" for question in FUNCTIONS) + "   all"]
+    lines += [row("points for code", of_code.values()), *(row(student, numbers) for student, numbers in earned.items())]
+    lines += [row("mean", [sum(column) / len(grades) for column in zip(*earned.values(), strict=True)]), ""]
+    rest = ", ".join(f"{q} ({POINTS[q] - of_code.get(q, 0):g})" for q in by_hand)
+    lines.append(f"by hand, with docs/handout/lecturer/rubric.md: {rest}")
+    for student, by_question in grades.items():
+        for question, functions in by_question.items():
+            lines += [
+                f"{student}, question {question}, {name}: {words}" for name, (_, words) in functions.items() if words
+            ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

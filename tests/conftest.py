@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import struct
@@ -46,6 +47,11 @@ def tamper(path, arrays, state, keep_checksum):
     if keep_checksum:
         with zipfile.ZipFile(path, "a") as archive:
             archive.comment = checksum
+
+
+def pytest_configure(config):
+    """`-k question_1` means question 1 alone, and not 10 to 13, too."""
+    config.option.keyword = re.sub(r"(question_\d+)\b", r"\1_", config.option.keyword)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-from scratchgen import diffusion, vae
+from scratchgen import diffusion, tree, vae
 from scratchgen.data import load_fashion_mnist, scale
 from scratchgen.diffusion import make_schedule
 from scratchgen.gradients import value_and_grad
@@ -22,7 +22,8 @@ from scratchgen.optim import adam_step, init_moments
 import numpy as np
 import pytest
 from conftest import ROOT, script
-from test_homework import by_bayes_rule, general_kl, small_vae, small_vae_params
+from test_diffusion import images
+from test_homework import small_vae, small_vae_params
 
 # --------------------------------------------------------------------------------------------------------- 1: the ELBO
 
@@ -313,6 +314,28 @@ def test_question_3_an_autoencoder_may_put_its_codes_anywhere(rng):
 # ---------------------------------------------------------------------------------------------------------- 4: the VAE
 
 
+def test_question_4_the_networks_are_dense_layers_with_relus_between(rng):
+    params = vae.init_mlp_vae(rng, 3, hidden=(8, 7))
+    params = tree.map(lambda p: p + 0.05 * rng.standard_normal(p.shape), params)  # log_var starts at 0
+    x = rng.random((5, 28, 28, 1))
+    z = rng.standard_normal((5, 3))
+
+    def affine(layer, h):
+        return h @ layer["w"] + layer["b"]
+
+    h = x.reshape(5, 784)
+    for layer in params["encoder"]:
+        h = np.maximum(affine(layer, h), 0)
+    mu, log_var = vae.mlp_encode(params, x)
+    np.testing.assert_allclose(mu, affine(params["mu"], h), rtol=1e-4)
+    assert (log_var < vae.MAX_LOG_VAR).mean() > 0.5
+    np.testing.assert_allclose(log_var, np.minimum(affine(params["log_var"], h), vae.MAX_LOG_VAR), rtol=1e-4)
+    first, second, last = params["decoder"]
+    logits = affine(last, np.maximum(affine(second, np.maximum(affine(first, z), 0)), 0))
+    assert vae.mlp_decode(params, z).shape == (5, 28, 28, 1)
+    np.testing.assert_allclose(vae.mlp_decode(params, z).reshape(5, 784), logits, rtol=1e-4)
+
+
 def test_question_4_the_entropy_of_the_test_images():
     x = scale(load_fashion_mnist(ROOT / "data", labels=False)["test_images"], 0, 1)
     assert vae.entropy_floor(x) == pytest.approx(189.86, abs=0.005)
@@ -322,6 +345,52 @@ def test_question_4_the_entropy_of_the_test_images():
 
 
 TYPICAL = np.full((1, 28, 28, 1), 0.824)  # the pixels of the test images have this root mean square
+
+
+def test_question_7_the_schedule_holds_what_its_names_say(schedule):
+    alpha_bar = 1.0
+    for t in range(201):
+        before = alpha_bar
+        beta = schedule["beta"][t]
+        alpha_bar *= 1 - beta
+        assert schedule["alpha"][t] == 1 - beta and schedule["alpha_bar"][t] == pytest.approx(alpha_bar, rel=1e-12)
+        if t > 0:
+            variance = (1 - before) / (1 - alpha_bar) * beta
+            assert float(schedule["posterior_variance"][t]) == pytest.approx(variance, rel=1e-7)  # in float32
+    assert schedule["beta"][0] == 0 and len(schedule["beta"]) == 201
+
+
+def test_question_7_the_recursion_gives_the_closed_form(schedule):
+    """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) noise: follow the factor of x_0 and the variance."""
+    factor, variance = 1.0, 0.0
+    one = np.ones((1, 1, 1, 1))
+    for t in range(1, 201):
+        beta = schedule["beta"][t]
+        factor = np.sqrt(1 - beta) * factor
+        variance = (1 - beta) * variance + beta
+        assert abs(np.sqrt(schedule["alpha_bar"][t]) - factor) < 1e-12
+        assert abs(1 - schedule["alpha_bar"][t] - variance) < 1e-12
+        assert float(schedule["sqrt_alpha_bar"][t]) == pytest.approx(factor, rel=1e-7)  # in float32
+        assert float(schedule["sqrt_one_minus_alpha_bar"][t]) == pytest.approx(np.sqrt(variance), rel=1e-7)
+        at_t = np.array([t])
+        assert diffusion.q_sample(schedule, one, at_t, 0 * one) == pytest.approx(factor, rel=1e-6)
+        assert diffusion.q_sample(schedule, 0 * one, at_t, one) == pytest.approx(np.sqrt(variance), rel=1e-6)
+
+
+def test_question_8_if_the_betas_sum_to_infinity_it_falls_to_zero(rng):
+    """Constant ones, and the paper's range over more and more steps: in the end rounding leaves nothing of it."""
+    x_0 = rng.uniform(-1, 1, (1, 28, 28, 1))
+
+    def after(betas):
+        return diffusion.prior_kl({"alpha_bar": np.cumprod(1 - betas)}, x_0)[0]
+
+    for betas_of in (lambda T: np.full(T, 0.02), lambda T: np.linspace(1e-4, 0.02, T)):
+        values = [after(betas_of(T)) for T in (50, 100, 200, 400, 1000)]
+        assert np.all(np.diff(values) < 0)  # all above 1e-7, where rounding is below 1e-12
+        assert abs(after(betas_of(4000))) < 1e-9  # rounding, in whatever order it is added up
+    # -log(1 - a) = a + a^2 / 2 + ..: the terms in d alpha_bar cancel, and alpha_bar ||x_0||^2 / 2 is left.
+    assert after(np.full(800, 0.02)) == pytest.approx(0.5 * 0.98**800 * (x_0**2).sum(), rel=1e-3)
+    assert after(0.5 ** np.arange(2, 60)) > 100  # a finite sum: most of the image is left for ever
 
 
 def unscaled(T):
@@ -360,6 +429,46 @@ def test_question_8_the_cosine_schedule_ends_at_zero_but_for_the_clip():
 
 # ------------------------------------------------------------------------------------------------- 9: the reverse step
 # Data of a few points: then q(x_0 | x_t) is a sum over these, and everything about q(x_{t-1} | x_t) can be computed.
+
+
+def by_bayes_rule(beta, before, x_0, x_t):
+    """Mean and variance of x_{t-1} given x_t and x_0 from their joint Gaussian; ``before`` is alpha_bar_{t-1}."""
+    # x_{t-1} = sqrt(before) x_0 + sqrt(1 - before) e_1 and x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) e_2.
+    A = np.array([[np.sqrt(1 - before), 0], [np.sqrt((1 - beta) * (1 - before)), np.sqrt(beta)]])
+    covariance = A @ A.T
+    mean = np.sqrt(before) * x_0 * np.array([1, np.sqrt(1 - beta)])
+    gain = covariance[0, 1] / covariance[1, 1]
+    return mean[0] + gain * (x_t - mean[1]), covariance[0, 0] - gain * covariance[1, 0]
+
+
+def test_question_9_mean_and_variance_are_bayes_rule_on_the_joint_gaussian(schedule):
+    x_0 = 0.37
+    x_t = -0.81
+    pixel = np.ones((1, 1, 1, 1))
+    for t in range(2, 201):
+        mean, variance = by_bayes_rule(schedule["beta"][t], np.prod(1 - schedule["beta"][1:t]), x_0, x_t)
+        found_mean, found_variance = diffusion.q_posterior(schedule, x_0 * pixel, x_t * pixel, np.array([t]))
+        assert found_mean == pytest.approx(mean, rel=1e-5, abs=1e-6)
+        assert found_variance == pytest.approx(variance, rel=1e-5)
+        from_factors = float(schedule["posterior_x_0"][t]) * x_0 + float(schedule["posterior_x_t"][t]) * x_t
+        assert from_factors == pytest.approx(mean, abs=1e-7)  # the factors are float32
+        assert float(schedule["posterior_variance"][t]) == pytest.approx(variance, rel=1e-7)
+
+
+def test_question_9_the_mean_in_terms_of_the_noise(schedule, rng):
+    """(x_t - beta_t / sqrt(1 - alpha_bar_t) eps_t) / sqrt(alpha_t), with the eps_t of Eq. (7)."""
+    pixel = np.ones((1, 1, 1, 1), np.float32)
+    for t in range(2, 201):
+        alpha = 1 - schedule["beta"][t]
+        beta = schedule["beta"][t]
+        before = np.prod(1 - schedule["beta"][1:t])
+        x_0 = rng.uniform(-1, 1)
+        eps = rng.standard_normal()
+        x_t = np.sqrt(alpha * before) * x_0 + np.sqrt(1 - alpha * before) * eps
+        in_terms_of_eps = (x_t - beta / np.sqrt(1 - alpha * before) * eps) / np.sqrt(alpha)
+        assert in_terms_of_eps == pytest.approx(by_bayes_rule(beta, before, x_0, x_t)[0], abs=1e-9)
+        mean, _ = diffusion.q_posterior(schedule, x_0 * pixel, x_t * pixel, np.array([t]))
+        assert mean == pytest.approx(in_terms_of_eps, abs=1e-5)
 
 
 def normal(x, mean, variance):  # (P, d), (d,) -> (P,)
@@ -477,6 +586,48 @@ def test_question_9_the_bound_on_the_excess_of_the_variance():
 # -------------------------------------------------------------------------------------- 10: the KL of the reverse step
 
 
+def general_kl(m_1, S_1, m_2, S_2):
+    """D_KL(N(m_1, S_1) || N(m_2, S_2)), by matrices."""
+    inverse = np.linalg.inv(S_2)
+    log_ratio = np.linalg.slogdet(S_2)[1] - np.linalg.slogdet(S_1)[1]
+    return 0.5 * (np.trace(inverse @ S_1) - len(m_1) + (m_2 - m_1) @ inverse @ (m_2 - m_1) + log_ratio)
+
+
+def test_question_10_gaussian_kl_is_the_general_formula_for_diagonal_covariances(rng):
+    m_1, m_2 = rng.standard_normal((2, 5))
+    v_1, v_2 = np.exp(rng.standard_normal((2, 5)))
+    expected = general_kl(m_1, np.diag(v_1), m_2, np.diag(v_2))
+    assert diffusion.gaussian_kl(m_1, v_1, m_2, v_2).sum() == pytest.approx(expected, rel=1e-12)
+    equal = general_kl(m_1, np.diag(v_1), m_2, np.diag(v_1))
+    assert diffusion.gaussian_kl(m_1, v_1, m_2, v_1).sum() == pytest.approx(equal, rel=1e-12)
+    assert equal == pytest.approx((0.5 * (m_1 - m_2) ** 2 / v_1).sum(), rel=1e-12)
+    # The VAE's second term is the same divergence, to the prior.
+    expected = general_kl(m_1, np.diag(v_1), np.zeros(5), np.eye(5))
+    assert vae.kl_per_dimension(m_1, np.log(v_1)).sum() == pytest.approx(expected, rel=1e-12)
+
+
+def test_question_10_the_kl_is_the_weighted_squared_error_of_the_noise(schedule, rng):
+    """w_t ||eps - eps_theta||^2 with w_t = beta_t^2 / (2 beta~_t alpha_t (1 - alpha_bar_t)), by Eq. (6)."""
+    x_0 = rng.uniform(-1, 1, (1, 4, 6, 1))
+    eps, wrong = rng.standard_normal((2, 1, 4, 6, 1))
+    weights = diffusion.bound_weights(schedule)
+    assert weights.shape == (199,)
+    for t in range(2, 201, 9):
+        alpha_bar = schedule["alpha_bar"][t]
+        beta = schedule["beta"][t]
+        variance = (1 - alpha_bar / (1 - beta)) / (1 - alpha_bar) * beta
+        weight = beta**2 / (2 * variance * (1 - beta) * (1 - alpha_bar))
+        assert weights[t - 2] == pytest.approx(weight, rel=1e-6)
+        if schedule["sqrt_alpha_bar"][t] < 0.01:  # else float32 knows no better
+            continue
+        x_t = np.sqrt(alpha_bar) * x_0 + np.sqrt(1 - alpha_bar) * eps
+        x_0_theta = (x_t - np.sqrt(1 - alpha_bar) * wrong) / np.sqrt(alpha_bar)
+        mean, found_variance = diffusion.q_posterior(schedule, x_0, x_t, np.array([t]))
+        mean_theta, _ = diffusion.q_posterior(schedule, x_0_theta, x_t, np.array([t]))
+        kl = diffusion.gaussian_kl(mean, found_variance, mean_theta, found_variance).sum()
+        assert kl == pytest.approx(weight * ((eps - wrong) ** 2).sum(), rel=1e-4)
+
+
 def test_question_10_the_general_formula_is_the_expected_log_ratio(rng):
     """For covariances that are not diagonal, by Monte Carlo."""
     A, B = rng.standard_normal((2, 3, 3))
@@ -540,6 +691,28 @@ def test_question_10_the_weight_that_the_simple_loss_drops_is_large_only_at_smal
 
 
 # --------------------------------------------------------------------------------- 13: the latent of a diffusion model
+
+
+def test_question_12_where_nothing_is_clipped_the_step_is_line_4(schedule, rng):
+    """x_{t-1} = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t) + sqrt(beta~_t) z."""
+    for t in (1, 2, 10, 60, 100):
+        x_0 = 0.3 * images(rng, 3)
+        eps, z = rng.standard_normal((2, 3, 4, 6, 1), dtype=np.float32)
+        alpha_bar = np.prod(1 - schedule["beta"][1 : t + 1])
+        beta = schedule["beta"][t]
+        x_t = (np.sqrt(alpha_bar) * x_0 + np.sqrt(1 - alpha_bar) * eps).astype(np.float32)
+        mean = (x_t - beta / np.sqrt(1 - alpha_bar) * eps) / np.sqrt(1 - beta)
+        spread = np.sqrt((1 - alpha_bar / (1 - beta)) / (1 - alpha_bar) * beta)
+        asked = []
+
+        def eps_theta(x_t, t, eps=eps, asked=asked):
+            asked.append((x_t, t))
+            return eps
+
+        found = diffusion.p_sample(eps_theta, schedule, x_t, t, z)
+        np.testing.assert_allclose(found, mean + spread * z, atol=1e-4)
+        ((shown, times),) = asked
+        assert shown is x_t and times.tolist() == [t] * 3
 
 
 def test_question_13_the_latent_of_the_diffusion_model_tells_next_to_nothing_about_the_image():
@@ -637,7 +810,7 @@ DOCS = ROOT / "docs"
 TEXT = (DOCS / "homework.md").read_text(encoding="utf-8")
 
 
-def test_whatever_the_document_names_exists_and_it_names_every_test_of_both_files():
+def test_whatever_the_document_names_exists_and_it_names_every_test_of_this_file():
     tests = {
         file.stem: set(re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M))
         for file in Path(__file__).parent.glob("test_*.py")
@@ -645,8 +818,7 @@ def test_whatever_the_document_names_exists_and_it_names_every_test_of_both_file
     everywhere = set().union(*tests.values())
     named = set(re.findall(r"`(test_\w+)`", TEXT))
     assert named <= everywhere
-    ours = tests["test_homework"] | tests["test_answers"]
-    assert {name for name in ours if re.match(r"test_(question_\d|errata)", name)} <= named
+    assert {name for name in tests["test_answers"] if re.match(r"test_(question_\d|errata)", name)} <= named
     for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert link.startswith("https:") or (DOCS / link).exists(), link
     parts = {"": "", "machinery": "machinery.", "evaluate": "evaluate."}  # of the package
