@@ -6,7 +6,7 @@ The data are 2,000 points on two spirals. They take the place of images: a point
 is an image of one pixel with two channels, (N, 1, 1, 2), and diffusion.py and
 samplers.py work on it as they are. The best denoiser is known here. A small
 network learns by Algorithm 1 in ten seconds or so. The figure has its score
-beside the exact one, the ways of 200 points from noise to the spirals, and what
+beside the exact one, the paths of 200 points from noise to the spirals, and what
 a guide does to them.
 """
 
@@ -86,7 +86,7 @@ def init_network(rng, hidden=128):
 
 def network(params, x_t, t):  # (N, 1, 1, 2), (N,) -> (N, 1, 1, 2)
     """The predicted noise. Coordinates are embedded like times, as sines and cosines of 25 x: a plain MLP would need
-    far longer to learn what changes within so short a way as from one arm to the next (Tancik et al. 2020)."""
+    far longer to learn what changes within so short a distance as from one arm to the next (Tancik et al. 2020)."""
     x = x_t.reshape(-1, 2)
     seen = [time_embedding(25 * x[:, 0], WIDTH), time_embedding(25 * x[:, 1], WIDTH), time_embedding(t, WIDTH)]
     return np.reshape(mlp(params, np.concatenate(seen, axis=1), ops.silu), x_t.shape)
@@ -136,8 +136,8 @@ def noise(rng, N):
     return rng.standard_normal((N, 1, 1, 2), dtype=np.float32)
 
 
-def ways(eps_theta, x_T, rng):
-    """Name -> x_T, .., x_0 of a way from noise to the spirals, (T + 1, N, 1, 1, 2): Algorithm 2, DDIM, and Euler's
+def paths(eps_theta, x_T, rng):
+    """Name -> x_T, .., x_0 of a path from noise to the spirals, (T + 1, N, 1, 1, 2): Algorithm 2, DDIM, and Euler's
     steps of flow matching, which has coordinates of its own."""
     predict = partial(x_0_theta, eps_theta)
     scale, _ = samplers.flow_path(SCHEDULE)
@@ -147,7 +147,7 @@ def ways(eps_theta, x_T, rng):
         "DDIM": [x_T, *(x for _, x in samplers.sample(predict, SCHEDULE, x_T, None, eta=0.0))],
         "flow matching": [x_tau, *(x for _, x in samplers.euler(predict, SCHEDULE, x_tau))],
     }
-    return {name: np.stack(way) for name, way in found.items()}
+    return {name: np.stack(path) for name, path in found.items()}
 
 
 def distances(points, x):
@@ -164,7 +164,7 @@ def everything(points, params, early, rng):
     scores, steps, guidance = figure.subfigures(3, 1, height_ratios=[1.1, 1.1, 0.9])
     eps_theta = partial(network, params)
     draw_scores(scores, points, eps_theta, rng)
-    draw_ways(steps, points, ways(eps_theta, noise(rng, 200), rng))
+    draw_paths(steps, points, paths(eps_theta, noise(rng, 200), rng))
     draw_guidance(guidance, points, eps_theta, partial(network, early))
     return figure
 
@@ -177,22 +177,34 @@ def panel(axes, points, title, extent=1.1):
 
 def draw_scores(figure, points, eps_theta, rng, t=8):
     """The directions of the exact score and the learned one, dark where it is small; the loss of both at each t."""
-    figure.suptitle("the score points to where $x_t$ is more likely (dark: it is small)", fontsize="medium")
+    figure.suptitle(
+        "the score points to where $x_t$ is more likely (colour: its length, dark is short)", fontsize="medium"
+    )
     exact, learned, by_t = figure.subplots(1, 3)
-    line = np.linspace(-1.05, 1.05, 23, dtype=np.float32)
+    line = np.linspace(-1.02, 1.02, 17, dtype=np.float32)
     x_t = np.stack(np.meshgrid(line, line), axis=2).reshape(-1, 1, 1, 2)
     for axes, name, eps in ((exact, "exact", partial(exact_eps, points)), (learned, "learned", eps_theta)):
         panel(axes, points, f"{name}, t = {t}")
         arrows = score(eps, x_t, np.full(len(x_t), t)).reshape(-1, 2).T
         length = np.sqrt((arrows**2).sum(axis=0))
-        axes.quiver(*x_t.reshape(-1, 2).T, *arrows / length, length, width=0.006, scale=23, pivot="mid", zorder=0)
+        axes.quiver(
+            *x_t.reshape(-1, 2).T,
+            *arrows / length,
+            length,
+            width=0.008,
+            scale=18,
+            pivot="mid",
+            headlength=4,
+            headwidth=4,
+        )
     times = np.array([1, 2, 3, 5, 8, 12, 18, 25, 35, 50, 70, 100, 140, 200])
     losses = {"learned": [], "exact": []}
     for t in times:
-        x_0, eps = points[:1000], noise(rng, 1000)
-        x_t = diffusion.q_sample(SCHEDULE, x_0, np.full(1000, t), eps)
+        x_0, eps = np.tile(points, (4, 1, 1, 1)), noise(rng, 4 * len(points))
+        every_t = np.full(len(x_0), t)
+        x_t = diffusion.q_sample(SCHEDULE, x_0, every_t, eps)
         for name, predict in (("exact", partial(exact_eps, points)), ("learned", eps_theta)):
-            losses[name].append(diffusion.squared_errors(eps, predict(x_t, np.full(1000, t))).mean())
+            losses[name].append(diffusion.squared_errors(eps, predict(x_t, every_t)).mean())
     by_t.semilogx(times, losses["learned"], color="C0", label="learned")
     by_t.semilogx(times, losses["exact"], color="C1", linestyle="--", label="exact: no loss is lower")
     by_t.set_title("the loss at each t", fontsize="small")
@@ -201,26 +213,31 @@ def draw_scores(figure, points, eps_theta, rng, t=8):
     by_t.legend(fontsize="small")
 
 
-def draw_ways(figure, points, found, lines=12):
-    """A panel for each of the `ways`: where the points begin, where they end, and the way of some of them."""
-    figure.suptitle("from noise (orange) to samples (black), and the whole way of twelve points", fontsize="medium")
-    for axes, (name, way) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
-        x = way.reshape(len(way), -1, 2)
+def draw_paths(figure, points, found):
+    """A panel for each of the `paths`: where the points begin, where they end, and the whole path of some of them."""
+    figure.suptitle("from noise (orange) to samples (black), and the whole path of some points", fontsize="medium")
+    for axes, (name, path) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        x = path.reshape(len(path), -1, 2)
         panel(axes, points, f"{name}: {detour(x):.1f} times the distance", 2.6)
-        axes.scatter(*x[0].T, s=3, color="C1", linewidths=0)
+        axes.scatter(*x[0].T, s=3, color="C1", linewidths=0, zorder=3)
         axes.scatter(*x[-1].T, s=3, color="black", linewidths=0, zorder=3)
-        axes.plot(x[:, :lines, 0], x[:, :lines, 1], color="C0", linewidth=0.8)
+        followed = 3 if name == "Algorithm 2" else 12  # its paths are so long that more would hide all else
+        axes.plot(x[:, :followed, 0], x[:, :followed, 1], linewidth=0.5 if followed == 3 else 0.8)
+        for end in (x[0], x[-1]):
+            axes.scatter(*end[:followed].T, s=18, facecolors="none", edgecolors="black", linewidths=0.7, zorder=4)
 
 
 def detour(x):
-    """How long the ways are, (T + 1, N, 2), as a multiple of the distance between their two ends."""
+    """How long the paths are, (T + 1, N, 2), as a multiple of the distance between their two ends."""
     lengths = np.sqrt(((x[1:] - x[:-1]) ** 2).sum(axis=2)).sum(axis=0)
     return lengths.sum() / np.sqrt(((x[-1] - x[0]) ** 2).sum(axis=1)).sum()
 
 
 def draw_guidance(figure, points, eps_theta, eps_guide, N=1000):
     """Samples of the guide alone, unguided ones of the network, and of the network guided away from the guide."""
-    figure.suptitle(f"1,000 samples, guided w times; red: farther than {FAR} from the data (grey)", fontsize="medium")
+    figure.suptitle(
+        f"1,000 samples, guidance of strength w; red: farther than {FAR} from the data (grey)", fontsize="medium"
+    )
     titles = {-1: "the guide alone", 0: "w = 0", 1: "w = 1", 2: "w = 2"}  # w = -1 leads to what the guide predicts
     for axes, (w, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         x_0 = guided_samples(eps_theta, eps_guide, w, N)
@@ -231,7 +248,7 @@ def draw_guidance(figure, points, eps_theta, eps_guide, N=1000):
 
 
 def animation(points, found, frames=16):
-    """Algorithm 2 beside DDIM, of the `ways`: in a notebook HTML(animation(..).to_jshtml()) has a slider for t."""
+    """Algorithm 2 beside DDIM, of the `paths`: in a notebook HTML(animation(..).to_jshtml()) has a slider for t."""
     figure = plots.new_figure(5, 2.8)
     figure.set_dpi(60)  # a frame is a picture of its own
     dots = {}

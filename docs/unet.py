@@ -100,7 +100,10 @@ def drawing(params):
 
     figure = plots.new_figure(7.5, 4.8)
     axes = figure.add_subplot()
-    title = f"the U-Net: its layers, their parameters ({total:,} in all), and what they hand on: H x W x C"
+    of_t = total - sum(box.size for box in images.values())
+    title = (
+        f"the U-Net: layers, their {total:,} parameters ({in_thousands(of_t)} for t, not drawn), and outputs, H x W x C"
+    )
     axes.set_title(title, fontsize="medium")
     axes.set(xlim=(-0.5, len(images) - 0.5), ylim=(-0.45, len(rows) - 0.55))
     axes.axis("off")
@@ -110,7 +113,8 @@ def drawing(params):
         sees_t = any(other.startswith("time") for other in box.inputs)
         axes.bar(column, 0.8, 0.86, row - 0.4, color="#ffc98f" if sees_t else "#a9cbe8" if box.size else "#e3e3e3")
         size = f", {in_thousands(box.size)}" if box.size else ""
-        text = f"{name.split()[0]}{size}\n{' x '.join(map(str, box.shape[1:]))}"
+        label = "x_t, black, group mean" if name == "x" else name.split()[0]
+        text = f"{label}{size}\n{' x '.join(map(str, box.shape[1:]))}"
         axes.text(column, row, text, rotation=90, ha="center", va="center", fontsize=6.5)
         for other in sorted(box.inputs & images.keys()):
             start, _ = place[other]
@@ -118,9 +122,13 @@ def drawing(params):
                 above = row + 0.44 + 0.06 * skips
                 axes.plot([start, start, column, column], [row + 0.4, above, above, row + 0.4], color="C3", linewidth=1)
                 skips += 1
-    for label, colour in (("takes t as well", "#ffc98f"), ("layer", "#a9cbe8"), ("rearranges", "#e3e3e3")):
+    for label, colour in (
+        ("takes t as well (global: mixes all pixels of a channel)", "#ffc98f"),
+        ("layer", "#a9cbe8"),
+        ("rearranges", "#e3e3e3"),
+    ):
         axes.bar(0, 0, color=colour, label=label)
-    axes.plot([], [], color="C3", label="is needed once more, further on")
+    axes.plot([], [], color="C3", label="skip connection")
     axes.legend(loc="upper center", fontsize="small", frameon=False)
     return figure
 

@@ -139,7 +139,7 @@ def test_its_encoder_is_numpys(seen, inputs):
 
 def test_every_control_moves_what_it_says(seen):
     assert {what: result for what, result in seen["controls"].items() if result is not True} == {}
-    assert len(seen["controls"]) == 15
+    assert len(seen["controls"]) == 16
 
 
 def test_active_dimensions_change_the_garment_and_collapsed_ones_do_not(seen, text):

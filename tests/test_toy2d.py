@@ -110,12 +110,12 @@ def test_a_guide_takes_the_outliers_away(points, trained):
 
 
 def test_the_ways_begin_in_one_noise_and_ddim_is_flow_matching(trained, rng):
-    ways = toy2d.ways(trained[0], toy2d.noise(rng, 50), rng)
+    paths = toy2d.paths(trained[0], toy2d.noise(rng, 50), rng)
     scale, _ = samplers.flow_path(SCHEDULE)
-    assert {way.shape for way in ways.values()} == {(201, 50, 1, 1, 2)}
-    assert np.array_equal(ways["DDIM"][0], ways["Algorithm 2"][0])
-    np.testing.assert_allclose(ways["flow matching"] * scale[::-1].reshape(-1, 1, 1, 1, 1), ways["DDIM"], atol=1e-3)
-    detours = {name: toy2d.detour(way.reshape(201, 50, 2)) for name, way in ways.items()}
+    assert {path.shape for path in paths.values()} == {(201, 50, 1, 1, 2)}
+    assert np.array_equal(paths["DDIM"][0], paths["Algorithm 2"][0])
+    np.testing.assert_allclose(paths["flow matching"] * scale[::-1].reshape(-1, 1, 1, 1, 1), paths["DDIM"], atol=1e-3)
+    detours = {name: toy2d.detour(path.reshape(201, 50, 2)) for name, path in paths.items()}
     print(detours)
     assert 1 < detours["DDIM"] < 2 and detours["Algorithm 2"] > 10
 
@@ -130,7 +130,7 @@ def test_the_program_writes_the_figure(tmp_path, monkeypatch, capsys):
 
 def test_the_animation_has_a_frame_for_each_t_and_is_small(points, rng):
     eps_theta = partial(toy2d.network, toy2d.init_network(rng))
-    ways = toy2d.ways(eps_theta, toy2d.noise(rng, 200), rng)
-    text = toy2d.animation(points, ways, frames=5).to_jshtml()
+    paths = toy2d.paths(eps_theta, toy2d.noise(rng, 200), rng)
+    text = toy2d.animation(points, paths, frames=5).to_jshtml()
     assert text.count("data:image/png") == 6
     assert len(text) < 200_000

@@ -27,7 +27,7 @@ def eps_theta_of(params):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--epochs", type=int, default=7, help="passes over the training images")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate; it falls along a cosine to 0")
+    parser.add_argument("--lr", type=float, default=1e-2, help="peak learning rate; it falls along a cosine to 0")
     parser.add_argument("--seed", type=int, default=0, help="decides every random number")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the four FashionMNIST files")
     parser.add_argument("--out", type=Path, default=Path("runs/ddpm"), help="folder for the figures")
