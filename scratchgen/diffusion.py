@@ -180,7 +180,7 @@ def bound_weights(schedule):
 def bound_terms(x_0_theta, schedule, x_0, t, eps, groups=None):
     """L_{t-1} of each image at its own t, in nats, (N,) float64; eps (N, H, W, C) leads to the x_t that it is for.
 
-    Where x_0_theta is told the group of each image, it is of the bound of -log p(x_0 | group)."""
+    If x_0_theta takes the group of each image, these are the terms of the bound of -log p(x_0 | group)."""
     x_t = q_sample(schedule, x_0, t, eps)
     mean, variance = q_posterior(schedule, x_0, x_t, t)
     mean_theta, _ = q_posterior(schedule, x_0_theta(x_t, t, groups), x_t, t)

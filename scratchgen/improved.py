@@ -8,7 +8,7 @@ An effect is a change of the Frechet distance between samples and test images (l
 classifier; docs/quality.md), drawn unguided in 20 steps of `samplers.py` unless it says otherwise.
 
 Dimensions: N images, H height, W width. Images are (N, H, W, 1) in [-1, 1], t is (N,) integers in 1..T. ``groups``
-are (N,) integers, the group of each image (`Groups`), -1 for none; None where the network is told of no groups.
+are (N,) integers, the group of each image (`Groups`), -1 for none; None where the network takes no groups.
 """
 
 import math
@@ -173,9 +173,9 @@ class Groups:
 
     To draw an image is to draw its group first, and then an image of that group: p(x) = sum over g of p(g) p(x | g),
     with p(g) the share. The network sees the mean image of g as one more channel of its input. So it need not find out
-    from noise alone what kind of garment to draw, nor how often; that is counted. No label is needed. That a network is
-    better when it is told of groups which nobody has labelled: Bao et al. 2022; Adaloglou et al. 2025. They group the
-    features of another network, and embed the number of the group. Here images are grouped by their pixels, and the
+    from noise alone what kind of garment to draw, nor how often; that is counted. No label is needed. A network that
+    takes groups which nobody has labelled draws better: Bao et al. 2022; Adaloglou et al. 2025. They group the features
+    of another network, and embed the number of the group. Here images are grouped by their pixels, and the
     mean is seen. Effect: Frechet distance 2.1 -> 1.2, guided; 18 -> 6 unguided after two minutes of training.
     """
 

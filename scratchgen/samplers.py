@@ -1,7 +1,7 @@
 """Published samplers that take fewer steps than T, for any model that predicts x_0.
 
-Dimensions: N images, H height, W width. Images are (N, H, W, 1) in [-1, 1]; t and s are integers in 0..T, and s < t is
-the time that a sampler visits after t. x_0_theta(x_t, t) is any function that predicts x_0, with t an array (N,).
+Dimensions: N images, H height, W width, C channels. Images are (N, H, W, C) in [-1, 1]; t and s are integers in 0..T,
+and s < t is the time that a sampler visits after t. x_0_theta(x_t, t) is any function that predicts x_0, t an array (N,).
 """
 
 import math
@@ -50,7 +50,7 @@ def timesteps(T, steps=None):
 
 
 def ddim_step(schedule, x_t, x_0, t, s, eta=0.0, rng=None):
-    """One step from t to s, given the predicted x_0 (Song, Meng and Ermon 2021, Eqs. 12 and 16): (N, H, W, 1).
+    """One step from t to s, given the predicted x_0 (Song, Meng and Ermon 2021, Eqs. 12 and 16): (N, H, W, C).
 
     Derive the eps that leads from x_0 to x_t, and put both into Eq. (4) of Ho et al. at time s,
 
@@ -124,7 +124,7 @@ def flow_path(schedule):
     return scale, schedule["sqrt_one_minus_alpha_bar"] / scale
 
 
-def velocity(x_0_theta, schedule, x_tau, t):  # (N, H, W, 1) -> (N, H, W, 1)
+def velocity(x_0_theta, schedule, x_tau, t):  # (N, H, W, C) -> (N, H, W, C)
     """E[eps - x_0 | x_tau], according to a network that was trained on x_t; t is one integer, not 0."""
     scale, tau = flow_path(schedule)
     x_0 = x_0_theta(scale[t] * x_tau, np.full(len(x_tau), t))

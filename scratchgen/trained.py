@@ -84,7 +84,7 @@ class DDPM:
         self.early = arrays.get("early")
 
     def groups_of(self, x_0, labels=None):
-        """The groups of images of these classes, (N,): what the network is told of an image in training."""
+        """The group of each image, (N,), which the network sees in training; ``labels`` are their classes."""
         return None if self.groups is None else self.groups.of(x_0, labels)
 
     def eps_theta(self, x_t, t, groups=None):

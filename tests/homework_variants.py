@@ -598,6 +598,132 @@ def negative_elbo(encode, decode, batch):
             "t, not t - 1": ("", "x = p_sample(eps_theta, schedule, x, t, rng.standard_normal(x.shape)); t += 1"),
         }.items()
     ),
+    (
+        4,
+        "the same noise in all dimensions",
+        """
+def reparameterise(mu, log_var, eps):
+    return mu + np.exp(0.5 * log_var) * eps[:, :1]""",
+    ),
+    (
+        4,
+        "the noise of the first image for all",
+        """
+def reparameterise(mu, log_var, eps):
+    return mu + np.exp(0.5 * log_var) * eps[:1]""",
+    ),
+    (
+        4,
+        "the noise of another image",
+        """
+def reparameterise(mu, log_var, eps):
+    return mu + np.exp(0.5 * log_var) * eps[::-1]""",
+    ),
+    (
+        4,
+        "a gradient that is not a number at large logits",
+        """
+def bernoulli_log_likelihood(logits, x):
+    softplus = np.where(logits > 0, logits + np.log1p(np.exp(-logits)), np.log1p(np.exp(logits)))
+    return np.sum((x * logits - softplus).reshape((len(x), -1)), axis=1)""",
+    ),
+    (
+        4,
+        "another gradient at a logit of zero",
+        """
+def bernoulli_log_likelihood(logits, x):
+    terms = x * logits - np.maximum(logits, 0) * (logits > 0) - np.log1p(np.exp(-np.abs(logits)))
+    return np.sum(terms.reshape((len(x), -1)), axis=1)""",
+    ),
+    (
+        6,
+        "the dimensions in the order of their numbers",
+        """
+def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):
+    i, j = max(i, j), min(i, j)
+    values = np.linspace(-extent, extent, n, dtype=np.float32)
+    z = np.zeros((n, n, latent_dim), np.float32)
+    z[:, :, i] = values[None, :]
+    z[:, :, j] = values[::-1, None]
+    return grid(decode(z.reshape(n * n, latent_dim)), n, "title")""",
+    ),
+    (
+        7,
+        "noise subtracted",
+        """
+def q_sample(schedule, x_0, t, eps):
+    a = at(schedule["alpha_bar"], t)
+    return np.sqrt(a) * x_0 - np.sqrt(1 - a) * eps""",
+    ),
+    (
+        7,
+        "x_t clipped",
+        """
+def q_sample(schedule, x_0, t, eps):
+    a = at(schedule["alpha_bar"], t)
+    return np.clip(np.sqrt(a) * x_0 + np.sqrt(1 - a) * eps, -1, 1)""",
+    ),
+    (
+        7,
+        "x_0 changed in place",
+        """
+def q_sample(schedule, x_0, t, eps):
+    a = at(schedule["alpha_bar"], t)
+    x_0 *= np.sqrt(a)
+    x_0 += np.sqrt(1 - a) * eps
+    return x_0""",
+    ),
+    (
+        7,
+        "the noise of the first row in all rows",
+        """
+def q_sample(schedule, x_0, t, eps):
+    a = at(schedule["alpha_bar"], t)
+    return np.sqrt(a) * x_0 + np.sqrt(1 - a) * eps[:, :1]""",
+    ),
+    (
+        7,
+        "each image's mean grey",
+        """
+def q_sample(schedule, x_0, t, eps):
+    a = at(schedule["alpha_bar"], t)
+    return np.sqrt(a) * np.mean(x_0, axis=(1, 2, 3), keepdims=True) + np.sqrt(1 - a) * eps""",
+    ),
+    (
+        7,
+        "the sign of the noise lost",
+        """
+def q_sample(schedule, x_0, t, eps):
+    a = at(schedule["alpha_bar"], t)
+    return np.sqrt(a) * x_0 + np.sqrt(1 - a) * np.abs(eps)""",
+    ),
+    (
+        8,
+        "channels forgotten",
+        """
+def prior_kl(schedule, x_0):
+    a = schedule["alpha_bar"][-1]
+    x = np.asarray(x_0, np.float64)
+    d = x.shape[1] * x.shape[2]
+    return 0.5 * (a * (np.sum(x**2, axis=(1, 2, 3)) - d) - d * np.log1p(-a))""",
+    ),
+    (
+        11,
+        "the same noise in all rows",
+        """
+def draw_batch(schedule, x_0, rng):
+    N, H, W, C = x_0.shape
+    eps = np.repeat(rng.standard_normal((N, 1, W, C), dtype=np.float32), H, axis=1)
+    return x_0, rng.integers(1, schedule["T"] + 1, N), eps""",
+    ),
+    (
+        11,
+        "t in eight bits",
+        """
+def draw_batch(schedule, x_0, rng):
+    t = rng.integers(1, schedule["T"] + 1, len(x_0)).astype(np.int8)
+    return x_0, t, rng.standard_normal(x_0.shape, dtype=np.float32)""",
+    ),
 ]
 
 RIGHT = [
@@ -889,5 +1015,18 @@ def sample(eps_theta, schedule, x_T, rng):
         t = t - 1
         pairs.append((t, x))
     return pairs""",
+    ),
+    (
+        4,
+        "log_var softly bounded",
+        """
+def mlp_encode(params, x):
+    h = mlp(params["encoder"], x.reshape((len(x), -1)))
+    D = h.shape[1] // 2
+    return h[:, :D], 6 * np.tanh(h[:, D:])
+def init_mlp_vae(rng, latent_dim):
+    return {"encoder": init_mlp(rng, [784, 100, 2 * latent_dim]), "decoder": init_mlp(rng, [latent_dim, 100, 784])}
+def mlp_decode(params, z):
+    return mlp(params["decoder"], z).reshape((len(z), 28, 28, 1))""",
     ),
 ]

@@ -167,6 +167,7 @@ def test_the_readme_and_the_questions_have_the_points_of_the_sheet():
     of_code = {question: sum(functions.values()) for question, functions in handout.FUNCTIONS.items()}
     rest = {question: points - of_code.get(question, 0) for question, points in handout.POINTS.items()}
     assert by_hand == {question: points for question, points in rest.items() if points}
+    rubric = " ".join(rubric.split())
     assert f"{sum(of_code.values()):g} of 29" in rubric and f"the {sum(rest.values()):g} others" in rubric
 
 

@@ -40,6 +40,7 @@ def main(argv=None):
     schedule = diffusion.make_schedule("linear", T)
     test_batch = diffusion.draw_batch(schedule, x_test, rng)
     params = init_unet(rng)
+    next(iter(diffusion.sample(eps_theta_of(params), schedule, x_test[:1].copy(), rng)))  # fails now, or not at the end
     average = tree.map(np.copy, params)  # of the weights, over the last steps: its samples are better
     moments = init_moments(params)
     print(f"{tree.size(params):,} parameters, {len(data['train_images']):,} training images")

@@ -53,9 +53,10 @@ def make_schedule(name, T):
 
 
 def q_sample(schedule, x_0, t, eps):
-    """x_t, drawn from q(x_t | x_0) in one step, from the noise eps, each image with its own t.
+    """x_t of Eq. (7): drawn from q(x_t | x_0) in one step, from the noise eps, each image with its own t.
 
-    x_0: (N, H, W, C). t: (N,). eps: (N, H, W, C), drawn from N(0, I). Returns x_t: (N, H, W, C).
+    x_0: (N, H, W, C). t: (N,). eps: (N, H, W, C), drawn from N(0, I). Returns x_t: (N, H, W, C), a new
+    array.
     """
     raise NotImplementedError("question 7: write q_sample")
 

@@ -62,7 +62,7 @@ def curves(log, ylabel):
 def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):
     """n x n images decoded from codes of which dimensions i and j vary, and all others are zero.
 
-    decode: a function of z (.., latent_dim) that returns images (.., 28, 28, 1) in [0, 1]. z_i and z_j take n values
+    decode: a function of z (N, latent_dim) that returns images (N, 28, 28, 1) in [0, 1]. z_i and z_j take n values
     each, evenly from -extent to extent; z_i grows to the right and z_j upwards. Returns a matplotlib figure.
     """
     raise NotImplementedError("question 6: write plot_latents")

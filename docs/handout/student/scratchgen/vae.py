@@ -33,7 +33,7 @@ def reparameterise(mu, log_var, eps):
 
 
 def kl_per_dimension(mu, log_var):
-    """The KL divergence from the prior to q(z | x), D_KL(q(z_j | x) || p(z_j)), for each latent dimension j.
+    """The KL divergence D_KL(q(z_j | x) || p(z_j)) for each latent dimension j.
 
     mu, log_var: (N, D). Returns (N, D), in nats: not yet summed over the dimensions.
     """
@@ -43,9 +43,10 @@ def kl_per_dimension(mu, log_var):
 def bernoulli_log_likelihood(logits, x):
     """log p(x | z) of each image, the sum over its pixels, in nats.
 
-    logits: (N, ...), the decoder's outputs; x: the same shape, in [0, 1]. Returns (N,). For a grey pixel x the
-    log-probability of 1 counts by x and that of 0 by the rest. Logits of 1000 and -1000 must not overflow, nor make
-    minus infinity. The gradient of the logits has to be right, x needs none.
+    logits: (N, ...), the decoder's outputs; x: the same shape, in [0, 1]. Returns (N,). Of a grey pixel x, the
+    log-probability of 1 has the weight x and that of 0 the weight 1 - x. Logits of 1000 and -1000 must not overflow,
+    nor make minus infinity. The gradient of the logits has to be right, there, too, and at 0; x needs none.
+    (`ops.sigmoid` has no gradient: autograd does not record it.)
     """
     raise NotImplementedError("question 4: write bernoulli_log_likelihood")
 
@@ -53,8 +54,9 @@ def bernoulli_log_likelihood(logits, x):
 def elbo_terms(encode, decode, batch):
     """Both terms of Eq. (1) for each image, the first estimated by one draw of z.
 
-    encode: a function of x (N, 28, 28, 1) that returns the pair (mu, log_var), each (N, D). decode: a function of z
-    (N, D) that returns logits (N, 28, 28, 1). batch: the pair (x, eps), images and noise (N, D) from N(0, I).
+    encode: a function of x (N, H, W, 1) that returns the pair (mu, log_var), each (N, D). decode: a function of z
+    (N, D) that returns logits (N, H, W, 1); images may have any size here. batch: the pair (x, eps), images and noise
+    (N, D) from N(0, I).
     Returns the pair (reconstruction, kl), each (N,): the first term, and the divergence that is subtracted from it.
     """
     raise NotImplementedError("question 4: write elbo_terms")
@@ -68,16 +70,17 @@ def elbo_terms(encode, decode, batch):
 def init_mlp_vae(rng, latent_dim):
     """The parameters of encoder and decoder, a tree (dicts and lists) of float32 arrays, all drawn from ``rng``.
 
-    rng: a numpy.random.Generator. latent_dim: D. Every array must have an effect on mu, log_var or the logits.
+    rng: a numpy.random.Generator. latent_dim: D. Every array has one dimension or more, and an effect on
+    mu, log_var or the logits.
     """
     raise NotImplementedError("question 4: write init_mlp_vae")
 
 
 def mlp_encode(params, x):
-    """The encoder: a network with at least one hidden layer, and two outputs that have weights of their own.
+    """The encoder: a network with at least one hidden layer, and two outputs, each with weights of its own.
 
     params: of `init_mlp_vae`. x: (N, 28, 28, 1) in [0, 1]. Returns the pair (mu, log_var), each (N, D); log_var may be
-    negative. What it returns for an image depends on no other image.
+    negative. The two halves of one last layer will do. What it returns for an image depends on no other image.
     """
     raise NotImplementedError("question 4: write mlp_encode")
 
