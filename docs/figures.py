@@ -8,21 +8,22 @@ The runs, from the folder of the run scripts:
   python run_vae.py --beta 10 --out runs/vae-beta-10
   python run_ddpm.py --T 200
   python run_ddpm.py --T 200 --classes --out runs/ddpm-classes
+  python run_ddpm.py --T 200 --additions none --out runs/ddpm-none
+  (and with --seed 1 and 2: runs/ddpm-none-1, runs/ddpm-none-2)
 
-Those that are not there are left out. With all of them it takes an hour on two
-cores. (Made elsewhere: ddpm_ablation.png by ablation.py, micro.png by
-scratchgen/micro.py, scaling.png by tests/benchmarks/scaling.py, toy2d.png and
-unet.png by programs of these names.)
+Those that are not there are left out. With all of them it takes half an hour
+on two cores. (Made elsewhere: ddpm_ablation.png by ablation.py, scaling.png by
+tests/benchmarks/scaling.py, classifier_drawn.png by train_classifier.py,
+toy2d.png and unet.png by programs of these names.)
 """
 
 import ast
-import importlib
-import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +41,12 @@ BETAS = {0: "vae-beta-0", 1: "vae", 10: "vae-beta-10"}
 TEXTS = [ROOT / "README.md", HERE / "homework.md", HERE / "quality.md"]
 NUMBERS = HERE / "numbers.json"  # what the texts say of each run
 OF_RUN = {  # the run that a figure of docs/figures/ comes from -> its figures
-    "vae": ("loss", "samples", "reconstructions", "latents", "interpolation", "codes", "latent_use"),
-    "ddpm": ("loss", "samples", "trajectory", "forward", "sampling", "nearest", "bound", "steps", "guidance"),
+    "vae": ("loss", "samples", "reconstructions", "latents", "latent_use"),
+    "ddpm": ("samples", "forward", "nearest", "bound", "steps", "guidance"),
     "ddpm-classes": ("guidance",),
+    "ddpm-none": ("loss", "samples", "trajectory"),
 }
+NUMBERS_ONLY = ["ddpm-none-1", "ddpm-none-2"]
 
 
 def parse_arguments(argv):
@@ -61,7 +64,7 @@ def main(argv=None):
     if args.text:
         write_texts()
         return
-    runs = [*BETAS.values(), "ddpm", "ddpm-classes"]
+    runs = [*BETAS.values(), *(run for run in OF_RUN if run not in BETAS.values()), *NUMBERS_ONLY]
     there = [run for run in runs if (args.runs / run / "checkpoint.npz").exists()]
     if not there:
         raise cli.UsageError(f"{args.runs}: expected finished runs in it; --help says which commands make them")
@@ -73,8 +76,8 @@ def main(argv=None):
     # A finished run that is resumed draws its figures again.
     again = ["--resume", "--data", args.data, "--workers", args.workers, "--out"]
     measure = ["-m", "scratchgen.evaluate", "--data", args.data, "--workers", args.workers]
-    frechet, guides = ["--frechet", 10_000], ["--guide", "early", "unlabelled"]
-    steps = ["--sampler", *samplers.SAMPLERS, "--steps", 5, 10, 20]
+    frechet, guides = ["--frechet", 3000], ["--guide", "early", "unlabelled"]
+    steps = ["--sampler", "ddpm", "sde-dpm++", "--steps", 20, 50, 200]
     commands = {
         "vae": [
             [ROOT / "run_vae.py", *again, args.runs / "vae"],
@@ -84,14 +87,16 @@ def main(argv=None):
             [ROOT / "run_ddpm.py", "--T", 200, *again, args.runs / "ddpm"],
             [*measure, args.runs / "ddpm", "--bound", 100],
             [*measure, args.runs / "ddpm", *frechet, *steps],
-            [*measure, args.runs / "ddpm", *frechet, "--sampler", "ddpm", "--steps", 200],
             [*measure, args.runs / "ddpm", *frechet, "--guidance", 0, 0.25, 0.5, 1],
-            [HERE / "sweeps.py", args.runs / "ddpm"],
+            [HERE / "sweeps.py", args.runs / "ddpm", *frechet],
         ],
         "ddpm-classes": [
             [ROOT / "run_ddpm.py", "--T", 200, "--classes", *again, args.runs / "ddpm-classes"],
             [*measure, args.runs / "ddpm-classes", *frechet, "--guidance", 0, 0.5, 1, 2, *guides],
-            [HERE / "sweeps.py", args.runs / "ddpm-classes"],
+            [HERE / "sweeps.py", args.runs / "ddpm-classes", *frechet],
+        ],
+        "ddpm-none": [
+            [ROOT / "run_ddpm.py", "--T", 200, "--additions", "none", *again, args.runs / "ddpm-none"],
         ],
     }
     for run in there:
@@ -99,9 +104,9 @@ def main(argv=None):
             if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
                 sys.exit(status)  # it has said what is wrong
         for name in OF_RUN.get(run, ()):
-            pattern = {"latents": "latents_*.png", "sampling": "sampling.gif"}.get(name, f"{name}.png")
+            pattern = "latents_*.png" if name == "latents" else f"{name}.png"
             newest = max((args.runs / run).glob(pattern), key=lambda path: path.stat().st_mtime)
-            shutil.copyfile(newest, FIGURES / f"{run.replace('-', '_')}_{name}{newest.suffix}")
+            shutil.copyfile(newest, FIGURES / f"{run.replace('-', '_')}_{name}.png")
     data = load_fashion_mnist(args.data)
     x_test = data["test_images"]
     if set(BETAS.values()) <= set(there):
@@ -159,24 +164,32 @@ def with_numbers(text, numbers):
 
 
 def with_code(text):
-    """The text with each function that a comment <!-- code: module.name ... --> asks for in the block below it."""
+    """The text with each function that a comment <!-- code: module.name ... --> asks for in the block below it;
+    module.name:loop asks for the innermost loop of a function."""
 
     def block(match):
-        places = (place.rsplit(".", 1) for place in match[1].split())
-        functions = (getattr(importlib.import_module(f"scratchgen.{module}"), name) for module, name in places)
-        return f"<!-- code: {match[1]} -->\n```python\n" + "\n\n\n".join(map(code_of, functions)) + "\n```\n"
+        return f"<!-- code: {match[1]} -->\n```python\n" + "\n\n\n".join(map(code_of, match[1].split())) + "\n```\n"
 
     return re.sub(r"<!-- code: ([^\n]+) -->\n(?:```python\n.*?\n```\n)?", block, text, flags=re.DOTALL)
 
 
-def code_of(function):
-    """The source of a function without its docstring."""
-    source = inspect.getsource(function)
-    lines, definition = source.rstrip().splitlines(), ast.parse(source).body[0]
-    if ast.get_docstring(definition):
-        docstring = definition.body[0]
-        del lines[docstring.lineno - 1 : docstring.end_lineno]
-    return "\n".join(lines)
+def code_of(place):
+    """The source of a function without its docstring, or of its innermost loop."""
+    function, _, loop = place.partition(":")
+    module, name = function.split(".")
+    path = next(path for path in (ROOT / "scratchgen" / f"{module}.py", ROOT / f"{module}.py") if path.exists())
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    node = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
+    if loop:
+        *_, node = (inner for inner in ast.walk(node) if isinstance(inner, ast.For))
+    elif ast.get_docstring(node):
+        docstring = node.body[0]
+        for number in range(docstring.lineno - 1, docstring.end_lineno):
+            lines[number] = None
+    first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+    kept = lines[first - 1 : node.end_lineno]
+    return textwrap.dedent("\n".join(line for line in kept if line is not None))
 
 
 def beta_rows(models, x):

@@ -42,7 +42,7 @@ def page(data):
 
 
 def contents(data):
-    """What the page is told, by name; arrays are as `encoded` gives them."""
+    """The data of the page, by name; arrays are as `encoded` gives them."""
     x, labels = scale(data["test_images"], 0, 1), data["test_labels"]
     mu, log_var = load_trained("vae").encode(x)
     active = np.flatnonzero(active_units(mu))

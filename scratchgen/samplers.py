@@ -1,7 +1,7 @@
 """Published samplers that take fewer steps than T, for any model that predicts x_0.
 
 Dimensions: N images, H height, W width, C channels. Images are (N, H, W, C) in [-1, 1]; t and s are integers in 0..T,
-and s < t is the time that a sampler visits after t. x_0_theta(x_t, t) is any function that predicts x_0, t an array (N,).
+and s < t is the time that a sampler visits after t. x_0_theta(x_t, t) is any function that predicts x_0; t is (N,).
 """
 
 import math

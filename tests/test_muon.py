@@ -92,6 +92,6 @@ def test_the_texts_say_how_many_of_the_weights_it_steps(rng):
     comment = re.sub(r"\n# ", " ", (ROOT / "scratchgen" / "muon.py").read_text())
     assert f"Muon steps {with_blocks} of the weights, or {without} without the global blocks; {gated} of" in comment
     assert f"{conv} of the convolutional VAE" in comment
-    quality = (ROOT / "docs" / "quality.md").read_text()
+    quality = " ".join((ROOT / "docs" / "quality.md").read_text().split())
     assert f"({without} of the weights without the global blocks, {with_blocks} with them)" in quality
     assert f"({gated} and {conv} of the weights)" in quality

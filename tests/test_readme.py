@@ -9,6 +9,7 @@ import sys
 import run_ddpm
 from scratchgen.machinery import cli
 
+import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,9 +65,31 @@ def test_the_line_to_break_at_is_behind_the_gradient():
     assert "gradient = value_and_grad(" in (ROOT / "run_vae.py").read_text(encoding="utf-8").splitlines()[number - 2]
 
 
-def test_what_the_readme_links_to_and_names_exists():
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
-        assert link.startswith("https:") or (ROOT / link).exists(), link
+@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)
+def test_what_a_text_links_to_exists(path):
+    """And is committed: a figure that git ignores is there only where it was made."""
+    tracked = git("ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    for link, place in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):
+        target = (path.parent / link).resolve() if link else path
+        if link.startswith("https:"):
+            continue
+        name = target.relative_to(ROOT).as_posix()
+        assert target.exists() and (not tracked or any(f"{file}/".startswith(f"{name}/") for file in tracked)), link
+        if place:
+            headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M)
+            assert place in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], place
+
+
+def git(*arguments):
+    """What git says, or nothing: the tests may run on a copy that is no repository, or where there is no git."""
+    try:
+        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return result.stdout if result.returncode == 0 else ""
+
+
+def test_the_flags_that_the_readme_names_are_flags():
     for flag in re.findall(r"`(--[a-z-]+)", README):
         parser = cli.run_parser("", "", run_ddpm.EPOCHS, 1, 1.0, "")
         known = {option for action in parser._actions for option in action.option_strings} | {
