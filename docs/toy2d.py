@@ -6,8 +6,8 @@ The data are 2,000 points on two spirals. They take the place of images: a point
 is an image of one pixel with two channels, (N, 1, 1, 2), and diffusion.py and
 samplers.py work on it as they are. The best denoiser is known here. A small
 network learns by Algorithm 1 in ten seconds or so. The figure has its score
-beside the exact one, the paths of 200 points from noise to the spirals, and what
-a guide does to them.
+beside the exact one, the paths of 200 points from noise to the spirals, and the
+effect of a guide.
 """
 
 from functools import partial
