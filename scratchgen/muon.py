@@ -13,6 +13,7 @@ import numpy as np
 # long. In the U-Net that leaves to Adam the layers of the time embedding (128) and the two large layers of each global
 # block (256): a step of the optimiser takes half the time, and samples are as good. So Muon steps 10 % of the weights,
 # or 88 % without the global blocks; 2 % of the gated VAE, 7 % of the convolutional VAE, nothing of the MLP denoiser.
+# (With --classes it also steps the embedding of the ten labels. Its authors leave embeddings to Adam.)
 MUON_SIDES = range(8, 65)
 
 

@@ -11,7 +11,7 @@
         ...                                          figures
 
 A Run owns the state (step, generator, means of the epoch so far, log), a clean stop, the progress bar, ``log.csv``, the
-checkpoint, and the folder, where no other may work until the ``with`` ends. It knows no model and calls nothing back.
+checkpoint, and the folder, where no other may work until the ``with`` ends. It calls nothing back.
 """
 
 import math
