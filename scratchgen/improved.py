@@ -176,7 +176,7 @@ class Groups:
     from noise alone what kind of garment to draw, nor how often; that is counted. No label is needed. A network that
     takes groups which nobody has labelled draws better: Bao et al. 2022; Adaloglou et al. 2025. They group the features
     of another network, and embed the number of the group. Here images are grouped by their pixels, and the
-    mean is seen. Effect: Frechet distance 2.1 -> 1.2, guided; 18 -> 6 unguided after two minutes of training.
+    mean is seen. Effect: Frechet distance 2.1 -> 1.3, guided; 18 -> 6 unguided after two minutes of training.
     """
 
     def __init__(self, means, shares):

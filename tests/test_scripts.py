@@ -377,17 +377,19 @@ def test_with_classes_the_network_is_told_the_labels_but_for_a_tenth(record, cal
     np.testing.assert_array_equal(first[~dropped], labels[order][~dropped])
 
 
-def test_the_network_is_told_the_group_whose_mean_is_nearest_to_each_image(record, call, small_data, tmp_path):
+def test_the_network_sees_the_group_whose_mean_is_nearest_to_each_image(record, call, small_data, tmp_path):
     told = record(improved.Groups, "means_of")
     flags = ["--T", 5, "--arch", "mlp", "--batch-size", 16, "--train-images", 100, "--epochs", 1, "--workers", 1]
     call(run_ddpm, *flags, "--out", tmp_path)
     first = np.concatenate([args[1] for args in told])[:100]  # in the order of the minibatches
     means = load(tmp_path / "checkpoint.npz")[0]["groups/means"].reshape(1, -1, 784).astype(float)
     images = load_idx(small_data / "train-images-idx3-ubyte")[:100].reshape(100, 1, 784) / 127.5 - 1
-    nearest = ((images - means) ** 2).sum(axis=2).argmin(axis=1)[rng_for(0, ORDER, 0).permutation(100)]
+    squares = ((images - means) ** 2).sum(axis=2)[rng_for(0, ORDER, 0).permutation(100)]
     dropped = first == -1
-    assert 1 <= dropped.sum() <= 25 and len(np.unique(nearest)) > 20
-    np.testing.assert_array_equal(first[~dropped], nearest[~dropped])
+    assert 1 <= dropped.sum() <= 25 and len(np.unique(first)) > 20
+    # Of so few images several means are equal, and rounding decides between them.
+    of_first = squares[np.arange(100), first]
+    np.testing.assert_allclose(of_first[~dropped], squares.min(axis=1)[~dropped], rtol=1e-4, atol=1e-3)
 
 
 def test_classes_need_labels_and_a_network_that_knows_of_them(call, small_data, tmp_path, capsys):
