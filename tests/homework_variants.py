@@ -724,6 +724,30 @@ def draw_batch(schedule, x_0, rng):
     t = rng.integers(1, schedule["T"] + 1, len(x_0)).astype(np.int8)
     return x_0, t, rng.standard_normal(x_0.shape, dtype=np.float32)""",
     ),
+    (
+        6,
+        "the sigmoid once more",
+        """
+def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):
+    values = np.linspace(-extent, extent, n, dtype=np.float32)
+    z = np.zeros((n, n, latent_dim), np.float32)
+    z[:, :, i] = values[None, :]
+    z[:, :, j] = values[::-1, None]
+    images = 1 / (1 + np.exp(-decode(z.reshape(n * n, latent_dim))))
+    return grid(images, n, "title")""",
+    ),
+    (
+        6,
+        "greys from -1 to 1",
+        """
+def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):
+    values = np.linspace(-extent, extent, n, dtype=np.float32)
+    z = np.zeros((n, n, latent_dim), np.float32)
+    z[:, :, i] = values[None, :]
+    z[:, :, j] = values[::-1, None]
+    images = decode(z.reshape(n * n, latent_dim))
+    return grid(images, n, "title", -1, 1)""",
+    ),
 ]
 
 RIGHT = [

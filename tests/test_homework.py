@@ -338,7 +338,7 @@ def test_question_5_negative_elbo_of_the_networks_falls(rng):
 # ----------------------------------------------------------------------------------------------------- 6: plot_latents
 
 
-def drawn(paint, i=4, j=1, **options):
+def drawn(paint, i=4, j=1, colours=False, **options):
     """The picture that `plot_latents` draws of z_i and z_j, as grey levels (height, width); paint(images, z) lights
     pixels. A white and a black pixel are in every image, whatever it shows: so grey stays grey if colours are scaled.
     """
@@ -357,10 +357,10 @@ def drawn(paint, i=4, j=1, **options):
         expect(hasattr(figure, "savefig"), "plot_latents: expected a matplotlib figure")
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        picture = np.asarray(canvas.buffer_rgba())[..., :3].mean(axis=-1)
+        picture = np.asarray(canvas.buffer_rgba())[..., :3].astype(float)
     if "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close("all")
-    return picture
+    return picture if colours else picture.mean(axis=-1)
 
 
 def place(picture, dark):
@@ -405,6 +405,20 @@ def test_question_6_plot_latents_shows_z_i_to_the_right_and_z_j_upwards(i, j):
         words = f"plot_latents: expected that {way}"
         expect(across < 0.2 * np.abs(steps[:, axis]).max(), words + ", found the other axis to change")
         expect(sign * steps[:, axis] > 10, words)
+
+
+def test_question_6_plot_latents_shows_0_and_1_as_black_and_white():
+    """Or the other way round; and if it shows colours, these may be any."""
+
+    def paint(images, z):
+        images[:, 8:20, 8:20] = 1
+
+    dark, lit = (drawn(p, n=3, colours=True) for p in (lambda images, z: None, paint))
+    change = np.abs(lit - dark).max(axis=-1)
+    dark, lit = (picture[change > 0.5 * change.max()] for picture in (dark, lit))
+    if np.ptp(dark, axis=-1).max() < 3 and np.ptp(lit, axis=-1).max() < 3:
+        words = f"plot_latents: expected 0 black and 1 white; found greys {dark.mean():.0f} and {lit.mean():.0f} of 255"
+        expect(min(dark.mean(), lit.mean()) < 60 and max(dark.mean(), lit.mean()) > 195, words)
 
 
 def test_question_6_plot_latents_shows_images_upright():
