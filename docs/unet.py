@@ -2,9 +2,9 @@
 
     python docs/unet.py
 
-Nothing of it is drawn by hand. The network of the package's trained weights
-runs once, on one image, and the tape of this run says which operations there
-were, which parameters they used, and what came from where.
+Only the names of x's channels are written by hand. The network of the package's
+trained weights runs once, on one image, and the tape of this run says which
+operations there were, which parameters they used, and what came from where.
 """
 
 import math
@@ -123,7 +123,7 @@ def drawing(params):
                 axes.plot([start, start, column, column], [row + 0.4, above, above, row + 0.4], color="C3", linewidth=1)
                 skips += 1
     for label, colour in (
-        ("takes t as well (global: mixes all pixels of a channel)", "#ffc98f"),
+        ("takes t as well (global: sees the whole image at once)", "#ffc98f"),
         ("layer", "#a9cbe8"),
         ("rearranges", "#e3e3e3"),
     ):
