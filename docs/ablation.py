@@ -1,21 +1,22 @@
 """The ablation: from the paper to the default, one addition at a time, each
-trained three times and measured.
+trained three times and measured; then the default without one thing.
 
-For each row and seed this runs, from the folder of the run scripts (here for
-the third, with seed 1):
-  python run_ddpm.py --T 200 --batch-size 64 --additions v black --seed 1
-      --out runs/ablation-2-1
-  python -m scratchgen.evaluate runs/ablation-2-1 --bound 100 --frechet 10000
-      --sampler sde-dpm++ --steps 20
+For each row and seed this runs, here for the third row with seed 1:
+  python run_ddpm.py --additions v black --seed 1 --out runs/ablation-black-1
+  python -m scratchgen.evaluate runs/ablation-black-1 --bound 100
+      --frechet 10000 --sampler sde-dpm++ --steps 20
 
-The addition guide changes no training: the sixth run is measured without and
-with it. The seventh has minibatches of 128 images, and the eighth, with groups,
-is the default run. A finished run is not trained again, and one that was
-stopped is resumed; `python run_vae.py` must have been run. Five hours or so on
-two cores. Prints the table of quality.md, the mean over the seeds and how far
-they differ, and writes ddpm_ablation.png.
+The guide changes no training: a run that has one is measured without and with
+it. A finished run is not trained again, and one that was stopped is resumed;
+`python run_vae.py` must have been run. Five hours on two cores for three seeds.
+
+Writes the numbers of each run to docs/ablation.json, beside those of other
+seeds; the table of all seeds there, the mean and how far they differ, to
+quality.md; and from the runs of the first seed ddpm_ablation.png.
 """
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,87 +29,102 @@ from scratchgen.trained import load_run
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINED = [list(improved.ADDITIONS)[:count] for count in (0, 1, 2, 3, 4, 6, 6, 7)]
-BATCH_SIZE = [64, 64, 64, 64, 64, 64, 128, 128]
+LADDER = [list(improved.ADDITIONS)[:count] for count in (1, 2, 3, 4, 6, 7)]
+RUNS = {additions[-1]: ["--additions", *additions] for additions in (["none"], *LADDER)}  # by what came last
+NO_AVERAGE, X_0 = "ema-0", "x_0"
+RUNS |= {NO_AVERAGE: [*RUNS["groups"], "--ema", 0], X_0: ["--additions", "weights"]}
+
 UNGUIDED = SamplerConfig("sde-dpm++", 20)
 GUIDED = SamplerConfig("sde-dpm++", 20, improved.GUIDANCE)
-COLUMNS = ("test loss", "bits per dimension", "Frechet distance", "precision", "recall")
+ROWS = {  # name -> run, and how samples are drawn
+    "none": ("none", UNGUIDED),
+    **{f"+ {name}": (name, UNGUIDED) for name in ("v", "black", "weights", "muon")},
+    "+ global": ("guide", UNGUIDED),
+    "+ guide": ("guide", GUIDED),
+    "+ groups, the default": ("groups", GUIDED),
+    "the default, no guide": ("groups", UNGUIDED),
+    "the default, no moving average": (NO_AVERAGE, GUIDED),
+    "x_0 in place of v": (X_0, UNGUIDED),
+}
+COLUMNS = {"test loss": 4, "bits per dimension": 2, "Frechet distance": 1, "precision": 3, "recall": 3}  # and digits
 
 
 def main(argv=None):
     parser = cli.OneLineParser("docs/ablation.py", __doc__)
     parser.flag("--runs", "the folder of the runs", type=Path, default=ROOT / "runs")
-    parser.flag("--figure", "where the figure goes", type=Path, default=ROOT / "docs" / "figures" / "ddpm_ablation.png")
+    parser.flag("--docs", "the folder of what is written", type=Path, default=ROOT / "docs")
     parser.flag("--seeds", "train each row with these", type=cli.number(int, 0), nargs="+", default=[0, 1, 2])
     cli.add_data_flags(parser)
     args = parser.parse_args(argv)
-    plots.check_figure(args.figure)
+    figure, numbers, text = (args.docs / name for name in ("figures/ddpm_ablation.png", "ablation.json", "quality.md"))
+    plots.check_figure(figure)
     args.runs = args.runs.resolve()  # the scripts are started from another folder
     if not (args.runs / "vae" / "checkpoint.npz").exists():
         raise cli.UsageError(f"{args.runs / 'vae'}: expected a finished run of run_vae.py to compare with")
-    measured = {}  # (row, seed) -> what metrics.json has
+    measured = json.loads(numbers.read_text(encoding="utf-8")) if numbers.exists() else {}
     for seed in args.seeds:  # whoever stops early has all rows of the first seeds
-        for number in range(len(TRAINED)):
-            measured[number, seed] = train_and_measure(args, number, seed)
-
-    *names, last = ["none", *(f"+ {name}" for name in improved.ADDITIONS)]
-    names += ["+ batch of 128", last]
-    drawn = [*((number, UNGUIDED) for number in range(6)), (5, GUIDED), (6, GUIDED), (7, GUIDED)]
-    rows = [[numbers_of(measured[number, seed], config) for seed in args.seeds] for number, config in drawn]
-    print(f"| additions | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|", sep="\n")
-    for name, row in zip(names, rows, strict=True):
-        print(f"| {name} | {' | '.join(map(mean_and_spread, zip(*row, strict=True), (4, 2, 1, 3, 3)))} |")
-    for peer in ("VAE", "training images"):
-        found = measured[0, args.seeds[0]]["evaluation"]["frechet_10000"][peer]
-        print(f"| {peer} | | | {found['distance']:.1f} | {found['precision']:.3f} | {found['recall']:.3f} |")
+        for run in RUNS:
+            found = train_and_measure(args, run, seed)
+            for row, (of, config) in ROWS.items():
+                if of == run:
+                    measured.setdefault(row, {})[str(seed)] = numbers_of(found, config)
+            files.write_text(numbers, json.dumps(measured, indent=1) + "\n")
+    files.write_text(text, with_table(text.read_text(encoding="utf-8"), measured))
 
     images = []
-    for number, config in drawn:
-        model = load_run(folder_of(args, number, args.seeds[0]))
-        images.append(model.sample(10, np.random.default_rng(0), config=config))  # for each row from the same noise
-    plots.save(plots.grid(np.concatenate(images), 10, "samples by additions", row_labels=names), args.figure)
+    for run, config in ROWS.values():
+        if run != X_0:  # a network that load_run does not know
+            model = load_run(folder_of(args, run, args.seeds[0]))
+            images.append(model.sample(10, np.random.default_rng(0), config=config))  # for each row from the same noise
+    names = [row for row, (run, _) in ROWS.items() if run != X_0]
+    plots.save(plots.grid(np.concatenate(images), 10, "samples by additions", row_labels=names), figure)
 
 
-def folder_of(args, number, seed):
-    return args.runs / f"ablation-{number}-{seed}"
+def folder_of(args, run, seed):
+    return args.runs / f"ablation-{run}-{seed}"
 
 
-def train_and_measure(args, number, seed):
-    """What metrics.json has of this row, trained and measured as far as it is not yet."""
-    folder, more = folder_of(args, number, seed), ["--data", args.data.resolve(), "--workers", args.workers]
-    additions, batch_size = TRAINED[number], BATCH_SIZE[number]
-    train = [ROOT / "run_ddpm.py", "--T", 200, "--batch-size", batch_size, "--additions", *(additions or ["none"])]
-    train += ["--seed", seed, "--out", folder]
+def train_and_measure(args, run, seed):
+    """What metrics.json has of this run, trained and measured as far as it is not yet."""
+    folder, data = folder_of(args, run, seed), ["--data", args.data.resolve(), "--workers", args.workers]
+    train, evaluate = ([sys.executable, *command] for command in (["run_ddpm.py"], ["-m", "scratchgen.evaluate"]))
+    if run == X_0:
+        train, evaluate = (
+            [sys.executable, "docs/predict_x_0.py", name] for name in ("run_ddpm", "scratchgen.evaluate")
+        )
     if not (folder / "metrics.json").exists():
-        run(*train, *more, *(["--resume"] if (folder / "checkpoint.npz").exists() else []))
-    model = load_run(folder)
-    expected = {"additions": additions, "batch_size": batch_size, "T": 200, "epochs": 7, "lr": 1e-2, "seed": seed}
-    expected |= {"classes": False}
-    if other := [name for name, value in expected.items() if model.config[name] != value]:
-        raise cli.UsageError(f"{folder}: expected the run of this row, found one with another {other[0]}")
-
-    def metrics():
-        found = files.read_metrics(path := folder / "metrics.json", model.params)
-        if "test_loss" not in found:
-            raise cli.UsageError(f"{path}: expected the numbers of this run; run_ddpm.py --resume writes them again")
-        return found
-
-    wanted = {str(UNGUIDED)}
-    flags = ["--sampler", "sde-dpm++", "--steps", 20]
-    if "guide" in additions:
-        wanted.add(str(GUIDED))
-        flags += ["--guidance", 0, improved.GUIDANCE]
-    evaluation = metrics().get("evaluation", {})
-    if not wanted <= evaluation.get("frechet_10000", {}).keys() or "bound_exact_100" not in evaluation:
-        measure = ["-m", "scratchgen.evaluate", folder, "--bound", 100, "--frechet", 10000]
-        run(*measure, "--vae", args.runs / "vae", *flags, *more)
-    return metrics()
+        resume = ["--resume"] if (folder / "checkpoint.npz").exists() else []
+        start(*train, *RUNS[run], "--seed", seed, "--out", folder, *data, *resume)
+    configs = {config for of, config in ROWS.values() if of == run}
+    found = files.read_metrics(folder / "metrics.json", load_run(folder).params)
+    evaluation = found.get("evaluation", {})
+    if not set(map(str, configs)) <= evaluation.get("frechet_10000", {}).keys() or "bound_exact_100" not in evaluation:
+        guidance = ["--guidance", *sorted(config.guidance for config in configs)] if GUIDED in configs else []
+        sampler = ["--sampler", UNGUIDED.sampler, "--steps", UNGUIDED.steps]
+        vae = ["--vae", args.runs / "vae"]
+        start(*evaluate, folder, "--bound", 100, "--frechet", 10000, *vae, *sampler, *guidance, *data)
+    found = files.read_metrics(folder / "metrics.json", load_run(folder).params)
+    if "test_loss" not in found:
+        raise cli.UsageError(f"{folder / 'metrics.json'}: expected the numbers of this run; --resume writes them again")
+    return found
 
 
 def numbers_of(metrics, config):
+    """Those of COLUMNS, in that order."""
     found = metrics["evaluation"]["frechet_10000"][str(config)]
     bits = metrics["evaluation"]["bound_exact_100"]["bits_per_dimension"]
-    return metrics["test_loss"], bits, found["distance"], found["precision"], found["recall"]
+    return [metrics["test_loss"], bits, found["distance"], found["precision"], found["recall"]]
+
+
+def with_table(text, measured):
+    """A text with the table of what was measured, {row: {seed: numbers}}, between its two comments."""
+    lines = [f"| additions | {' | '.join(COLUMNS)} | seeds |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for row in filter(measured.get, ROWS):
+        by_column = zip(*measured[row].values(), strict=True)
+        cells = map(mean_and_spread, by_column, COLUMNS.values())
+        lines.append(f"| {row} | {' | '.join(cells)} | {', '.join(sorted(measured[row], key=int))} |")
+    table = "\n".join(lines)
+    return re.sub(r"(<!-- ablation -->\n).*?(\n<!-- end -->)", rf"\g<1>{table}\g<2>", text, flags=re.DOTALL)
 
 
 def mean_and_spread(values, digits):
@@ -116,8 +132,8 @@ def mean_and_spread(values, digits):
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def run(*command):
-    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
+def start(*command):
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT)
     try:
         status = process.wait()
     except KeyboardInterrupt:

@@ -1,0 +1,71 @@
+"""What the documents say is so: their names are those of the code, their numbers those of the runs."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FILES = [path for folder in ("scratchgen", "tests", "docs", "data", ".ci") for path in (ROOT / folder).rglob("*")]
+FILES += [path for path in ROOT.iterdir() if path.suffix in (".py", ".cfg", ".toml", ".md")]
+DOCUMENTS = sorted(path for path in FILES if path.suffix == ".md")
+NAMES = {part for path in FILES for part in (path.name, path.relative_to(ROOT).as_posix())}
+MODULES = {
+    path.stem: path
+    for path in FILES
+    if path.suffix == ".py" and path.relative_to(ROOT).parts[0] not in ("tests", "docs")
+}
+CODE = [path for path in FILES if path.suffix in (".py", ".cfg", ".toml", ".html") and path != Path(__file__)]
+WORDS = {
+    word
+    for path in CODE
+    for word in re.findall(r"--[\w-]+|\w+\.(?:json|npz|csv|png|gif)\b|\w+", path.read_text(encoding="utf-8"))
+}
+
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def without_blocks(text):
+    """A text without blocks of code and of mathematics, and without comments."""
+    return re.sub(r"```.*?```|\$\$.*?\$\$|<!--.*?-->", "", text, flags=re.DOTALL)
+
+
+@each_document
+def test_no_line_is_longer_than_120(path):
+    """But for those that cannot be broken: rows of tables, and a link or a formula alone on its line."""
+    for line in without_blocks(path.read_text(encoding="utf-8")).splitlines():
+        assert len(line) <= 120 or line.startswith("|") or re.fullmatch(r"!?\[[^]]*\]\(\S+\)\S?|\$[^$]+\$", line), line
+
+
+def unknown_names(text):
+    """What stands in backticks and is neither in the code nor a file of ours. Of a name with dots that begins with a
+    module of ours each part must be there."""
+    for quoted in re.findall(r"`([^`\n]+)`", without_blocks(text)):
+        ours = re.sub(r"^(jupyter|uv|sha256sum) .*|question_\d+", "", quoted)
+        for name in re.findall(r"--[a-z][\w-]*|[A-Za-z_][\w./-]*\w", ours):
+            if name not in NAMES | WORDS and not known(name):
+                yield quoted
+
+
+def known(name):
+    first, *rest = name.split(".")
+    if "/" in name or "-" in name.lstrip("-"):  # a path of the reader's, or something that is no name
+        return not re.match(r"(scratchgen|docs|tests)/|--", name)
+    if not rest or first not in MODULES:
+        return set(name.split(".")) <= WORDS
+    place = importlib.import_module(".".join(MODULES[first].relative_to(ROOT).with_suffix("").parts))
+    for part in rest:
+        place = getattr(place, part, None)
+    return place is not None
+
+
+@each_document
+def test_names_in_backticks_are_in_the_code(path):
+    assert list(unknown_names(path.read_text(encoding="utf-8"))) == []
+
+
+def test_a_name_that_is_not_there_is_noticed():
+    wrong = ["vae.encode_all", "Denoser", "--no-such-thing", "docs/abc.md", "np.expp"]
+    right = ["vae.mlp_encode", "--guidance 0.5", "docs/figures.py --text", "np.exp", "runs/vae", "samples.png"]
+    assert list(unknown_names(" ".join(f"`{name}`" for name in wrong + right))) == wrong
