@@ -6,13 +6,14 @@ For each row and seed this runs, here for the third row with seed 1:
   python -m scratchgen.evaluate runs/ablation-black-1 --bound 100
       --frechet 10000 --sampler sde-dpm++ --steps 20
 
-The guide changes no training: a run that has one is measured without and with
-it. A finished run is not trained again, and one that was stopped is resumed;
-`python run_vae.py` must have been run. Five hours on two cores for three seeds.
+The guide does not change the training: a run with a guide is measured twice,
+without it and with it. Finished runs are not trained again, and stopped ones
+are resumed. `python run_vae.py` must have been run before. Three seeds take
+five hours on two cores.
 
-Writes the numbers of each run to docs/ablation.json, beside those of other
-seeds; the table of all seeds there, the mean and how far they differ, to
-quality.md; and from the runs of the first seed ddpm_ablation.png.
+The numbers of each run go to docs/ablation.json, where those of other seeds
+stay. The table in quality.md has the mean over all seeds there, and their
+standard deviation. ddpm_ablation.png shows samples of the first seed.
 """
 
 import json
@@ -75,7 +76,7 @@ def main(argv=None):
     for run, config in ROWS.values():
         if run != X_0:  # a network that load_run does not know
             model = load_run(folder_of(args, run, args.seeds[0]))
-            images.append(model.sample(10, np.random.default_rng(0), config=config))  # for each row from the same noise
+            images.append(model.sample(10, np.random.default_rng(0), config=config))  # all rows from the same noise
     names = [row for row, (run, _) in ROWS.items() if run != X_0]
     plots.save(plots.grid(np.concatenate(images), 10, "samples by additions", row_labels=names), figure)
 
@@ -85,7 +86,7 @@ def folder_of(args, run, seed):
 
 
 def train_and_measure(args, run, seed):
-    """What metrics.json has of this run, trained and measured as far as it is not yet."""
+    """The numbers in metrics.json of this run, which is trained and measured first where it is not yet."""
     folder, data = folder_of(args, run, seed), ["--data", args.data.resolve(), "--workers", args.workers]
     train, evaluate = ([sys.executable, *command] for command in (["run_ddpm.py"], ["-m", "scratchgen.evaluate"]))
     if run == X_0:
@@ -137,10 +138,10 @@ def start(*command):
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # it has been told, too, and saves what it has
+        process.wait()  # the child got the signal, too, and saves its state
         raise
     if status:
-        sys.exit(status)  # it has said what is wrong
+        sys.exit(status)  # the child has printed what is wrong
 
 
 if __name__ == "__main__":

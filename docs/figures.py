@@ -1,6 +1,6 @@
-"""Remake the figures in docs/figures/ from the checkpoints of these runs, and
-what the texts take from them: the code that homework.md shows, and numbers,
-each of which stands between <!-- run name format --> and <!-- -->.
+"""Draw the figures in docs/figures/ from the checkpoints of the runs below. Fill
+the texts: their numbers, each between <!-- run name format --> and <!-- -->,
+and the code that homework.md shows.
 
 The runs, from the folder of the run scripts:
   python run_vae.py
@@ -11,8 +11,8 @@ The runs, from the folder of the run scripts:
   python run_ddpm.py --T 200 --additions none --out runs/ddpm-none
   (and with --seed 1 and 2: runs/ddpm-none-1, runs/ddpm-none-2)
 
-Those that are not there are left out. With all of them it takes half an hour
-on two cores. (Made elsewhere: ddpm_ablation.png by ablation.py, scaling.png by
+Missing runs are left out. All of them take half an hour on two cores.
+(Drawn by other programs: ddpm_ablation.png by ablation.py, scaling.png by
 tests/benchmarks/scaling.py, classifier_drawn.png by train_classifier.py,
 toy2d.png and unet.png by programs of these names.)
 """
@@ -102,7 +102,7 @@ def main(argv=None):
     for run in there:
         for command in commands.get(run, []):
             if status := subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
-                sys.exit(status)  # it has said what is wrong
+                sys.exit(status)  # the child has printed what is wrong
         for name in OF_RUN.get(run, ()):
             pattern = "latents_*.png" if name == "latents" else f"{name}.png"
             newest = max((args.runs / run).glob(pattern), key=lambda path: path.stat().st_mtime)
@@ -137,7 +137,7 @@ def read_numbers():
 
 
 def numbers_of(path, model):
-    """What a text may say of a run: the numbers of its metrics.json, and what follows from them."""
+    """The numbers of a run that a text may quote: those of its metrics.json, and some that follow from them."""
     metrics = files.read_metrics(path, model.params)
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and name != "seconds"}
     scores = [row.get("test_elbo", row.get("test_loss")) for row in model.log]
@@ -154,7 +154,7 @@ def numbers_of(path, model):
 
 
 def with_numbers(text, numbers):
-    """The text with the numbers of each run: <!-- vae kl .2f -->13.78<!-- --> has "kl" of the run "vae"."""
+    """The text with its numbers from the runs: <!-- vae kl .2f -->13.78<!-- --> is "kl" of the run "vae"."""
 
     def number(match):
         run, name, form = match.groups()
@@ -193,7 +193,7 @@ def code_of(place):
 
 
 def beta_rows(models, x):
-    """Ten test images, their reconstructions by the VAE of each beta, and what it decodes from z ~ N(0, I)."""
+    """Ten test images, and for each beta their reconstructions and ten samples."""
     rows, samples, z = {"test images": x}, {}, np.random.default_rng(0).standard_normal((10, 20), dtype=np.float32)
     for beta, model in models.items():
         mu, _ = model.encode(x)
@@ -207,7 +207,7 @@ def beta_rows(models, x):
 
 
 def classes(model):
-    """A column a class: five images of each, and then each from one and the same noise, by guide and w."""
+    """A column for each class: five samples, then samples from one and the same noise for each guide and w."""
     rng = np.random.default_rng(0)
     rows = [2 * model.sample(50, rng) - 1]  # one class after the other
     labels = [f"sample {number}, default" for number in range(1, 6)]
@@ -225,7 +225,7 @@ def classes(model):
 
 
 def groups(model, train_images):
-    """A column for each of ten groups: its mean, four samples, and the training image that is nearest to the last."""
+    """A column for each of ten groups: its mean, four samples, and the training image nearest to the last sample."""
     rng = np.random.default_rng(0)
     drawn = model.groups.draw(10, None, rng)
     config = model.sampler_config()
@@ -261,7 +261,7 @@ def prior_kl(x):
 
 
 def unscaled_betas(T):
-    """Those of the paper's 1000 steps over T steps, as they are."""
+    """The paper's betas for 1000 steps, spread over T steps without a factor."""
     return np.linspace(1e-4, 0.02, T)
 
 

@@ -1,18 +1,18 @@
-"""Write the homework as one hands it to a class, and grade what comes back.
+"""Write the homework for a class, without the answers, and grade what students hand in.
 
     python docs/handout.py FOLDER
     python docs/handout.py --notebook FOLDER
     python docs/handout.py --grade ANNA BERT CARLA
 
-What is handed out lies in docs/handout/student, as it is: the questions, the
-functions to write, without their bodies, and two plain run scripts. To these
-come the data, the modules that they need, and the tests of the questions. With
---notebook there is homework.ipynb, too: a cell for each function and one for
-each question's tests. With --micro there is an exercise to begin with: both
-models on one page, scratchgen/micro.py, with six formulas left to write.
+A hand-out is docs/handout/student (the questions, the functions to write,
+without their bodies, and two plain run scripts) with the data, the modules that
+these need, and the tests of the questions. --notebook adds homework.ipynb: a
+cell for each function, and one for each question's tests. --micro adds an
+exercise for the first week: scratchgen/micro.py, both models on one page, with
+six formulas left to write.
 
 --grade runs the tests of the questions, and hidden ones, on each folder, and
-prints a table of points. What is asked in words is graded by hand, with
+prints a table of points. Answers in words are graded by hand, with
 docs/handout/lecturer/rubric.md. This is no sandbox: it runs the students' code.
 """
 
@@ -114,7 +114,7 @@ def main(argv=None):
 
 
 def write(folder, notebook=False, micro=False):
-    """The homework in ``folder``: new files, whatever the modes of ours are."""
+    """Write the homework to ``folder``, as files that the user may change, even if ours are read-only."""
     ignored = shutil.ignore_patterns("__pycache__")
     for source in (ROOT / PARTS / "student", *([ROOT / PARTS / "notebook"] if notebook else [])):
         shutil.copytree(source, folder, ignore=ignored, copy_function=shutil.copyfile, dirs_exist_ok=True)
@@ -217,8 +217,8 @@ def notebook_of_stubs():
 def grade(folder, questions=tuple(FUNCTIONS)):
     """Question -> {function: (points, what its first failed test says, or "")}.
 
-    A process runs the questions in turn, on our copies of the tests, and writes down each as it is done. Where it dies,
-    or takes longer than LIMIT, that question is lost, and another process goes on behind it.
+    One process runs the questions in turn, with our copies of the tests, and writes the result of each. If it dies, or
+    takes longer than LIMIT, that question gets no points, and another process goes on with the next.
     """
     said = {}  # question -> function -> words
     with tempfile.TemporaryDirectory() as scratch:

@@ -3,8 +3,8 @@
 
     python docs/measure_micro.py
 
-Nine minutes on two cores. It prints the numbers of the two rows that
-docs/quality.md has, and how long both took to train.
+It prints the distances that docs/quality.md has, and the times of training.
+Nine minutes on two cores.
 """
 
 import argparse

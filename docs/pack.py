@@ -5,15 +5,15 @@ scratchgen/weights/*.npz, from the default runs:
   python run_ddpm.py --T 200
   python run_ddpm.py --T 200 --classes --out runs/ddpm-classes
 
-They have 11 million weights, 45 MB in float32 and 21 in float16. Most are in a
-few large matrices that see the whole image, and those can be coarse: whole
-numbers times one scale for each column, -31 to 31 in the network and -7 to 7
-in the one that guides it (-63 to 63 in the VAE). So are the mean images of the
-groups, -31 to 31. The others are float16, or samples would become grainy.
-Compressed, that is 8.0 MB. Then this measures
-what rounding costs: the Frechet distance of 10,000 images drawn from the same
-noise with the weights as they were, and as they are now. Eight minutes on two
-cores.
+They have 11 million weights, 45 MB in float32. Most are in a few large matrices
+that see the whole image. Those are rounded to whole numbers times one scale for
+each column: -31 to 31 in the network, -7 to 7 in its guide, -63 to 63 in the
+VAE. So are the mean images of the groups, -31 to 31. All others are float16;
+rounded further, they would make samples grainy. Compressed, that is 8.0 MB.
+
+Then the cost of rounding is measured: the Frechet distance of 10,000 images
+drawn from the same noise with the original weights and with the rounded ones.
+Eight minutes on two cores.
 """
 
 import json
@@ -67,7 +67,7 @@ def main(argv=None):
 
 
 def pack(place, array):
-    """Pairs (name, array) of all that `trained.load_trained` needs for an array of a checkpoint."""
+    """The arrays, as pairs (name, array), from which `trained.load_trained` restores an array of a checkpoint."""
     kind = place.split("/")[0]
     if kind not in LEVELS:  # the optimiser's
         return

@@ -28,7 +28,7 @@ def eps(self, params, x_t, t, groups=None):
 
 
 def x_0(self, params, x_t, t, groups=None):
-    """What the network says."""
+    """The output of the network."""
     return self.output(params, x_t, t, groups)
 
 

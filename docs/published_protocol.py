@@ -4,8 +4,8 @@ by the importance-weighted bound.
 Exemplar-VAE (Norouzi et al. 2020) trains on pixels of 0 and 1, drawn anew each
 epoch with the grey values as probabilities, keeps the weights of the epoch
 whose ELBO on held-out images is best, and measures with 5,000 samples an
-image. quality.md has what came out. This is run_vae.py but for what that
-takes: ``binarise``, ``--hold-out``, ``--warm-up`` and ``--weight-decay``.
+image. quality.md has the result. Beyond run_vae.py this has ``binarise``,
+``--hold-out``, ``--warm-up`` and ``--weight-decay``.
 
 examples:
   python docs/published_protocol.py        80 minutes of one core, and 10 more
@@ -37,7 +37,7 @@ def binarise(images, rng):
 
 
 def binarised_test(images):
-    """The test images binarised once and for all, whatever the seed of a run: all are measured on the same pixels."""
+    """The test images, binarised with a fixed seed: every run is measured on the same pixels."""
     return binarise(images, np.random.default_rng(2008))
 
 

@@ -1,12 +1,11 @@
-"""How long must a model train until its samples are near to real images? Prints
-seconds of training to a Frechet distance of 20, 10, 5, 3 and 2.
+"""Print how many seconds of training lead to a Frechet distance of 20, 10, 5, 3
+and 2.
 
 For each row and seed this starts, for example,
   python run_ddpm.py --T 200 --classes --seed 1 --out runs/speed-classes-1
-and copies its checkpoint, which it writes once a minute and after each epoch,
-at most every 90 seconds, and at the end. From the moving average of the weights
-in each copy it draws 10,000 samples, and measures their distance to the test
-images. The clock is that of the checkpoint: training alone, not the drawing.
+and copies its checkpoint every 90 seconds or so, and at the end. From the
+moving average of the weights in each copy it draws 10,000 samples, and measures
+their distance to the test images. Only training counts as time, not drawing.
 
 A finished run is not trained again, and a copy is not measured again. Half an
 hour for a row and a seed, on two cores with nothing else to do.
@@ -76,7 +75,7 @@ def main(argv=None):
 
 
 def train(args, row, seed):
-    """The copies of this run's checkpoints, the oldest first; trained if it is not yet."""
+    """The copies of this run's checkpoints, the oldest first. Trains the model first if it is not trained yet."""
     folder = args.runs / f"speed-{row}-{seed}"
     copied = folder / "copies"
     if not (folder / "metrics.json").exists() or not copied.exists():
@@ -90,17 +89,17 @@ def train(args, row, seed):
                 time.sleep(0.2)
                 seen = keep_copy(folder / "checkpoint.npz", copied, seen, SECONDS)
         except KeyboardInterrupt:
-            process.wait()  # it has been told, too, and saves what it has
+            process.wait()  # the child got the signal, too, and saves its state
             raise
         if status:
-            sys.exit(status)  # it has said what is wrong
+            sys.exit(status)  # the child has printed what is wrong
         keep_copy(folder / "checkpoint.npz", copied, seen, 0)
     return sorted(copied.glob("*.npz"))
 
 
 def keep_copy(path, folder, seen, seconds):
-    """Copy a checkpoint if it is newer than the last copy, ``seen``, by these seconds. Returns when the last copy was
-    written, in nanoseconds, or None."""
+    """Copy a checkpoint if it is newer by ``seconds`` than the last copy, of time ``seen``. Returns the time of the
+    last copy in nanoseconds, or None."""
     try:
         written = path.stat().st_mtime_ns
     except FileNotFoundError:  # none is there yet
@@ -113,7 +112,7 @@ def keep_copy(path, folder, seen, seconds):
 
 
 def has_guide(state):
-    """Whether the early state of the network, which is to guide it, had been reached."""
+    """Whether the guide, the early state of the network, is in this checkpoint."""
     if not state["log"]:
         return False
     total_steps = state["log"][0]["step"] * state["config"]["epochs"]
@@ -139,8 +138,8 @@ def measure(path, samples, real, features, ranks):
 
 
 def seconds_to(curve, target):
-    """When a curve of (seconds, distance) first comes down to the target; NaN for never. Between two of its points the
-    logarithm of the distance is taken for a line."""
+    """The seconds at which a curve of (seconds, distance) first reaches the target; NaN for never. Between two
+    points the logarithm of the distance is interpolated linearly."""
     before = None
     for seconds, distance in curve:
         if distance <= target:

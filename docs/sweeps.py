@@ -1,5 +1,5 @@
-"""Draw the Frechet distance against the sampler's steps, and against guidance,
-from what `evaluate` has measured.
+"""Draw the Frechet distance that `evaluate` has measured, against the sampler's
+steps and against guidance.
 
     python -m scratchgen.evaluate runs/ddpm --frechet 10000 \\
         --sampler ddim sde-dpm++ --steps 5 10 20
@@ -7,9 +7,8 @@ from what `evaluate` has measured.
         --guidance 0 0.25 0.5 1
     python docs/sweeps.py runs/ddpm --frechet 10000
 
-The numbers come from metrics.json in the run's folder, and steps.png and
-guidance.png go there: each is drawn if there is something that was measured
-with several steps, or several w.
+The numbers come from metrics.json in the run's folder. steps.png is drawn there
+if several numbers of steps were measured, and guidance.png if several w were.
 """
 
 from pathlib import Path
@@ -54,7 +53,7 @@ def with_guidance(name, numbers):
 
 
 def curves_over(setting, sweeps, name_of):
-    """{name: what was measured, in the order of the setting} for each name with several values of the setting."""
+    """{name: measurements in the order of the setting}, for each name that has several values of the setting."""
     curves = {}
     for numbers in sorted(sweeps, key=lambda one: one[setting]):
         curves.setdefault(name_of(numbers), []).append(numbers)

@@ -1,4 +1,4 @@
-"""Diffusion in the plane, where one sees all of it: docs/figures/toy2d.png.
+"""Diffusion in the plane, where all of it can be drawn: docs/figures/toy2d.png.
 
     python docs/toy2d.py
 
@@ -37,7 +37,7 @@ def main(argv=None):
 
 
 def spirals(rng, N=2000):
-    """N points on two arms that wind once around the middle, with a little jitter: (N, 1, 1, 2) in [-1, 1]."""
+    """N points on two spiral arms with a little jitter: (N, 1, 1, 2) in [-1, 1]."""
     turn = np.sqrt(rng.uniform(0.03, 1, N))  # the root: as many points on each piece of an arm
     angle = 2 * np.pi * turn + np.pi * (np.arange(N) % 2)
     arms = 0.85 * turn * np.stack([np.cos(angle), np.sin(angle)])
@@ -53,7 +53,7 @@ def exact_x_0(points, x_t, t):
     (N, 1, 1, 2).
 
     q(x_t) is a mixture of K Gaussians N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), one around each point. By Bayes'
-    rule the weight of a point is how likely x_t is from there, over the sum of all of these.
+    rule the weight of a point is its likelihood q(x_t | x_0), divided by the sum over all points.
     """
     a = diffusion.at(SCHEDULE["sqrt_alpha_bar"], t)
     b = diffusion.at(SCHEDULE["sqrt_one_minus_alpha_bar"], t)
@@ -73,7 +73,7 @@ def exact_eps(points, x_t, t):
 
 
 def score(eps_theta, x_t, t):
-    """The gradient of log q(x_t): -E[eps | x_t] / sqrt(1 - alpha_bar_t). It points to where points are denser."""
+    """The gradient of log q(x_t): -E[eps | x_t] / sqrt(1 - alpha_bar_t). It points to where data are denser."""
     return -eps_theta(x_t, t) / diffusion.at(SCHEDULE["sqrt_one_minus_alpha_bar"], t)
 
 
@@ -85,8 +85,8 @@ def init_network(rng, hidden=128):
 
 
 def network(params, x_t, t):  # (N, 1, 1, 2), (N,) -> (N, 1, 1, 2)
-    """The predicted noise. Coordinates are embedded like times, as sines and cosines of 25 x: a plain MLP would need
-    far longer to learn what changes within so short a distance as from one arm to the next (Tancik et al. 2020)."""
+    """The predicted noise. Coordinates are embedded like times, as sines and cosines of 25 x: a plain MLP is slow
+    to learn functions that change within a short distance, as from one arm to the next (Tancik et al. 2020)."""
     x = x_t.reshape(-1, 2)
     seen = [time_embedding(25 * x[:, 0], WIDTH), time_embedding(25 * x[:, 1], WIDTH), time_embedding(t, WIDTH)]
     return np.reshape(mlp(params, np.concatenate(seen, axis=1), ops.silu), x_t.shape)
@@ -120,7 +120,7 @@ def x_0_theta(eps_theta, x_t, t):
 
 
 def x_0_guided(eps_theta, eps_guide, w, x_t, t):
-    """The same, w times as far again from what the guide says."""
+    """x_0 extrapolated away from the guide's prediction by w, as `improved.guided` does."""
     return improved.guided(x_0_theta(eps_theta, x_t, t), x_0_theta(eps_guide, x_t, t), w)
 
 
@@ -151,7 +151,7 @@ def paths(eps_theta, x_T, rng):
 
 
 def distances(points, x):
-    """How far each x is from the nearest of the points: (K, 1, 1, 2), (N, 1, 1, 2) -> (N,)."""
+    """The distance of each x from the nearest point: (K, 1, 1, 2), (N, 1, 1, 2) -> (N,)."""
     return np.sqrt(((x.reshape(-1, 1, 2) - points.reshape(1, -1, 2)) ** 2).sum(axis=2).min(axis=1))
 
 
@@ -221,7 +221,7 @@ def draw_paths(figure, points, found):
         panel(axes, points, f"{name}: {detour(x):.1f} times the distance", 2.6)
         axes.scatter(*x[0].T, s=3, color="C1", linewidths=0, zorder=3)
         axes.scatter(*x[-1].T, s=3, color="black", linewidths=0, zorder=3)
-        followed = 3 if name == "Algorithm 2" else 12  # its paths are so long that more would hide all else
+        followed = 3 if name == "Algorithm 2" else 12  # its paths are long, and more would hide everything else
         axes.plot(x[:, :followed, 0], x[:, :followed, 1], linewidth=0.5 if followed == 3 else 0.8)
         for end in (x[0], x[-1]):
             axes.scatter(*end[:followed].T, s=18, facecolors="none", edgecolors="black", linewidths=0.7, zorder=4)

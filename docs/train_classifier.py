@@ -1,15 +1,14 @@
 """Train the classifier whose features the Frechet distance compares: eight
 epochs, four minutes on two cores.
 
-The weights that everyone measures with lie in the package. This command made
-them:
+The package has its weights. This command made them:
 
     python docs/train_classifier.py --out scratchgen/evaluate/classifier.npz
 
 With --drawn 10000 it trains the same network three times on ten thousand
-garments that the package's model with classes draws, and three times on as many
-real ones, and draws how often each is right about real test images
-(docs/figures/classifier_drawn.png). Six minutes.
+garments drawn by the package's model with classes, and three times on as many
+real ones. docs/figures/classifier_drawn.png shows the accuracy of both on the
+test images, by class. Six minutes.
 """
 
 import math
@@ -80,7 +79,7 @@ def main(argv=None):
 
 
 def train(images_and_labels, data, seed, workers):
-    """The parameters after EPOCHS on these images, and about which test images they are right, (N,)."""
+    """The parameters after EPOCHS on these images, and whether they are right about each test image, (N,)."""
     images, labels = images_and_labels
     ranks = ranks_for(workers)
     x_test, labels_test = scale(data["test_images"], 0, 1), data["test_labels"]
@@ -110,7 +109,7 @@ def train(images_and_labels, data, seed, workers):
 
 
 def compare(args, data):
-    """Train on drawn images and on real ones, with three seeds, and draw who is right about which test images."""
+    """Train on drawn images and on real ones, with three seeds each, and draw the accuracy of both by class."""
     N, labels = args.drawn, np.arange(args.drawn) % len(CLASSES)
     real = first_images((data["train_images"], data["train_labels"]), N)
     with ranks_for(args.workers) as ranks:
@@ -127,7 +126,7 @@ def compare(args, data):
 
 
 def by_class(right, labels, N):
-    """A pair of bars a class: how often each kind of classifier is right, from ``right``, name -> (seeds, images)."""
+    """A pair of bars for each class: the accuracy of each classifier. ``right`` is name -> (seeds, images)."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.add_subplot(title=f"real test images recognised after training on {N:,} images")
     for place, (name, of_name) in enumerate(right.items()):

@@ -2,9 +2,9 @@
 
     python docs/unet.py
 
-Only the names of x's channels are written by hand. The network of the package's
-trained weights runs once, on one image, and the tape of this run says which
-operations there were, which parameters they used, and what came from where.
+The drawing is made from a tape: the network of the package's trained weights
+runs once, on one image, and the tape records each operation, its parameters and
+its inputs. Only the names of x's channels are written by hand.
 """
 
 import math
@@ -31,8 +31,8 @@ def main(argv=None):
 
 @dataclass
 class Box:
-    """A layer or a block of layers: its name among the parameters, the shape that it hands on, how many parameters it
-    has, and the names of the boxes that it takes arrays from."""
+    """A layer or a block of layers: its name among the parameters, the shape of its output, the number of its
+    parameters, and the names of the boxes from which it takes its inputs."""
 
     name: str
     shape: tuple = ()
@@ -56,8 +56,8 @@ def tape(params, x):
 def boxes(nodes):
     """Name -> Box, in the order of the network, from the nodes of a `tape`.
 
-    An operation with parameters belongs to the box that they are of. One without belongs to the box of that parent
-    which came last, or is a box of its own if it rearranges an image.
+    An operation with parameters belongs to the box of these parameters. One without belongs to the box of its latest
+    parent, or is a box of its own if it rearranges an image.
     """
     found = {}
     box_of = {}  # node -> Box
