@@ -1,4 +1,4 @@
-"""Write the homework for a class, without the answers, and grade what students hand in.
+"""Write the homework for a class, without the answers, and grade its work.
 
     python docs/handout.py FOLDER
     python docs/handout.py --notebook FOLDER
