@@ -4,13 +4,13 @@ bound, and draw what it learned.
 examples:
   python run_vae.py                               about a minute on two cores
   python run_vae.py --arch conv                   convolutions, not dense layers
-  python run_vae.py --latent-dim 2 --out runs/2d  a plane: one figure shows all
+  python run_vae.py --latent-dim 2 --out runs/2d  a 2-D latent space, in a plot
   python run_vae.py --beta 4 --out runs/beta-4    fewer latent dimensions in use
 """
 
 from functools import partial
 
-from scratchgen import plots, tree, vae  # before NumPy, whose threads it sets up
+from scratchgen import plots, tree, vae  # before NumPy: sets NumPy's threads
 from scratchgen.data import CLASSES, first_images, load_fashion_mnist, scale
 from scratchgen.machinery import cli
 from scratchgen.machinery.parallel import in_parallel, ranks_for, sharded
@@ -26,7 +26,7 @@ SHARD = 64  # test images that one rank measures at a time
 
 
 def parse_arguments(argv):
-    networks = "mlp has dense layers, gated dense layers with gates, conv convolutions"
+    networks = "mlp: dense layers; gated: dense layers with gates; conv: convolutions"
     parser = cli.run_parser("run_vae.py", __doc__, EPOCHS, batch_size=128, lr=3e-3, out="runs/vae", networks=networks)
     parser.flag("--latent-dim", "dimensions of z", type=cli.number(int, 2, high=10_000), default=20, metavar="D")
     help = "the two dimensions of z to plot in latents_I_J.png (default: those with most KL)"
@@ -58,20 +58,20 @@ def main(argv=None):
     optimiser_step = adam_step if args.arch == "mlp" else muon_step  # docs/quality.md compares them
     model = VAE(run.config, run.arrays)
 
-    # params are an argument, because gradients are recorded by what is passed here. batch is (x, eps): every random
-    # number is drawn before, so that the loss is pure.
+    # params is an argument: the gradient is with respect to the first argument. batch is (x, eps): random numbers are
+    # drawn outside, so that the loss is pure.
     def loss(params, batch):
         return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, args.beta)
 
     def both_terms(x, eps):  # -> (N, 2)
         return np.stack(vae.elbo_terms(model.encode, model.decode, (x, eps)), axis=1)
 
-    # gradients.value_and_grad, but each rank (one of several processes) differentiates some shards of the minibatch.
+    # Like gradients.value_and_grad, but each rank (a process) differentiates some shards of the minibatch.
     value_and_grad = sharded(loss, ranks, params, run.shard_size, args.batch_size)
     evaluate = in_parallel(both_terms, SHARD, ranks)
 
     print(f"VAE {args.arch}: {tree.size(params):,} parameters, {len(train_images):,} training images")
-    with ranks, run:  # from here on, every rank runs the same lines, and steps the parameters that it owns
+    with ranks, run:  # from here, every rank runs the same lines and updates the parameters that it owns
         for _epoch in run.epochs():
             for step, images in run.minibatches():
                 x = scale(images, 0, 1)

@@ -1,14 +1,14 @@
 """What we added to the diffusion model of `diffusion.py`, each addition with its source and its effect.
 
-`run_ddpm.py --additions` takes any of the names in ADDITIONS; with "none", what the network predicts, the loss, the
-optimiser and the sampler are the paper's. Two of them are in other files: "muon" is the optimiser in `muon.py`, and
+`run_ddpm.py --additions` takes any of the names in ADDITIONS; with "none", the network's target, the loss, the
+optimiser and the sampler are the paper's. Two names are in other files: "muon" is the optimiser in `muon.py`, and
 "global" the `global_block` in `layers.py`. docs/quality.md has the ablation, from none to all, one row per addition.
 
-An effect is a change of the Frechet distance between samples and test images (like FID, but of the features of our own
-classifier; docs/quality.md), drawn unguided in 20 steps of `samplers.py` unless it says otherwise.
+An effect is a change of the Frechet distance of samples to test images (like FID, with features of our own classifier;
+docs/quality.md). Samples are unguided, in 20 steps of `samplers.py`, unless stated otherwise.
 
 Dimensions: N images, H height, W width. Images are (N, H, W, 1) in [-1, 1], t is (N,) integers in 1..T. ``groups``
-are (N,) integers, the group of each image (`Groups`), -1 for none; None where the network takes no groups.
+are (N,) integers, each image's group (`Groups`) or -1 for none; None if the network takes no groups.
 """
 
 import math
@@ -21,16 +21,16 @@ import autograd.numpy as np  # NumPy with functions that autograd can record
 ADDITIONS = {  # name -> what it does, for --help; in the order of the ablation
     "v": "the network predicts v, from which eps follows",
     "black": "the network sees how far each pixel is from black",
-    "weights": "noisier steps count more in the loss; without v hardly any other step counts",
-    "muon": "Muon steps the smaller matrices, Adam the rest",
+    "weights": "noisier steps count more in the loss; without v, almost only the noisiest",
+    "muon": "Muon updates small matrices, Adam the rest",
     "global": "the U-Net has blocks that see the whole image",
     "guide": "samples are guided away from what the network would have drawn early in its training",
-    "groups": "the network sees the mean of a group of images like the one to be drawn",
+    "groups": "the network sees the mean image of the group that the sample belongs to",
 }
 
 
 def init_denoiser(init, rng, additions, classes=0):
-    """The parameters of a network of `denoisers.py`, made by its ``init``, with what the additions ask of it."""
+    """Initial parameters of a network of `denoisers.py`, with the inputs and blocks that the additions need."""
     options = {"global_blocks": True} if "global" in additions else {}
     options |= {"classes": classes} if classes else {}
     return init(rng, inputs=1 + ("black" in additions) + ("groups" in additions), **options)
@@ -41,15 +41,15 @@ class Denoiser:
 
     ``network(params, x, t, labels)`` knows nothing of schedules. Without additions its output is eps itself.
 
-    "v" (Salimans and Ho 2022): the output is v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0. Together with
-    Eq. (4) of Ho et al., x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, that is a rotation of (x_0, eps) by
-    an angle whose cosine is sqrt(alpha_bar_t). Rotating back gives both:
+    "v" (Salimans and Ho 2022): the output is v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0. By Eq. (4)
+    of Ho et al., x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. So (x_t, v) is (x_0, eps) rotated by an angle
+    whose cosine is sqrt(alpha_bar_t). Rotating back gives both:
 
         eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v
         x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
 
-    Karras et al. 2022 (Sec. 5) call this preconditioning, and the factors of x_t and v in such an equation c_skip and
-    c_out. Where x_t is nearly all noise, a network that predicts eps has to copy x_t, and its error grows by
+    Karras et al. 2022 (Sec. 5) call this preconditioning, with the factor c_skip of x_t and the factor c_out of v.
+    Where x_t is nearly all noise, a network that predicts eps has to copy x_t, and its error grows by
     1 / sqrt(alpha_bar_t) on the way to x_0. Here c_skip copies x_t, v is nearly -x_0, and its error does not grow.
     Effect: Frechet distance 53 -> 38 (docs/quality.md).
 
@@ -63,7 +63,7 @@ class Denoiser:
         self.known = known
 
     def eps(self, params, x_t, t, groups=None):
-        """The predicted noise in x_t, which the loss scores: (N, H, W, 1)."""
+        """The predicted noise in x_t, for the loss: (N, H, W, 1)."""
         output = self.output(params, x_t, t, groups)
         if "v" not in self.additions:
             return output
@@ -74,11 +74,11 @@ class Denoiser:
     def x_0(self, params, x_t, t, groups=None):
         """The predicted clean image, for the samplers: (N, H, W, 1).
 
-        A network that predicts eps: clipped to [-1, 1], as its error grows (`diffusion.predict_x_0`).
+        With eps predicted: clipped to [-1, 1], because its error grows (`diffusion.predict_x_0`).
 
-        "v": computed from v and not from eps, because where alpha_bar_t is tiny, eps in float32 does not determine
-        x_0. It is not clipped. Where x_0 is black, -1, predictions lie a little above or below. A clip leaves only the
-        errors upwards, and over the steps of a sampler these add up to a grey instead of cancelling.
+        "v": computed from v and not from eps, because where alpha_bar_t is tiny, eps in float32 does not determine x_0.
+        It is not clipped. Where x_0 is black, -1, predictions lie a little above or below. A clip keeps only the upward
+        errors; these add up over a sampler's steps to a grey instead of cancelling.
         Effect: Frechet distance 6.6 -> 5.4, unguided.
         """
         output = self.output(params, x_t, t, groups)
@@ -102,11 +102,11 @@ class Denoiser:
 
 
 def above_black(schedule, x_t, t):
-    """How far each pixel is above where black would be, -sqrt(alpha_bar_t), in units of the noise and within +-3.
+    """Each pixel's signed distance from black, -sqrt(alpha_bar_t), in noise standard deviations, within +-3.
 
-    Where x_0 is black, -1, as half of all pixels are, this is eps itself. To get it from x_t alone a network would have
-    to amplify x_t by 1 / sqrt(1 - alpha_bar_t), 45 times at t = 1, and its backgrounds stay a little grey. The idea is
-    our own. Effect: Frechet distance 38 -> 29.
+    Where x_0 is black, -1, as half of all pixels are, this is eps itself. From x_t alone a network has to amplify x_t
+    by 1 / sqrt(1 - alpha_bar_t), 45 times at t = 1, and leaves backgrounds a little grey. The idea is our own.
+    Effect: Frechet distance 38 -> 29.
     """
     distance = (x_t + at(schedule["sqrt_alpha_bar"], t)) / at(schedule["sqrt_one_minus_alpha_bar"], t)
     return np.clip(distance, -3, 3)
@@ -115,10 +115,10 @@ def above_black(schedule, x_t, t):
 def step_weights(schedule):
     """The weight 1 / sqrt(alpha_bar_t) of each t in `diffusion.simple_loss`, (T + 1,) float32: "weights".
 
-    The content of a picture is decided where alpha_bar_t falls from 0.5 to 0.01. There L_simple counts less and less:
-    eps - eps_theta = sqrt(alpha_bar_t) (v - v_theta), so that it weighs the squared error of v by alpha_bar_t. Salimans
-    and Ho 2022 weigh that error by 1, which gives more to the noisiest steps, at which little can be known. We take
-    the geometric mean, sqrt(alpha_bar_t). Divided by alpha_bar_t, it is the weight of the squared error of eps.
+    The content of a picture is decided where alpha_bar_t falls from 0.5 to 0.01. There the weight in L_simple falls:
+    eps - eps_theta = sqrt(alpha_bar_t) (v - v_theta), so the squared error of v has the weight alpha_bar_t. Salimans
+    and Ho 2022 weigh that error by 1: a high weight for the noisiest steps, which say little. We take the geometric
+    mean, sqrt(alpha_bar_t). Divided by alpha_bar_t, it is the weight of the squared error of eps.
     Effect: Frechet distance 29 -> 24.
     """
     return (1 / np.sqrt(schedule["alpha_bar"])).astype(np.float32)
@@ -132,8 +132,8 @@ GUIDANCE = 0.5  # w
 def early_step(total_steps):
     """The step after which the moving average of the weights is kept to be the guide.
 
-    A quarter of all, which is best for two minutes of training; and the 411th at the latest, an eighth of the default
-    run, which is better there than a quarter (docs/quality.md).
+    A quarter of all steps, best for two minutes of training, but at most step 411. That is an eighth of the default
+    run, better there than a quarter (docs/quality.md).
     """
     return min(math.ceil(total_steps / 4), 411)
 
@@ -141,20 +141,21 @@ def early_step(total_steps):
 def guided(x_0, x_0_guide, w):
     """Extrapolate a prediction of x_0 away from the guide's: x_0 + w (x_0 - x_0_guide), clipped to [-1, 1].
 
-    Without the clip it would lead far beyond where the two differ much. Where nothing is clipped that is
-    eps + w (eps - eps_guide). The score of x_t is linear in eps. So if both are exact at one t, for densities p_1 and
-    p_0 (the guide's) of x_t, the result is exact for p_1 (p_1 / p_0)^w, normalised.
+    Unclipped, the result overshoots where the predictions differ much. In terms of eps it is eps + w (eps - eps_guide).
+    The score of x_t is linear in eps. So if network and guide are exact at t for p_1(x_t) and p_0(x_t), the result is
+    exact for p_1 (p_1 / p_0)^w, normalised.
 
-    The guide of "guide" is the network itself early in its training ("autoguidance", Karras et al. 2024, whose w is one
-    more): it makes the errors of the network, only larger ones, so the direction away from it leads away from the
-    errors of both. Effect without "groups": Frechet distance 5 -> 2, and 2.5 -> 0.9 with classes.
-    The guide of Ho and Salimans 2022 is the network without the label: what is typical of the class comes out more.
+    The guide of "guide" is an early checkpoint ("autoguidance", Karras et al. 2024; their w is ours plus one). It makes
+    the network's errors, only larger, so moving away from it reduces the errors of both.
+    Effect without "groups": Frechet distance 5 -> 2, and 2.5 -> 0.9 with classes.
+
+    The guide of Ho and Salimans 2022 is the network without the label: samples become more typical of the class.
     """
     return np.clip(x_0 + np.float32(w) * (x_0 - x_0_guide), -1, 1)
 
 
 def drop_groups(groups, rng):
-    """The groups with -1, none, in place of a tenth, so that the network learns both (Ho and Salimans, Alg. 1). None
+    """The groups, a tenth of them set to -1, none: the network learns with and without (Ho and Salimans, Alg. 1). None
     stays None."""
     return None if groups is None else np.where(rng.random(len(groups)) < 0.1, -1, groups)
 
@@ -165,18 +166,18 @@ GROUPS = 300  # unguided, 1,000 are as good and 100 are worse
 
 
 class Groups:
-    """What kinds of images there are: C classes (1 without labels), and of each class G groups of similar images.
+    """Clusters of images: C classes (1 without labels), each with G groups of similar images.
 
-    The papers call them clusters. ``means``, (C, G, H, W, 1), has the mean image of each, and ``shares``, (C, G), the
-    share of the images of its class that are in it. A group's number is G times its class plus its place there. Without
-    the addition "groups" each class is one group.
+    ``means``, (C, G, H, W, 1), has each group's mean image, and ``shares``, (C, G), its
+    fraction of its class. Group g of class c has the number G c + g. Without the addition "groups" each
+    class is one group.
 
     To draw an image is to draw its group first, and then an image of that group: p(x) = sum over g of p(g) p(x | g),
-    with p(g) the share. The network sees the mean image of g as one more channel of its input. So it need not find out
-    from noise alone what kind of garment to draw, nor how often; that is counted. No label is needed. A network that
-    takes groups which nobody has labelled draws better: Bao et al. 2022; Adaloglou et al. 2025. They group the features
-    of another network, and embed the number of the group. Here images are grouped by their pixels, and the
-    mean is seen. Effect: Frechet distance 2.1 -> 1.3, guided; 18 -> 6 unguided after two minutes of training.
+    with p(g) the share. The network sees the mean image of g as one more channel of its input. So it need not infer the
+    kind of garment and its frequency from noise: we count them. No label is needed. Conditioning on unsupervised
+    clusters improves samples: Bao et al. 2022; Adaloglou et al. 2025. They cluster features of another network, and
+    embed the cluster's index. We cluster images by pixels; the network sees the mean.
+    Effect: Frechet distance 2.1 -> 1.3, guided; 18 -> 6 unguided after two minutes of training.
     """
 
     def __init__(self, means, shares):
@@ -184,7 +185,7 @@ class Groups:
         self.shares = shares
 
     def of(self, x_0, classes=None):
-        """The group of each image: of its class the one whose mean is nearest. (N, H, W, 1), (N,) -> (N,)."""
+        """Each image's group: the one of its class with the nearest mean. (N, H, W, 1), (N,) -> (N,)."""
         C, G = self.shares.shape
         classes = np.zeros(len(x_0), int) if classes is None else classes.astype(int)
         groups = np.empty(len(x_0), int)
@@ -215,11 +216,10 @@ class Groups:
 
 
 def find_groups(images, classes, count, rng):
-    """The arrays of `Groups` of training images, uint8 (N, H, W, 1): ``count`` in all, as many of each class.
+    """The arrays of `Groups` of training images, uint8 (N, H, W, 1): ``count`` in all, evenly over classes.
 
-    ``classes`` are (N,), or None. Ten thousand images of a class are enough to find its groups. What share each has,
-    all of them say. Each group counts as if it had one image more: there may be images of a group that no training
-    image is in. Takes seconds.
+    ``classes`` are (N,), or None. Ten thousand images of a class are enough to find its groups. The shares come from
+    all images. Each group counts one extra image (Laplace smoothing), so that no share is zero. Takes seconds.
     """
     of_class = [images] if classes is None else [images[classes == c] for c in range(len(CLASSES))]
     means, shares = [], []
@@ -234,8 +234,8 @@ def find_groups(images, classes, count, rng):
 def k_means(x, K, rng, rounds=20):
     """The means of K groups of images: (N, H, W, 1) -> (K, H, W, 1).
 
-    Each image is in the group whose mean is nearest, by squared distance of pixels. Then each mean is that of its
-    group, and so on. Both steps can only lower the sum of the squared distances (Lloyd 1982).
+    Each image is in the group whose mean is nearest, by squared distance of pixels. Then each mean is recomputed, and
+    so on. Both steps can only lower the sum of the squared distances (Lloyd 1982).
     """
     means = x[rng.choice(len(x), K, replace=len(x) < K)]
     for _ in range(rounds):

@@ -6,8 +6,8 @@
     ELBO(x)            = E_q(z|x)[log p(x | z)] - D_KL(q(z | x) || p(z))  <=  log p(x)
 
 Dimensions: N images, H = W = 28, one channel; D latent dimensions. Images x are (N, H, W, 1) in [0, 1]. Grey pixels are
-read as probabilities: the first term is then minus a cross-entropy, and no model can bring it above minus the entropy
-of the pixels themselves (`entropy_floor`). All terms are in nats per image.
+read as probabilities: the first term is a negative cross-entropy, at most the negative entropy of the pixels
+(`entropy_floor`). All terms are in nats per image.
 
 First the bound, which takes encoder and decoder as functions; below it the pairs of networks to choose from.
 """
@@ -22,7 +22,7 @@ import autograd.numpy as np  # NumPy with functions that autograd can record
 
 
 def reparameterise(mu, log_var, eps):
-    """z = mu + sigma eps, (N, D): for eps ~ N(0, I) a draw from q(z | x) that lets gradients reach mu and log_var."""
+    """z = mu + sigma eps, (N, D): if eps ~ N(0, I), a sample of q(z | x), differentiable in mu and log_var."""
     return mu + np.exp(0.5 * log_var) * eps
 
 
@@ -45,10 +45,10 @@ def elbo_terms(encode, decode, batch):
 
 
 def negative_elbo(encode, decode, batch, beta=1.0):
-    """The loss, -ELBO as a mean over the batch, and its two terms to report.
+    """The loss (the batch mean of -ELBO), and its two terms for the log.
 
-    With another weight ``beta`` of the second term it is a beta-VAE's (Higgins et al. 2017): above 1 a looser bound,
-    below 1 no bound at all.
+    ``beta`` other than 1 makes it the loss of a beta-VAE (Higgins et al. 2017): a looser bound above 1, and no bound
+    below 1.
     """
     reconstruction, kl = elbo_terms(encode, decode, batch)
     terms = {"reconstruction": mean(reconstruction), "kl": mean(kl)}
@@ -70,7 +70,7 @@ def entropy_floor(x):
 
 # ------------------------------------------------------------------------------- q(z | x), the output of every encoder
 
-MAX_LOG_VAR = 2.0  # of q(z | x), where the prior has 0
+MAX_LOG_VAR = 2.0  # for q(z | x); the prior has 0
 
 
 def init_gaussian(rng, hidden, latent_dim):
@@ -81,10 +81,10 @@ def init_gaussian(rng, hidden, latent_dim):
 
 
 def gaussian(params, h):  # (N, C) -> 2 x (N, D)
-    """mu and log_var of q(z | x); log_var is cut off above.
+    """mu and log_var of q(z | x); log_var is clipped above.
 
-    No training image comes near that limit, where there is no gradient. An image unlike all of them can get any
-    log_var: one test image had 9.9, z thirty times as far out as in training, and a bound of -300,000 nats.
+    Training images stay far below it, so they lose no gradient. An outlier can get any log_var: one test image had 9.9,
+    a z thirty times as far out as in training, and an ELBO of -300,000 nats.
     """
     return dense(params["mu"], h), np.clip(dense(params["log_var"], h), -np.inf, MAX_LOG_VAR)
 
@@ -94,9 +94,9 @@ def gaussian(params, h):  # (N, C) -> 2 x (N, D)
 
 def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28, gated=False):
     *before, last = hidden
-    outputs = 2 * last if gated else last  # which the activation halves, or not
+    outputs = 2 * last if gated else last  # glu halves them, relu does not
     return {
-        # The last layer of the encoder has gain 1, too, though a ReLU follows.
+        # init_mlp gives the last layer gain 1, though here a ReLU follows.
         "encoder": init_mlp(rng, [pixels, *before, outputs], gated),
         **init_gaussian(rng, last, latent_dim),
         "decoder": init_mlp(rng, [latent_dim, *hidden, pixels], gated),
@@ -170,9 +170,9 @@ VAES = {
 def importance_weighted_bound(encode, decode, x, K, rngs, block=500):
     """log of the mean of K importance weights w = p(x | z) p(z) / q(z | x), z ~ q(z | x), in nats per image, (N,).
 
-    In expectation it is the bound of Burda, Grosse and Salakhutdinov 2016, Eq. (8): the ELBO for K = 1, and ever
-    closer to log p(x) from below as K grows. x is (N, H, W, 1), ``rngs`` one generator an image. Float32, but for the
-    sum over a block's weights and over the blocks.
+    In expectation it is the bound of Burda, Grosse and Salakhutdinov 2016, Eq. (8): the ELBO for K = 1, and ever closer
+    to log p(x) from below as K grows. x is (N, H, W, 1), ``rngs`` a generator per image. In float32, except the sums of
+    the weights: float64.
     """
     mu, log_var = encode(x)
     sigma = np.exp(0.5 * log_var)
@@ -181,7 +181,7 @@ def importance_weighted_bound(encode, decode, x, K, rngs, block=500):
         for start in range(0, K, block):
             eps = rng.standard_normal((min(block, K - start), mu.shape[1]), dtype=np.float32)
             z = mu[n] + sigma[n] * eps
-            # log p(z) - log q(z | x): of both Gaussians, - D/2 log 2 pi cancels.
+            # log p(z) - log q(z | x): the - D/2 log 2 pi of both cancels.
             log_ratio = 0.5 * (eps**2 - z**2 + log_var[n]).sum(axis=1, dtype=np.float64)
             log_w = bernoulli_log_likelihood(decode(z), x[n]) + log_ratio
             largest = max(bound[n], log_w.max())  # taken out, so that exp cannot overflow
