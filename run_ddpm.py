@@ -150,7 +150,7 @@ def main(argv=None):
 
 
 def draw_preview(model, previews, epoch, seed, ranks, folder):
-    """Draw preview.png: one row for each of the last epochs, which ``previews``, (rows, 10, H, W, 1) uint8, keeps."""
+    """Draw preview.png: one row for each of the last epochs, kept in ``previews``, (rows, 10, H, W, 1) uint8."""
     config = model.sampler_config(guidance=0)  # early in training there is no guide yet
     rows = len(previews)
     previews[epoch % rows] = draw(model, 10, seed, ranks, description="preview", config=config)  # from the same noise

@@ -64,7 +64,7 @@ def load_idx(path):
 
     Returns an array of the shape in the header, in native byte order. Raises DataError, one line, for a file that
     cannot be read, is not idx, or is shorter or longer than its header says. Memory is allocated only for bytes that
-    exist; reading stops if a gzip file inflates beyond the size in its header.
+    exist; reading stops if a gzip file inflates beyond the size in the idx header.
     """
     path = Path(path)
     try:

@@ -151,7 +151,7 @@ def sample(eps_theta, schedule, x_T, rng):
         yield t - 1, x
 
 
-# ------------------------------------------------------------------- the variational bound, which the loss is made from
+# ---------------------------------------------------------------- the variational bound, from which the loss is derived
 # Eq. (5): -log p(x_0) <= L_T + L_{T-1} + .. + L_0 in expectation over q, with
 # L_T = `prior_kl` and, for t = T .. 1,
 #

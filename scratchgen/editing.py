@@ -16,7 +16,7 @@ import numpy as np
 def interpolate(x_0_theta, schedule, x_0, other, weight, t, rng, **options):
     """Interpolate between images x_0 and ``other``, each (1, H, W, 1) (Ho et al. 2020, Sec. 4.4): (N, H, W, 1).
 
-    Both images get noise up to t. The N weights, from 0 to 1, mix the two x_t, and the sampler starts from these;
+    Both images get noise up to t. The N weights, from 0 to 1, mix the two x_t. The sampler starts from the mixtures;
     ``options`` go to `samplers.sample`: steps, eta, order. A small t blends the pixels. A large t gives garments
     between the two, less and less like either. Both images get the same noise: a mixture of different noises would
     have less noise than x_t.
@@ -42,8 +42,8 @@ def inpaint(x_0_theta, schedule, known, where, x_T, rng, steps=None, repeats=5):
 
     ``known`` is (N, H, W, 1), and is used only where the boolean array ``where`` is true. Each step puts the known part
     into the predicted x_0. That alone is not enough: the new part would fit badly, because the network sees only a
-    noisy version of the known part. So each step is repeated ``repeats`` times. Before each repeat, noise leads back
-    from x_s to x_t (Lugmayr et al. 2022, RePaint). The more steps and repeats, the better the two parts agree.
+    noisy version of the known part. So each step is taken ``repeats`` times; in between, noise leads back from x_s to
+    x_t (Lugmayr et al. 2022, RePaint). The more steps and repeats, the better the two parts agree.
     """
     times = timesteps(schedule["T"], steps)
     x = x_T

@@ -27,7 +27,7 @@ class Node(VJPNode):
     def __init__(self, value, fun, *args):
         super().__init__(value, fun, *args)
         self.name = fun.__name__
-        self.shape = getattr(value, "shape", "several")  # split returns a list, without a shape
+        self.shape = getattr(value, "shape", "several")  # a list, as from split, has no shape
 
     def initialize_root(self, name, shape, parents=(), vjp=None):
         self.name = name
@@ -48,7 +48,7 @@ def op(forward):
 
     ``vjp(g)`` takes g = dL/d(answer) and returns dL/d(array) for each argument, in order; trailing arguments that never
     need a gradient may be left out. A costly gradient may be returned as a function without arguments, which is called
-    only if it is needed. If no argument is recorded, only the answer is returned. Arguments are positional.
+    only if the gradient is needed. If no argument is recorded, only the answer is returned. Arguments are positional.
     """
 
     @wraps(forward)

@@ -13,7 +13,7 @@ import numpy as np
 # larger ones the products take too long. In the U-Net, Adam updates the layers of the time embedding (128) and the two
 # large layers of each global block (256): an optimiser step takes half the time, and samples are as good. So Muon
 # updates 10 % of the weights, or 88 % without the global blocks; 2 % of the gated VAE, 7 % of the convolutional VAE,
-# none of the MLP denoiser. (With --classes it also updates the label embedding. Its authors leave embeddings to Adam.)
+# none of the MLP denoiser. (With --classes also the label embedding. Muon's authors leave embeddings to Adam.)
 MUON_SIDES = range(8, 65)
 
 
@@ -45,7 +45,7 @@ def orthogonalise(G, iterations=5):
 
     Let X = U diag(s) V^T, S = X X^T and P = a I + b S + c S^2. Then X <- P X only maps each singular value s to
     a s + b s^3 + c s^5. With the a, b, c that Jordan et al. found by experiment, five iterations bring all of them from
-    0.01 .. 1 to about 0.7 .. 1.2. This is not exact, but avoids a singular value decomposition: it takes few products.
+    0.01 .. 1 to about 0.7 .. 1.2. This is not exact, but takes few products instead of a singular value decomposition.
 
     For P X the small square matrix S becomes P S P. So X is needed only at the end, when it is multiplied by the
     product of all P. For the 576 x 64 matrix of a 3 x 3 kernel this is 2.5 times faster.

@@ -120,7 +120,7 @@ def codes_by_class(mu, kl, labels, classes):
     figure = new_figure(7.4, 6)
     axes = figure.add_subplot(title="codes $\\mu$ of test images, in the two dimensions with most KL")
     colours = np.array([f"C{label}" for label in range(len(classes))])
-    axes.scatter(mu[:, i], mu[:, j], s=4, alpha=0.5, c=colours[labels])  # at once, or the last class covers the others
+    axes.scatter(mu[:, i], mu[:, j], s=4, alpha=0.5, c=colours[labels])  # mixed: drawn last, a class would hide others
     for name, colour in zip(classes, colours, strict=True):
         axes.scatter([], [], s=4, color=colour, label=name)
     axes.set(xlabel=f"$\\mu_{{{i}}}$", ylabel=f"$\\mu_{{{j}}}$", aspect="equal")

@@ -79,9 +79,9 @@ def sample(x_0_theta, schedule, x_t, rng, steps=None, eta=1.0, order=1, start=No
     ``x_t``, by default T. Starting from a noisy image draws images similar to it (Meng et al. 2022, SDEdit).
 
     With eta = 0 the steps solve a differential equation; they are exact if the predicted x_0 is constant from t to s.
-    ``order`` = 2 follows the change of x_0: it extrapolates x_0 linearly in lambda = log(sqrt(alpha_bar) /
-    sqrt(1 - alpha_bar)) to the middle of the step. This is DPM-Solver++(2M) of Lu et al. 2022. Its error shrinks with
-    the square of the step size (order 1: with the step size), at one call of the network per step. With eta = 1 it is
+    ``order`` = 2 follows its change. With lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), it extrapolates x_0
+    linearly in lambda to the middle of the step. This is DPM-Solver++(2M) of Lu et al. 2022. Its error shrinks with the
+    square of the step size (order 1: with the step size), at one call of the network per step. With eta = 1 it is
     their SDE-DPM-Solver++(2M): fresh noise at each step covers up earlier errors of the network.
     Effect on the Frechet distance, unguided, in 20 steps: SDE-DPM-Solver++(2M) 5, the same of order 1 24, DDIM 21.
     Algorithm 2 in its 200 steps has 7.

@@ -3,7 +3,7 @@
     from scratchgen.trained import load_run  # before NumPy, whose threads it sets up
     import numpy as np
 
-    model = load_run("runs/ddpm")  # or load_trained("ddpm"), whose weights came with the package
+    model = load_run("runs/ddpm")  # or load_trained("ddpm"), with the weights of the package
     images = model.sample(4, np.random.default_rng(0))  # (4, 28, 28, 1) in [0, 1]
 
 Dimensions: N images, H = W = 28, one channel; D latent dimensions; T steps from image to noise.
@@ -28,7 +28,7 @@ IMPORTANCE = 102  # a purpose for `rng_for`; its number differs from those in `r
 
 
 class VAE:
-    """A trained VAE. ``config`` has the settings of its run, ``arrays["params"]`` its weights, ``log`` its log.csv."""
+    """A trained VAE. ``config`` has its run's settings, ``arrays["params"]`` its weights, ``log`` the rows of log.csv."""
 
     def __init__(self, config, arrays, log=()):
         self.config = config
@@ -156,7 +156,7 @@ class DDPM:
 def labels_for(N, labels, classes):
     """The labels of N images to draw, (N,), from class numbers or names (-1: no class), one for each or one for all.
 
-    With ``labels=None`` the classes take turns. For a model trained without ``classes`` it returns None. Raises
+    With ``labels=None`` the classes take turns. The result is None for a model trained without ``classes``. Raises
     UserError.
     """
     if not classes:

@@ -84,7 +84,7 @@ def measure_vae(report, model, data, ranks, K):
 
 
 def measure_bound(report, model, data, ranks, N):
-    """Measure the variational bound at one t per image and, if N is given, its parts at every t for N images."""
+    """Measure the variational bound with one t per image; if N is given, also with all t for N images, and its parts."""
     T = model.config["T"]
     x = scale(data["test_images"], -1, 1)
     groups = model.groups_of(x, data.get("test_labels"))
@@ -152,7 +152,7 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
     measured = {}
 
     def from_train(images):
-        if ranks.rank > 0:  # these print and write nothing
+        if ranks.rank > 0:  # other ranks print and write nothing
             return 0.0
         return round(float(metrics.nearest_distance(images[:1000], train).mean()), 3)
 

@@ -116,7 +116,7 @@ def number(kind, low, high=math.inf):
 def add_workers_flag(parser):
     help = (
         "parallel processes (threads on macOS and Windows); results do not depend on N, and 1 keeps everything in this "
-        "process, for a debugger (default: all cores, here %(default)s; under mpiexec its ranks count, and not N)"
+        "process, for a debugger (default: all cores, here %(default)s; under mpiexec N is ignored)"
     )
     parser.flag("--workers", help, type=number(int, 1, high=256), default=blas.available_cores(), metavar="N")
 
@@ -141,7 +141,7 @@ def run_parser(prog, description, epochs, batch_size, lr, out, networks=""):
     help = "the network" + (f": {networks}" if networks else "")
     p.flag("--arch", help, choices=epochs, default=next(iter(epochs)))
     p.flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
-    help = "images per gradient step, cut into shards for the workers; on several machines take more (performance.md)"
+    help = "images per gradient step, cut into shards for the workers; use more on several machines (performance.md)"
     p.flag("--batch-size", help, type=whole, default=batch_size, metavar="N")
     p.flag("--lr", "peak learning rate: a short rise, then half a cosine down to 0", type=positive, default=lr)
     help = "decides every random number: on one machine the same seed gives the same bits, elsewhere nearly the same"
@@ -149,7 +149,7 @@ def run_parser(prog, description, epochs, batch_size, lr, out, networks=""):
     add_data_flags(p)
     p.flag("--out", "folder for everything the run makes", type=Path, default=Path(out), metavar="DIR")
     p.flag("--train-images", "train on the first N images, for a quick look (default: all)", type=whole, metavar="N")
-    help = "continue from checkpoint.npz in --out, to the same bits as if never stopped; if finished, draw again"
+    help = "continue from checkpoint.npz in --out, bit for bit as if never stopped; a finished run draws again"
     p.flag("--resume", help, action="store_true")
     return p
 
@@ -183,7 +183,7 @@ def run(main, when_stopped=RESUMABLE):
 
 
 def set_up_output():
-    """Buffer output by lines, also in a pipe, so that each line appears at once. Output that fails stops no run."""
+    """Buffer output by lines, also in a pipe, so that each line appears at once. No failure of output stops a run."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  None if it was closed by whoever started us
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
@@ -211,7 +211,7 @@ def outcome(main, when_stopped):
         where = f"{error.filename}: " if error.filename else ""
         return 1, f"{where}{error.strerror or error}"
     except Warning as warning:  # python -W error
-        return 1, f"{warning} (a warning, which Python was told to take for an error)"
+        return 1, f"{warning} (a warning that Python was told to treat as an error)"
     except MemoryError:
         return 1, "out of memory: try fewer --workers"
     except Exception:  # a bug of ours

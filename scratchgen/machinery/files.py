@@ -173,7 +173,7 @@ def write_json(path, numbers):
     write_text(path, json.dumps(sound, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------------------------------- a folder, and who works there
+# ------------------------------------------------------------------------------------------------- the lock on a folder
 
 LOCK = ".lock"  # stays in the folder
 
@@ -207,7 +207,7 @@ def locked(path):
         except PermissionError:  # another user's
             lock = os.open(path, os.O_RDONLY)
     except PermissionError:  # and it may not even be read
-        raise FolderInUse(f"{path}: may not be read, so who knows whether someone is at work there") from None
+        raise FolderInUse(f"{path}: may not be read, so another program may be at work there") from None
     except OSError:
         return None
     try:
@@ -253,6 +253,6 @@ def put_aside(folder):
     folders = (folder / f"earlier-{number}" for number in itertools.count(1))
     aside = next(aside for aside in folders if not any((aside / path.name).exists() for path in made))
     aside.mkdir(exist_ok=True)
-    for path in made:  # of a link, move the target, perhaps on another disk; the link stays
+    for path in made:  # for a link, move its target, perhaps on another disk; the link stays
         shutil.move(os.path.realpath(path), aside / path.name)
     print(f"kept the earlier run as {aside}")

@@ -197,7 +197,7 @@ class Ranks:
             everything[number :: self.count] = part
         return everything
 
-    # ------------------------------------------------------------------------------------ of a training step, by leaves
+    # ------------------------------------------------------------------------------------ a training step, leaf by leaf
 
     def divide(self, params):
         """Assign each leaf of the parameters to its owner, the rank that updates it. Each gets large and small ones."""
@@ -286,8 +286,8 @@ class MPIRanks(Ranks):
         self.send((leaf, owner, target) for leaf, owner in leaves for target in range(self.count))
 
     def send(self, journeys):
-        """Copy arrays in place; each journey is (array, source rank, target rank). Each array is one message, all are
-        sent at once: with one packed message for each rank, a VAE step takes 1.08 times as long."""
+        """Copy arrays in place; ``journeys`` are (array, source rank, target rank). All arrays are sent at once, one
+        message each: with one packed message for each rank, a VAE step takes 1.08 times as long."""
         requests = []
         for array, source, target in journeys:  # in the same order on all ranks: MPI matches messages by order
             if rank == source != target:
@@ -308,7 +308,7 @@ def world():
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # not installed; or it finds no MPI
-        raise UserError(f'mpiexec needs mpi4py (pip install "scratchgen[mpi]"), and that says: {error}') from None
+        raise UserError(f'mpiexec needs mpi4py (pip install "scratchgen[mpi]"); its import failed: {error}') from None
     found = MPI.COMM_WORLD.size
     if found != (wanted or found) or found <= (number or 0):
         started = wanted or f"at least {number + 1}"

@@ -71,7 +71,7 @@ class Run:
         self.shard_size = ranks.broadcast(parallel.shard_size(args.batch_size, blas.available_cores()))
 
         self.path = args.out / "checkpoint.npz"
-        os.makedirs(os.path.realpath(args.out), exist_ok=True)  # if it is a dangling link, its target
+        os.makedirs(os.path.realpath(args.out), exist_ok=True)  # for a dangling link, make its target
         with ExitStack() as held:
             held.enter_context(files.holding(args.out))
             if args.resume:
