@@ -28,7 +28,7 @@ IMPORTANCE = 102  # a purpose for `rng_for`; its number differs from those in `r
 
 
 class VAE:
-    """A trained VAE. ``config`` has its run's settings, ``arrays["params"]`` its weights, ``log`` the rows of log.csv."""
+    """A trained VAE. ``config`` are its run's settings, ``arrays["params"]`` its weights, ``log`` rows of log.csv."""
 
     def __init__(self, config, arrays, log=()):
         self.config = config

@@ -84,7 +84,7 @@ def measure_vae(report, model, data, ranks, K):
 
 
 def measure_bound(report, model, data, ranks, N):
-    """Measure the variational bound with one t per image; if N is given, also with all t for N images, and its parts."""
+    """Measure the variational bound with one t per image; if N is given, also with all t for N images, by parts."""
     T = model.config["T"]
     x = scale(data["test_images"], -1, 1)
     groups = model.groups_of(x, data.get("test_labels"))

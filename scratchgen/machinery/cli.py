@@ -27,7 +27,7 @@ with warnings.catch_warnings():  # a notebook without widgets gets a bar of text
     from tqdm.auto import tqdm
 
 tqdm.monitor_interval = 0  # no monitor thread: ranks are forked, and no other thread should run at a fork
-tqdm.set_lock(threading.RLock())  # its own is shared by processes, and Python 3.14 finds it lost where a rank ends
+tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared by processes; Python 3.14 reports it lost when a rank ends
 program = None  # its name, set by its parser; each message begins with it
 
 
