@@ -4,7 +4,7 @@ noise, and draw samples with it.
 examples:
   python run_ddpm.py                        T = 200: ten minutes on two cores
   python run_ddpm.py --additions none       Ho et al. 2020: eps, L_simple, Adam
-  python run_ddpm.py --classes              draws the class that one asks for
+  python run_ddpm.py --classes              draws the class you ask for
   python run_ddpm.py --epochs 2             three minutes; samples are rougher
 """
 
@@ -34,7 +34,7 @@ def parse_arguments(argv):
     parser.flag("--schedule", "how beta_t grows with t", choices=diffusion.SCHEDULES, default="linear")
     names = ["none", "all", *improved.ADDITIONS]
     each = "; ".join(f"{name} ({what})" for name, what in improved.ADDITIONS.items())
-    help = f"what we added to Ho et al. 2020: none, all, or any of {each} (default: all)"
+    help = f"additions to Ho et al. 2020: none, all, or any of {each} (default: all)"
     parser.flag("--additions", help, nargs="+", choices=names, default=["all"], metavar="NAME")
     parser.flag("--classes", "the network takes the label of each image, one of ten classes", action="store_true")
     parser.flag("--ema", "decay of the weights' moving average", type=cli.number(float, 0, 1), default=0.998)
@@ -47,7 +47,7 @@ def parse_arguments(argv):
 
 
 def additions(args, error):
-    """The names that the flag --additions chooses, in the order of ADDITIONS."""
+    """The names chosen by the flag --additions, in the order of ADDITIONS."""
     names = args.additions
     if names == ["all"]:
         return [name for name in improved.ADDITIONS if name != "global" or args.arch == "unet"]
@@ -75,7 +75,7 @@ def main(argv=None):
     params = improved.init_denoiser(init, rng_for(args.seed, INIT), args.additions, len(CLASSES) if args.classes else 0)
     arrays = {"params": params, "moments": init_moments(params), "ema": tree.map(np.copy, params)}
     if "guide" in args.additions:
-        arrays["early"] = tree.map(np.copy, params)  # the moving average "ema" as it was early on
+        arrays["early"] = tree.map(np.copy, params)  # the moving average "ema" early in training
     if args.classes or "groups" in args.additions:
         count = improved.GROUPS if "groups" in args.additions else len(CLASSES)
         arrays["groups"] = improved.find_groups(*train, count, rng_for(args.seed, INIT, 1))
@@ -88,7 +88,7 @@ def main(argv=None):
     model = DDPM(run.config, arrays)  # its weights are the moving average
     early_step = improved.early_step(run.total_steps)
 
-    def loss(params, batch):  # batch is (x_0, t, eps, groups), all drawn before
+    def loss(params, batch):  # batch is (x_0, t, eps, groups), all drawn beforehand
         *draws, groups = batch
         return diffusion.simple_loss(partial(model.denoiser.eps, params, groups=groups), schedule, draws, weights)
 
@@ -97,7 +97,7 @@ def main(argv=None):
 
     value_and_grad = sharded(loss, ranks, params, run.shard_size, args.batch_size)
     evaluate = in_parallel(errors, SHARD, ranks)
-    t_test = 1 + np.arange(len(x_test)) * args.T // len(x_test)  # not at random, but evenly from 1 to T
+    t_test = 1 + np.arange(len(x_test)) * args.T // len(x_test)  # evenly spaced from 1 to T, not random
     eps_test = rng_for(args.seed, TEST).standard_normal(x_test.shape, dtype=np.float32)
     test_batch = (x_test, t_test, eps_test, model.groups_of(x_test, data.get("test_labels")))
 
@@ -150,10 +150,10 @@ def main(argv=None):
 
 
 def draw_preview(model, previews, epoch, seed, ranks, folder):
-    """preview.png: a row an epoch, as many as ``previews``, (rows, 10, H, W, 1) uint8, has room for."""
-    config = model.sampler_config(guidance=0)  # at first there is no guide
+    """Draw preview.png: one row for each of the last epochs, kept in ``previews``, (rows, 10, H, W, 1) uint8."""
+    config = model.sampler_config(guidance=0)  # early in training there is no guide yet
     rows = len(previews)
-    previews[epoch % rows] = draw(model, 10, seed, ranks, description="preview", config=config)  # of the same noise
+    previews[epoch % rows] = draw(model, 10, seed, ranks, description="preview", config=config)  # from the same noise
     shown = range(max(1, epoch + 1 - rows), epoch + 1)
     x = np.concatenate([previews[number % rows] for number in shown])
     labels = [f"epoch {number}" for number in shown]
@@ -162,8 +162,8 @@ def draw_preview(model, previews, epoch, seed, ranks, folder):
 
 
 def draw_trajectories(model, x_0, seed, folder):
-    """An image x_0, (1, H, W, 1), on its way to noise, forward.png; and by Algorithm 2 from noise to images: the first
-    in trajectory.png, and sixteen in sampling.gif."""
+    """Draw forward.png, an image x_0, (1, H, W, 1), on its way to noise. And draw 16 images from noise by Algorithm 2:
+    the first in trajectory.png, all in sampling.gif."""
     T = model.config["T"]
     rng = rng_for(seed, SAMPLES)
     times = {round(T * fraction) for fraction in (1, 0.5, 0.25, 0.1, 0.05, 0)}

@@ -1,7 +1,7 @@
 """FashionMNIST from its raw idx files, and shuffled minibatches of it.
 
 The idx format: two zero bytes, one byte for the dtype, one for the rank R, then R big-endian 32-bit sizes, then the
-numbers themselves, big-endian, row by row. A header is never believed before the file's length bears it out.
+numbers themselves, big-endian, row by row. A header is trusted only if the length of the file agrees with it.
 """
 
 import gzip
@@ -17,7 +17,7 @@ from scratchgen import tree
 import numpy as np
 
 DATA = Path(__file__).parents[1] / "data"  # beside the run scripts
-if not DATA.is_dir():  # of a package that is installed elsewhere
+if not DATA.is_dir():  # the package is installed elsewhere
     DATA = Path("data")
 IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 MAX_RANK = 32  # more than any array has; NumPy stops at 64
@@ -49,22 +49,22 @@ SOURCE = f"--data names the folder of {', '.join(FASHION_MNIST)} (.gz), from git
 
 
 class UserError(ValueError):
-    """What a user can put right; the message says it in one line, and a notebook shows that line and no traceback."""
+    """An error that the user can fix. Its message is one line; a notebook shows this line and no traceback."""
 
     def _render_traceback_(self):  # IPython asks for it
         return [f"{type(self).__name__}: {self}"]
 
 
 class DataError(UserError):
-    """A data file is missing, damaged or not what its place demands; the message names it and what was found."""
+    """A data file is missing, damaged or of the wrong kind; the message names the file and what was found."""
 
 
 def load_idx(path):
     """Read one idx file, raw or gzip-compressed, of any rank and any of the format's six dtypes.
 
     Returns an array of the shape in the header, in native byte order. Raises DataError, one line, for a file that
-    cannot be read, is not idx, or is shorter or longer than its header says; memory is taken only for bytes that are
-    really there, and a gzip that inflates past what its header promises is cut off.
+    cannot be read, is not idx, or is shorter or longer than its header says. Memory is allocated only for bytes that
+    exist; reading stops if a gzip file inflates beyond the size in the idx header.
     """
     path = Path(path)
     try:
@@ -99,7 +99,7 @@ def read_idx(file, path):
         raise DataError(f"{path}: expected {rank} dimensions in the header, found the file to end inside them")
     shape = struct.unpack(f">{rank}I", sizes)
 
-    # With a zero among them, no bytes follow.
+    # If one of the sizes is 0, no bytes follow.
     if math.prod(size or 1 for size in shape) > sys.maxsize // dtype.itemsize:
         raise DataError(f"{path}: expected sizes that fit into memory, found {shape} in the header")
     expected = math.prod(shape) * dtype.itemsize
@@ -113,8 +113,7 @@ def read_idx(file, path):
 
 
 def class_number(name):
-    """The label of a class, from its number or its name: small or large, in the singular or the plural. Raises
-    UserError."""
+    """The label of a class, from its number or its name; case and plural do not matter. Raises UserError."""
     found = int(name) if str(name) in [*"0123456789"] else LABELS.get(letters(str(name)))
     if found is None:
         raise UserError(f"{name}: expected a class by number or name: {NUMBERED_CLASSES}")
@@ -140,7 +139,7 @@ def find_file(folder, name):
     raise DataError(f"{folder / name}.gz: expected this file (or the same without .gz), found neither; {SOURCE}")
 
 
-def dotted(name):  # as some copies are named
+def dotted(name):  # some copies of the data set name their files so
     return name.replace("-idx", ".idx")
 
 
@@ -148,8 +147,8 @@ def load_fashion_mnist(folder=DATA, labels=True):
     """The files in ``folder``, as a dict of uint8 arrays.
 
     "train_images" and "test_images" are (N, 28, 28, 1), "train_labels" and "test_labels" are (N,) in 0..9; without
-    ``labels`` their files are not looked at. Raises DataError; warns when the files are sound but are not the
-    published FashionMNIST.
+    ``labels`` their files are not read. Raises DataError; warns if the files are valid but are not the published
+    FashionMNIST.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -186,7 +185,7 @@ def load_fashion_mnist(folder=DATA, labels=True):
 
 
 def first_images(images, count, flag="--train-images"):
-    """The first ``count`` images, or pairs of images and labels; all for None. Raises UserError if there are fewer."""
+    """The first ``count`` images, or pairs of images and labels; None: all. Raises UserError if there are fewer."""
     there = len(tree.leaves(images)[0])
     if count is not None and count > there:
         raise UserError(f"{flag} {count} is out of range, there are {there} images")
@@ -202,10 +201,10 @@ def scale(images, low, high):
 
 
 def minibatches(images, batch_size, rng, skip=0):
-    """All images once, in a random order: yields (batch_size, H, W, C) arrays, the last one smaller if it must be.
+    """Yield all images once, in random order, in (batch_size, H, W, C) arrays; the last one may be smaller.
 
-    Of a pair of arrays, images and labels, it yields pairs. The order is drawn from ``rng`` when the first batch is
-    asked for; ``skip`` batches are left out at the start, for a run that resumes inside an epoch.
+    For a pair (images, labels) it yields pairs. The order is drawn from ``rng`` when the first batch is requested. The
+    first ``skip`` batches are left out, for a run that resumes inside an epoch.
     """
     order = rng.permutation(len(tree.leaves(images)[0]))
     for start in range(skip * batch_size, len(order), batch_size):

@@ -1,10 +1,10 @@
-"""The networks of the diffusion model: noisy images x and their time steps t in, an image out.
+"""The networks of the diffusion model: they map noisy images x and time steps t to an image.
 
-For Ho et al. 2020 the image that comes out is eps_theta(x_t, t), the predicted noise; `improved.py` reads it
-differently. A network knows nothing of schedules. One that was made with ``classes`` takes a label for each image.
+In Ho et al. 2020 the output is eps_theta(x_t, t), the predicted noise; `improved.py` interprets it differently. A
+network does not depend on the schedule. With ``classes`` it also takes a label for each image.
 
-Dimensions: N images, H = W = 28. x is (N, H, W, 1), or (N, H, W, 2) with ``inputs=2``; t is (N,), and so are labels;
-out comes (N, H, W, 1).
+Dimensions: N images, H = W = 28. x is (N, H, W, 1), or (N, H, W, 2) with ``inputs=2``; t and labels are (N,); the
+output is (N, H, W, 1).
 """
 
 from scratchgen.layers import (
@@ -33,7 +33,7 @@ GLOBAL_UNITS = 256  # hidden units of each global block
 
 
 def init_unet(rng, inputs=1, global_blocks=False, classes=0, channels=(32, 64), size=(28, 28)):
-    """Two resolutions: 14 x 14 with channels[0], 7 x 7 with channels[1]."""
+    """Parameters of `unet` for two resolutions: 14 x 14 with channels[0], 7 x 7 with channels[1]."""
     shallow, deep = channels
 
     def init_global(width, factor):  # factor^2 channels at each position: as many numbers as the image has pixels
@@ -62,13 +62,13 @@ def init_unet(rng, inputs=1, global_blocks=False, classes=0, channels=(32, 64), 
 
 
 def unet(params, x, t, labels=None):  # (N, H, W, 1 or 2), (N,), (N,) -> (N, H, W, 1)
-    """Ho et al. 2020, App. B, in small: no layer works at 28 x 28, where it would cost four times as much.
+    """A small U-Net after Ho et al. 2020, App. B. No layer works at 28 x 28, where it would cost four times as much.
 
-    Theirs has self-attention at 16 x 16. Ours has none, but may have a `global_block` at 14 x 14 and two after each
-    block at 7 x 7: convolutions can only hand on from neighbour to neighbour what the two sleeves of a shirt must agree
-    on; and since all garments are centred and fill the picture, it pays to learn what belongs where.
+    Theirs has self-attention at 16 x 16. Ours has none, but optionally a `global_block` at 14 x 14 and two after each
+    block at 7 x 7. Convolutions pass information only from neighbour to neighbour, but the two sleeves of a shirt must
+    match. All garments are centred and fill the picture, so it helps to learn what belongs where.
 
-    The label embedding is added to the time embedding (Dhariwal and Nichol 2021, Sec. 3.1); label -1 is for none.
+    The label embedding is added to the time embedding (Dhariwal and Nichol 2021, Sec. 3.1); label -1 means none.
     """
     time = time_embedding(t, TIME_WIDTH)
     if labels is not None:
@@ -105,12 +105,11 @@ def init_mlp_denoiser(rng, inputs=1, hidden=1024, depth=3):
 
 
 def mlp_denoiser(params, x, t, labels=None):  # (N, H, W, 1 or 2), (N,) -> (N, H, W, 1)
-    """Pixels and time embedding side by side through a plain MLP, and x_t, times a number that depends on t, added to
-    its output: the smallest thing that can work.
+    """A plain MLP of pixels and time embedding, plus x_t times a number that depends on t: the smallest one that works.
 
-    The noise is mostly x_t itself, scaled. Without this skip the hidden layers must learn to copy it, and the network
+    The noise is mostly x_t itself, scaled. Without this skip the hidden layers must learn to copy x_t, and the network
     learns to predict 0 instead. Effect: test loss 0.999 -> 0.159 (predicting eps, 2 epochs of 12,000 images, lr 1e-3).
-    It has no use for labels.
+    It ignores labels.
     """
     time = time_embedding(t, TIME_WIDTH)
     h = np.concatenate([np.reshape(x, (len(x), -1)), time], axis=1)

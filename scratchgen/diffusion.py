@@ -43,13 +43,13 @@ def make_schedule(name, T):
     """The constants of q for t = 0..T, computed in float64: a dict of T and of arrays of length T + 1.
 
     "posterior_x_0" and "posterior_x_t" are the factors of x_0 and x_t in Eq. (7), "posterior_variance" is its beta~_t.
-    Everything that multiplies images is float32, as they are; beta, alpha and alpha_bar stay float64.
+    Arrays that multiply images are float32, like the images; beta, alpha and alpha_bar stay float64.
     """
     beta = np.concatenate([[0.0], SCHEDULES[name](T)])
     alpha = 1 - beta
     alpha_bar = np.cumprod(alpha)
     alpha_bar_before = np.concatenate([[1.0], alpha_bar[:-1]])  # alpha_bar_{t-1}
-    # At t = 0 the quotients are 0 / 0; nothing may use them, and NaN makes sure that nobody does unnoticed.
+    # At t = 0 the quotients are 0 / 0. Nothing may use them, and NaN makes any use visible.
     one_minus_alpha_bar = np.where(alpha_bar < 1, 1 - alpha_bar, np.nan)
     factors = {
         "sqrt_alpha_bar": np.sqrt(alpha_bar),
@@ -102,10 +102,10 @@ def draw_batch(schedule, x_0, rng):
 
 
 def simple_loss(eps_theta, schedule, batch, weights=None):
-    """L_simple of Eq. (14) for a batch (x_0, t, eps), per pixel, and the same as a term to report.
+    """Returns L_simple of Eq. (14) for a batch (x_0, t, eps), per pixel, and the same number as a term to report.
 
     Predicting zero gives 1 on average. With ``weights``, (T + 1,) float32, the loss is the mean of weights[t] times
-    each image's error; the term has no weights.
+    each image's error; the term to report stays unweighted.
     """
     x_0, t, eps = batch
     x_t = q_sample(schedule, x_0, t, eps)
@@ -125,7 +125,7 @@ def squared_errors(eps, prediction):
 
 
 def predict_x_0(schedule, x_t, t, eps):
-    """The x_0 from which this noise leads to x_t, Eq. (15), clipped to where images are: [-1, 1]."""
+    """The x_0 from which the noise ``eps`` leads to x_t, Eq. (15), clipped to the range of images, [-1, 1]."""
     x_0 = (x_t - at(schedule["sqrt_one_minus_alpha_bar"], t) * eps) / at(schedule["sqrt_alpha_bar"], t)
     return np.clip(x_0, -1, 1)
 
@@ -133,8 +133,8 @@ def predict_x_0(schedule, x_t, t, eps):
 def p_sample(eps_theta, schedule, x_t, t, z):
     """Line 4 of Algorithm 2, x_t -> x_{t-1}, with sigma_t^2 = beta~_t; t is one integer, the same for all images.
 
-    As in the authors' code, the mean is Eq. (7) of the x_0 that the prediction implies, clipped. Where nothing is
-    clipped that is Eq. (11): 1 / sqrt(alpha_t) (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta(x_t, t)).
+    As in the authors' code, the mean is Eq. (7) with the predicted x_0, clipped. Where nothing is clipped this equals
+    Eq. (11): 1 / sqrt(alpha_t) (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta(x_t, t)).
     z ~ N(0, I); at t = 1 the variance is zero, and so no noise is added.
     """
     times = np.full(len(x_t), t)
@@ -151,22 +151,22 @@ def sample(eps_theta, schedule, x_T, rng):
         yield t - 1, x
 
 
-# ------------------------------------------------------------------- the variational bound, which the loss is made from
+# ---------------------------------------------------------------- the variational bound, from which the loss is derived
 # Eq. (5): -log p(x_0) <= L_T + L_{T-1} + .. + L_0 in expectation over q, with
 # L_T = `prior_kl` and, for t = T .. 1,
 #
 #     L_{t-1} = D_KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) for t > 1,    L_0 = -log p_theta(x_0 | x_1).
 #
-# The model is exactly what Algorithm 2 draws from: its mean is Eq. (7) of x_0_theta(x_t, t), the predicted x_0, and its
-# variance beta~_t. Only beta~_1 = 0 has to be replaced, by beta~_2, or a pixel that is off by one grey level would cost
-# infinitely much.
+# p_theta is exactly the distribution that Algorithm 2 draws from: its mean is Eq. (7) with the predicted x_0,
+# x_0_theta(x_t, t), and its variance is beta~_t. Only beta~_1 = 0 is replaced, by beta~_2: otherwise a pixel that is
+# off by one grey level would cost infinitely many nats.
 
 
 def gaussian_kl(mean, variance, mean_theta, variance_theta):
     """D_KL(N(mean, variance) || N(mean_theta, variance_theta)) of each component, in nats; arguments broadcast.
 
-    It is 1/2 (tr(S_theta^-1 S) - d + log(det S_theta / det S) + (m_theta - m)^T S_theta^-1 (m_theta - m)) where both
-    covariances are diagonal: then it is a sum over components. Where they are equal, only the last term is left.
+    1/2 (tr(S_theta^-1 S) - d + log(det S_theta / det S) + (m_theta - m)^T S_theta^-1 (m_theta - m)) is a sum over
+    components if both covariances are diagonal. If they are equal, only the last term is left.
     """
     ratio = variance / variance_theta
     return 0.5 * (ratio - 1 - np.log(ratio) + (mean - mean_theta) ** 2 / variance_theta)
@@ -178,13 +178,13 @@ def bound_weights(schedule):
 
 
 def bound_terms(x_0_theta, schedule, x_0, t, eps, groups=None):
-    """L_{t-1} of each image at its own t, in nats, (N,) float64; eps (N, H, W, C) leads to the x_t that it is for.
+    """L_{t-1} of each image at its own t, in nats, (N,) float64; ``eps``, (N, H, W, C), is the noise in x_t.
 
-    If x_0_theta takes the group of each image, these are the terms of the bound of -log p(x_0 | group)."""
+    If x_0_theta takes the group of each image, these are the terms of the bound on -log p(x_0 | group)."""
     x_t = q_sample(schedule, x_0, t, eps)
     mean, variance = q_posterior(schedule, x_0, x_t, t)
     mean_theta, _ = q_posterior(schedule, x_0_theta(x_t, t, groups), x_t, t)
-    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 at t = 1, where the decoder takes its place
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 at t = 1, replaced by L_0 below
         divergence = gaussian_kl(mean, variance, mean_theta, variance)
     terms = divergence.reshape(len(t), -1).sum(axis=1, dtype=np.float64)
     last = t == 1
@@ -196,9 +196,9 @@ def bound_terms(x_0_theta, schedule, x_0, t, eps, groups=None):
 def discretised_log_likelihood(x, mean, sigma, levels=256):
     """log p(x) in nats per image, (N,): the decoder of Sec. 3.3.
 
-    x and mean are (N, H, W, C), x on the grey levels. A pixel's probability is what N(mean, sigma^2) puts between the
-    middles of its grey level and the next ones; the first and the last level, -1 and 1, have all that lies beyond
-    them too.
+    x and mean are (N, H, W, C); the pixels of x are grey levels. A pixel's probability is the mass of N(mean, sigma^2)
+    between the midpoints to the next grey levels. The first and the last level, -1 and 1, also get the mass beyond
+    them.
     """
     half = 1 / (levels - 1)
     x = x.astype(np.float64)
@@ -206,10 +206,10 @@ def discretised_log_likelihood(x, mean, sigma, levels=256):
     below = (x - half - mean) / sigma
     above[x > 1 - half] = np.inf
     below[x < -1 + half] = -np.inf
-    # Phi(above) - Phi(below) = Phi(-below) - Phi(-above): on the side where both are small, nothing cancels.
+    # Phi(above) - Phi(below) = Phi(-below) - Phi(-above): take the side where both are small, so that no digits cancel.
     flip = above + below > 0
     probability = normal_cdf(np.where(flip, -below, above)) - normal_cdf(np.where(flip, -above, below))
-    log_p = np.log(np.maximum(probability, 1e-300))  # 37 sigma away float64 has only 0
+    log_p = np.log(np.maximum(probability, 1e-300))  # beyond 37 sigma float64 gives 0
     return log_p.sum(axis=(1, 2, 3))
 
 

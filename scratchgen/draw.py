@@ -6,7 +6,7 @@ examples: (in front of each comes python -m scratchgen.draw)
   --model vae                        ... of the variational autoencoder
   --class boot                       64 boots
   --class coat 3                     32 coats, and 32 of class 3, dresses
-  --class bag --guidance 2 --guide unlabelled     clearer, and more alike
+  --class bag --guidance 2 --guide unlabelled     clearer, less diverse
   --sampler ddpm                     Algorithm 2 of Ho et al., all T steps
   runs/ddpm --seed 1                 from the checkpoint of your own run
   runs/ddpm -n 10000 --samples       for a metric of your own
@@ -56,7 +56,7 @@ def parse_arguments(argv):
     parser.flag("--seed", "decides every random number", type=cli.number(int, 0), default=0)
     parser.flag("-n", "how many images", type=cli.number(int, 1), default=64, metavar="N")
     parser.flag("--out", "the figure", type=Path, default=Path("drawn.png"), metavar="FILE")
-    parser.flag("--samples", "write the images, too, uint8 (N, 28, 28), as .npz beside the figure", action="store_true")
+    parser.flag("--samples", "also write the images, uint8 (N, 28, 28), as .npz beside the figure", action="store_true")
     cli.add_workers_flag(parser)
     return parser.parse_args(argv)
 

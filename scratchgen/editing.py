@@ -1,8 +1,8 @@
 """What a trained diffusion model can do besides drawing from noise. None of it needs training.
 
-Dimensions: N images, (N, H, W, 1) in [-1, 1], or a little beyond if they are drawn. x_0_theta(x_t, t) predicts x_0,
-with t an array (N,): `trained.DDPM.x_0_theta`, for one. To draw images like an image, no function is needed here:
-`samplers.sample` with ``start`` begins from that image with some noise in it.
+Dimensions: N images, (N, H, W, 1) in [-1, 1]; samples may lie slightly outside. x_0_theta(x_t, t) predicts x_0, with t
+an array (N,); an example is `trained.DDPM.x_0_theta`. Drawing variations of an image needs no function here:
+`samplers.sample` with ``start`` begins from a noisy version of the image.
 """
 
 import math
@@ -14,12 +14,12 @@ import numpy as np
 
 
 def interpolate(x_0_theta, schedule, x_0, other, weight, t, rng, **options):
-    """Between images x_0 and ``other``, each (1, H, W, 1), by way of x_t (Ho et al. 2020, Sec. 4.4): (N, H, W, 1).
+    """Interpolate between images x_0 and ``other``, each (1, H, W, 1) (Ho et al. 2020, Sec. 4.4): (N, H, W, 1).
 
-    Both get noise up to t, the N weights, from 0 to 1, mix the two x_t, and the sampler starts from there;
-    ``options`` go to `samplers.sample`: steps, eta, order. A small t blends the pixels; from a large one come garments
-    that lie between the two, less and less like either. Both get the same noise, or in the middle there would be less
-    of it than x_t has.
+    Both images get noise up to t. The N weights, from 0 to 1, mix the two x_t. The sampler starts from the mixtures;
+    ``options`` go to `samplers.sample`: steps, eta, order. A small t blends the pixels. A large t gives garments
+    between the two, less and less like either. Both images get the same noise: a mixture of different noises would
+    have less noise than x_t.
     """
     eps = rng.standard_normal(x_0.shape, dtype=np.float32)
     weight = np.float32(weight).reshape(-1, 1, 1, 1)
@@ -38,17 +38,17 @@ def predicted(x_0_theta, trajectory):
 
 
 def inpaint(x_0_theta, schedule, known, where, x_T, rng, steps=None, repeats=5):
-    """Draw the rest of images of which a part is known, a generator like `samplers.sample`.
+    """Draw the unknown part of images, as a generator like `samplers.sample`.
 
-    ``known`` is (N, H, W, 1), and counts only where the array of truth values ``where`` is true. Each step puts the
-    known part into the predicted x_0. That alone draws a rest that fits the known part badly, because the network sees
-    only a noisy version of it. So each step is taken ``repeats`` times, and between two of them noise leads back from
-    x_s to x_t, until the two parts agree (Lugmayr et al. 2022, RePaint). The more steps and repeats, the more exact.
+    ``known`` is (N, H, W, 1), and is used only where the boolean array ``where`` is true. Each step puts the known part
+    into the predicted x_0. That alone is not enough: the new part would fit badly, because the network sees only a
+    noisy version of the known part. So each step is taken ``repeats`` times; in between, noise leads back from x_s to
+    x_t (Lugmayr et al. 2022, RePaint). The more steps and repeats, the better the two parts agree.
     """
     times = timesteps(schedule["T"], steps)
     x = x_T
     for t, s in zip(times, times[1:], strict=False):
-        left = schedule["alpha_bar"][t] / schedule["alpha_bar"][s]  # of x_s in x_t
+        left = schedule["alpha_bar"][t] / schedule["alpha_bar"][s]  # share of the variance of x_s left in x_t
         for repeat in range(repeats):
             if repeat > 0:
                 z = rng.standard_normal(x.shape, dtype=np.float32)
@@ -59,11 +59,11 @@ def inpaint(x_0_theta, schedule, known, where, x_T, rng, steps=None, repeats=5):
 
 
 def invert(x_0_theta, schedule, x_0, steps=None, rounds=5):
-    """The x_T from which DDIM, `samplers.sample` with eta = 0, draws x_0 in as many steps: yield (t, x_t), x_T last.
+    """Find the x_T from which DDIM (`samplers.sample`, eta = 0) draws x_0 in as many steps: yield (t, x_t), x_T last.
 
-    The step from x_t to x_s is a `ddim_step` with the x_0 predicted from x_t. Its inverse needs the same x_0, but x_t
-    is not known yet. So it is predicted from x_s first, then from that x_t, and so on, ``rounds`` times. One round is
-    the inversion of Song, Meng and Ermon 2021 (Sec. 4.3 there, "encoding"), in which errors remain.
+    The step from x_t to x_s is a `ddim_step` with the x_0 predicted from x_t. Its inverse needs the same prediction,
+    but x_t is not known yet. So x_0 is first predicted from x_s. This gives an x_t, from which x_0 is predicted again,
+    ``rounds`` times in all. One round is the inversion of Song, Meng and Ermon 2021 (Sec. 4.3); it leaves errors.
     """
     a = schedule["sqrt_alpha_bar"]
     b = schedule["sqrt_one_minus_alpha_bar"]

@@ -1,9 +1,9 @@
 """Reverse-mode differentiation over a tree of parameters, and `op`, which makes primitives for it.
 
-While the loss runs, autograd keeps each array that depends on a parameter in a box, and records each operation on boxes
-as a node that knows its parents and its vector-Jacobian product (VJP). Those nodes are the tape. The backward pass,
-`backward` below, is all there is to back-propagation: visit the nodes from the loss to the parameters (its roots), each
-after all that depend on it, and add each parent's share of the gradient to what the parent already has.
+While the loss runs, autograd wraps each array that depends on a parameter in a box. It records each operation on boxes
+as a node with its parents and its vector-Jacobian product (VJP). These nodes are the tape. `backward` below is all of
+back-propagation: visit the nodes from the loss to the parameters (the roots of the tape), each node after all that
+depend on it, and add each parent's share of the gradient to the parent's sum.
 """
 
 from functools import wraps
@@ -27,7 +27,7 @@ class Node(VJPNode):
     def __init__(self, value, fun, *args):
         super().__init__(value, fun, *args)
         self.name = fun.__name__
-        self.shape = getattr(value, "shape", "several")  # a list from split, say
+        self.shape = getattr(value, "shape", "several")  # a list, as from split, has no shape
 
     def initialize_root(self, name, shape, parents=(), vjp=None):
         self.name = name
@@ -46,13 +46,13 @@ notrace_primitives[Node] = notrace_primitives[VJPNode]  # functions without a gr
 def op(forward):
     """Make a primitive of ``forward(*arrays)``, which returns its answer and its vector-Jacobian product.
 
-    ``vjp(g)`` takes g = dL/d(answer) and returns dL/d(array) of each argument, by position; last ones that never need
-    a gradient may be left out. A gradient that is costly and often not needed may be a function without arguments: it
-    is called where it is needed. Where nothing is recorded, the answer alone is returned. Arguments are positional.
+    ``vjp(g)`` takes g = dL/d(answer) and returns dL/d(array) for each argument, in order; trailing arguments that never
+    need a gradient may be left out. A costly gradient may be returned as a function without arguments, which is called
+    only if the gradient is needed. If no argument is recorded, only the answer is returned. Arguments are positional.
     """
 
     @wraps(forward)
-    @np.errstate(under="ignore")  # too small for float32 is 0, also where a notebook has called np.seterr(all="raise")
+    @np.errstate(under="ignore")  # underflow gives 0, even if a notebook has called np.seterr(all="raise")
     def primitive(*args):
         recorded = [number for number, arg in enumerate(args) if isbox(arg)]
         if not recorded:
@@ -66,7 +66,7 @@ def op(forward):
             return [gradient() if callable(gradient) else gradient for gradient in chosen]
 
         parents = [args[number]._node for number in recorded]
-        # autograd's name for a node that is made without a function; only those without parents are roots.
+        # `new_root` is autograd's way to make a node without a function; only nodes without parents are roots.
         node = Node.new_root(forward.__name__, answer.shape, parents, vjp_of_recorded)
         return new_box(answer, args[recorded[0]]._trace, node)
 
@@ -91,10 +91,10 @@ def value_and_grad(loss):
     """From ``loss(params, *args)`` make a function that returns (value, gradient), the gradient a tree like ``params``.
 
     A loss may return (value, terms), terms a tree of numbers to report; then (value, terms, gradient) is returned.
-    ``weight``, a shard's share of the minibatch, multiplies the gradient only, not value and terms. Every leaf is a
-    root of the tape of its own: boxing the containers instead would make autograd build a zero gradient for the whole
-    tree at every access to an entry (50 ms a step for 150 small arrays, against 10). Do not change gradients in place:
-    where two parameters are only added, autograd hands the same array to both.
+    ``weight``, a shard's share of the minibatch, multiplies the gradient only, not value and terms. Each leaf is a root
+    of the tape. If containers were boxed instead, autograd would build a zero gradient for the whole tree at every
+    access to an entry (50 ms a step for 150 small arrays, instead of 10). Do not change gradients in place: if two
+    parameters are only added, autograd gives the same array to both.
     """
 
     def value_and_gradient(params, *args, weight=1.0):

@@ -1,8 +1,8 @@
 """Layers: for each, ``init_x(rng, ...)`` makes its parameters and ``x(params, ...)`` below it applies them.
 
 Dimensions: N images, H height, W width, C channels in, O channels out, E the width of the time embedding.
-Parameters are dicts and lists of float32 arrays; randomness enters as a ``numpy.random.Generator``. Where both have the
-same name, ``layers.f(params, x)`` calls ``ops.f(x, ...)``; ``conv`` calls ``ops.conv2d``.
+Parameters are dicts and lists of float32 arrays; ``rng`` is a ``numpy.random.Generator``. ``dense`` and ``norm_silu``
+call the functions of ops.py with the same names; ``conv`` calls ``ops.conv2d``.
 """
 
 from scratchgen import ops
@@ -25,10 +25,10 @@ def dense(params, x):  # (..., C) -> (..., O)
 
 
 def init_mlp(rng, sizes, gated=False):
-    """Dense layers from sizes[0] to sizes[-1]; the last, which no activation follows, with gain 1.
+    """Dense layers from sizes[0] to sizes[-1]. The last has gain 1, because no activation follows it.
 
-    ``gated``: all layers but the last have twice as many outputs, for `ops.glu` to halve. Their gain of 2 is derived
-    for ReLUs, and serves for gates, too.
+    With ``gated`` all layers but the last have twice as many outputs, and `ops.glu` halves their number. Gain 2 is
+    derived for ReLUs, and works for gates, too.
     """
     units = 2 if gated else 1
     outputs = [units * size for size in sizes[1:-1]] + [sizes[-1]]
@@ -37,7 +37,7 @@ def init_mlp(rng, sizes, gated=False):
 
 
 def mlp(params, x, activation=ops.relu):  # (N, sizes[0]) -> (N, sizes[-1])
-    """Dense layers with an activation, by default a ReLU, between one and the next."""
+    """Dense layers with an activation, by default a ReLU, between them."""
     for layer in params[:-1]:
         x = activation(dense(layer, x))
     return dense(params[-1], x)
@@ -55,8 +55,8 @@ def conv(params, x):  # (N, H, W, C) -> (N, H, W, O)
 def time_embedding(t, width):
     """A sinusoidal embedding (after Vaswani et al. 2017, Sec. 3.5): (N,) integers -> (N, width) float32, width even.
 
-    Sines, then cosines, of wavelengths that run geometrically from 2 pi to 2 pi 10,000, so that both neighbouring and
-    distant steps differ.
+    Sines, then cosines. Their wavelengths grow geometrically from 2 pi to 2 pi 10,000, so that both neighbouring and
+    distant steps get different embeddings.
     """
     frequencies = 10_000.0 ** -np.linspace(0, 1, width // 2, dtype=np.float32)
     angles = np.asarray(t, np.float32)[:, None] * frequencies
@@ -68,7 +68,7 @@ def init_label_embedding(rng, classes, width):
 
 
 def label_embedding(params, labels):  # (N,) integers in -1..K-1 -> (N, width)
-    """For each image the row of w that its label names; zeros for -1, which stands for no label."""
+    """The row of w for each image's label; zeros for label -1, which means no label."""
     one_hot = (labels[:, None] == np.arange(len(params["w"]))).astype(np.float32)
     return one_hot @ params["w"]
 
@@ -109,7 +109,7 @@ def res_block(params, x, time):  # (N, H, W, C), (N, E) -> (N, H, W, O)
 
 
 def init_global_block(rng, size, channels, squeezed, hidden, time_width):
-    """For images of ``size`` = (H, W) only, S = ``squeezed`` channels per position; it starts as the identity."""
+    """A `global_block` for images of ``size`` = (H, W), with S = ``squeezed`` channels; it starts as the identity."""
     positions = size[0] * size[1]
     return {
         "norm": init_norm(channels),
@@ -123,12 +123,12 @@ def init_global_block(rng, size, channels, squeezed, hidden, time_width):
 
 
 def global_block(params, x, time):  # (N, H, W, C), (N, E) -> (N, H, W, C)
-    """A residual block with hidden units that see the whole image at once, through a weight for every position.
+    """A residual block whose hidden units see the whole image: they have a weight for every position.
 
-    Norm, SiLU, and a dense layer that reduces C channels to S at each position; then all H W S numbers of the image
-    through one dense layer, where the time embedding sets scale and shift, SiLU, and the same way back. A relative of
-    MLP-Mixer (Tolstikhin et al. 2021), which mixes the positions of one channel at a time: here all positions and
-    channels mix at once. It is "global" in `improved.py`. Effect: Frechet distance 19 -> 8.
+    Norm, SiLU and a dense layer reduce C channels to S at each position. A dense layer maps all H W S numbers of the
+    image to the hidden units. The time embedding sets their scale and shift; then come SiLU and two dense layers back.
+    MLP-Mixer (Tolstikhin et al. 2021) is similar, but mixes the positions of one channel at a time. Here all positions
+    and channels mix at once. It is "global" in `improved.py`. Effect: Frechet distance 19 -> 8.
     """
     h = dense(params["squeeze"], norm_silu(params["norm"], x))  # (N, H, W, S)
     units = dense(params["mix_in"], h.reshape((len(x), -1)))

@@ -4,8 +4,8 @@
 
 It trains both in two and a half minutes and draws micro.png: 64 garments by the VAE, and below them 64 by the DDPM.
 
-VAE: Kingma and Welling 2014 (arXiv:1312.6114). DDPM: Ho, Jain and Abbeel 2020 (arXiv:2006.11239); equations and
-algorithms have their numbers in that paper. x is a matrix of images, N rows of 784 pixels. d_x is the derivative of the
+VAE: Kingma and Welling 2014 (arXiv:1312.6114). DDPM: Ho, Jain and Abbeel 2020 (arXiv:2006.11239). Numbers of equations
+and algorithms are those of the DDPM paper. x is a matrix of images, N rows of 784 pixels. d_x is the derivative of the
 loss with respect to x.
 """
 
@@ -23,7 +23,7 @@ rng = np.random.default_rng(0)
 
 # ------------------------------------------------------------------------------------------------- networks, and Adam
 def init_mlp(*sizes):
-    """A list of layers (W, b). With Var(W) = 2 / inputs, activations neither grow nor fade from layer to layer."""
+    """Returns a list of layers (W, b). Var(W) = 2 / inputs keeps activations equally large in all layers."""
     params = []
     for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
         W = rng.standard_normal((inputs, outputs)) * np.sqrt(2 / inputs)
@@ -32,7 +32,7 @@ def init_mlp(*sizes):
 
 
 def mlp(params, x):
-    """Layers y = x W + b; relu(y) is the x of the next layer. Returns the last y, and the x of each layer."""
+    """Returns the last y, and the x of each layer. A layer is y = x W + b; relu(y) is the x of the next layer."""
     xs = []
     for W, b in params:
         xs.append(x)
@@ -42,7 +42,7 @@ def mlp(params, x):
 
 
 def mlp_backward(params, xs, d_y):
-    """The chain rule, from the last layer to the first. Returns the gradient, a list like params, and d_x."""
+    """Returns the gradient, a list like params, and d_x, by the chain rule from the last layer to the first."""
     gradient = []
     for (W, _), x in zip(reversed(params), reversed(xs), strict=True):
         d_x, d_W, d_b = d_y @ W.T, x.T @ d_y, d_y.sum(axis=0)
@@ -67,49 +67,49 @@ def sigmoid(logits):
 
 
 def cross_entropy(logits, x):
-    """-log p(x | logits) of Bernoulli pixels in nats, summed over pixels, a mean over images; and d_logits."""
+    """Returns -log p(x | logits) of Bernoulli pixels in nats, a sum over pixels, a mean over images; and d_logits."""
     softplus = np.maximum(logits, 0) + np.log1p(np.exp(-np.abs(logits)))  # log(1 + e^logits)
-    loss = np.sum(softplus - x * logits) / len(x)  # grey x counts as the probability of white
+    loss = np.sum(softplus - x * logits) / len(x)  # a grey x is taken as the probability of white
     d_logits = (sigmoid(logits) - x) / len(x)
     return loss, d_logits
 
 
 # --------------------------------------- VAE: prior p(z) = N(0, I), encoder q(z | x) = N(mu, sigma^2), decoder p(x | z)
 def vae_loss(encoder, decoder, x, eps):
-    """-ELBO in nats: -log p(x | z) for one z from q(z | x), KL(q(z | x) || p(z)), and the gradient of their sum."""
+    """Returns -log p(x | z) for one z ~ q(z | x), KL(q(z | x) || p(z)), both in nats, and the gradient of their sum."""
     h, encoder_xs = mlp(encoder, x)
     mu, log_var = h[:, :D], h[:, D:]
     sigma = np.exp(log_var / 2)
-    z = mu + sigma * eps  # eps ~ N(0, I). A draw from q(z | x) that gradients pass through: reparameterisation
+    z = mu + sigma * eps  # eps ~ N(0, I). Reparameterisation: z ~ q(z | x), and gradients pass through z
     logits, decoder_xs = mlp(decoder, z)
     reconstruction, d_logits = cross_entropy(logits, x)
-    kl = np.sum(mu**2 + sigma**2 - 1 - log_var) / 2 / len(x)  # summed over dimensions, a mean over images
+    kl = np.sum(mu**2 + sigma**2 - 1 - log_var) / 2 / len(x)  # summed over dimensions, averaged over images
 
     decoder_gradient, d_z = mlp_backward(decoder, decoder_xs, d_logits)
-    d_mu = d_z + mu / len(x)  # the first term through z, the second through the KL
+    d_mu = d_z + mu / len(x)  # the first term comes through z, the second from the KL
     d_log_var = d_z * sigma * eps / 2 + (sigma**2 - 1) / 2 / len(x)  # likewise
     encoder_gradient, _ = mlp_backward(encoder, encoder_xs, np.concatenate([d_mu, d_log_var], axis=1))
     return reconstruction, kl, encoder_gradient + decoder_gradient
 
 
-# ---------------------- DDPM: x_0 is an image, pixels in [-1, 1], x_T is noise; z is now noise, too, and sigma its size
+# ------------------- DDPM: x_0 is an image, pixels in [-1, 1], x_T is noise; from here on z is noise and sigma its size
 # The paper's betas are for T = 1000. With fewer steps each must be larger, or x_T would still show the image.
 beta = np.append(0, np.linspace(1e-4, 0.02, T) * 1000 / T)  # beta[0] = 0, then beta_1 to beta_T
 alpha = 1 - beta
-alpha_bar = np.cumprod(alpha)  # from 1 for t = 0 to 0.00003 for t = T
+alpha_bar = np.cumprod(alpha)  # falls from 1 at t = 0 to 0.00003 at t = T
 
 
 def denoise(network, x_t, t):
-    """Predict x_0 from x_t and t, an array (N, 1). Returns its logits, and the x of each layer."""
+    """Returns the logits of the predicted x_0, and the x of each layer; t is an array (N, 1)."""
     angles = t * 10_000 ** -np.linspace(0, 1, 32)  # the network sees t as 64 numbers, sines and cosines
     seen = np.concatenate([x_t, np.sin(angles), np.cos(angles)], axis=1)
-    return mlp(network, seen.astype(network[0][0].dtype))  # float32, as W: products take half the time of float64
+    return mlp(network, seen.astype(network[0][0].dtype))  # float32, like W: twice as fast as float64
 
 
 def ddpm_loss(network, x_0, t, eps):
-    """The loss, which takes the place of the one in Algorithm 1, line 5, and its gradient."""
-    # The paper's network predicts eps. This one predicts x_0, from which eps follows by Eq. (4): 512 hidden units
-    # cannot hold 784 numbers of noise. Squared error and cross-entropy have the same best prediction, E[x_0 | x_t].
+    """Returns the loss, in place of that of Algorithm 1, line 5, and its gradient."""
+    # The paper's network predicts eps. Ours predicts x_0, because 512 hidden units cannot hold 784 numbers of noise;
+    # eps follows by Eq. (4). Squared error and cross-entropy have the same best prediction, E[x_0 | x_t].
     x_t = np.sqrt(alpha_bar[t]) * x_0 + np.sqrt(1 - alpha_bar[t]) * eps  # Eq. (4)
     logits, xs = denoise(network, x_t, t)
     loss, d_logits = cross_entropy(logits, (x_0 + 1) / 2)
@@ -118,7 +118,7 @@ def ddpm_loss(network, x_0, t, eps):
 
 
 def p_sample(network, x_t, t, z):
-    """Algorithm 2, line 4: x_{t-1} drawn from q(x_{t-1} | x_t, x_0), Eq. (6), for the predicted x_0; t is a number."""
+    """Algorithm 2, line 4: draws x_{t-1} ~ q(x_{t-1} | x_t, x_0), Eq. (6), with the predicted x_0; t is a number."""
     logits, _ = denoise(network, x_t, np.full((len(x_t), 1), t))
     x_0 = 2 * sigmoid(logits) - 1
     eps = (x_t - np.sqrt(alpha_bar[t]) * x_0) / np.sqrt(1 - alpha_bar[t])  # Eq. (4), solved for eps
@@ -127,10 +127,10 @@ def p_sample(network, x_t, t, z):
 
 
 def sample(network, N):
-    """Algorithm 2. Without z, x_{t-1} would have less noise in it than Eq. (4) put there in training."""
-    x = rng.standard_normal((N, 784))  # line 1: x_T is noise alone, since alpha_bar[T] is almost 0
+    """Algorithm 2: draws N images. Without z, x_{t-1} would have less noise than in training, Eq. (4)."""
+    x = rng.standard_normal((N, 784))  # line 1: x_T is pure noise, since alpha_bar[T] is almost 0
     for t in range(T, 0, -1):  # line 2
-        z = rng.standard_normal((N, 784))  # line 3; at t = 1, where the paper has z = 0, sigma is 0
+        z = rng.standard_normal((N, 784))  # line 3; at t = 1 the paper has z = 0, and here sigma is 0
         x = p_sample(network, x, t, z)  # line 4
     return x
 
@@ -144,9 +144,9 @@ def read_idx(path):
 
 
 def save_png(path, grey):
-    """A PNG file has three chunks, header, pixels and end, and of each its length, kind, data and checksum."""
+    """Writes a PNG file: three chunks (header, pixels, end), each with its length, kind, data and checksum."""
     header = struct.pack(">IIBBBBB", grey.shape[1], grey.shape[0], 8, 0, 0, 0, 0)  # 8 bits, grey
-    pixels = zlib.compress(np.insert(grey, 0, 0, axis=1).tobytes())  # a 0 before each row: not filtered
+    pixels = zlib.compress(np.insert(grey, 0, 0, axis=1).tobytes())  # a 0 before each row: no filter
     with open(path, "wb") as file:
         file.write(b"\x89PNG\r\n\x1a\n")
         for kind, data in [(b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")]:
@@ -154,7 +154,7 @@ def save_png(path, grey):
 
 
 def main(folder):
-    np.empty(30_000_000, np.uint8)  # for speed alone (1.4 times): after this, Linux keeps memory that is freed
+    np.empty(30_000_000, np.uint8)  # 1.4 times faster: after this, Linux keeps freed memory
     images = read_idx(f"{folder}/train-images-idx3-ubyte.gz").reshape(-1, 784).astype(np.float32) / 255
 
     encoder, decoder = init_mlp(784, 300, 300, 2 * D), init_mlp(D, 300, 300, 784)
@@ -179,7 +179,7 @@ def main(folder):
         if step % 250 == 0:  # about once an epoch
             print(f"DDPM, step {step} of 4500: loss {loss:.1f} for this minibatch")
 
-    logits, _ = mlp(decoder, rng.standard_normal((64, D), np.float32))  # of z ~ p(z)
+    logits, _ = mlp(decoder, rng.standard_normal((64, D), np.float32))  # images decoded from z ~ p(z)
     drawn = np.concatenate([sigmoid(logits), (sample(network, 64) + 1) / 2]).clip(0, 1)
     grid = drawn.reshape(8, 16, 28, 28).swapaxes(1, 2).reshape(8 * 28, 16 * 28)  # eight rows of sixteen images
     save_png("micro.png", (255 * grid).astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1))  # twice as large
@@ -195,5 +195,5 @@ if __name__ == "__main__":
 
 # The package has more. gradients.py differentiates any network. layers.py has convolutions, which know which pixels are
 # neighbours. improved.py predicts v, and guides samples. samplers.py takes 20 steps instead of 200. parallel.py uses
-# all cores, with the same result to the bit. run.py stops and resumes. evaluate/ measures how far samples are from real
-# images: a Frechet distance of 2 for the package's diffusion model, and of 12 for that of this page.
+# all cores, with bit-identical results. run.py stops and resumes. evaluate/ measures the Frechet distance from samples
+# to real images: 2 for the package's diffusion model, 12 for the one on this page.

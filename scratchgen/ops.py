@@ -3,13 +3,13 @@
 Dimensions: N images, H height, W width, C channels in, O channels out, G groups, P = H * W positions.
 Images are (N, H, W, C). Every primitive works in the dtype of its input: float32 in training, float64 in the tests.
 
-How to read one. Write L for the loss and g = dL/dy for the gradient that arrives from above, of the shape of the answer
-y. A function under ``@op`` (gradients.py) returns y and ``vjp``. In the backward pass ``vjp(g)`` returns dL/dx of each
-argument x, or a function that computes it where it is costly and often not needed: an input image has no gradient.
-``vjp`` uses the variables of the forward pass. The equations stand above both.
+How to read one. L is the loss, y the answer, and g = dL/dy, of the shape of y, the gradient that comes from above. A
+function under ``@op`` (gradients.py) returns y and ``vjp``. In the backward pass ``vjp(g)`` returns dL/dx for each
+argument x. If dL/dx is costly and often not needed, it returns a function that computes dL/dx: an input image needs no
+gradient. ``vjp`` uses the variables of the forward pass. The equations stand above each function.
 
 ``product(a, b)`` is a @ b, in tiles where that is faster (machinery/blas.py). Sums over positions are products with a
-row of ones: BLAS is seven times faster at that than ``np.sum`` over an axis.
+row of ones: BLAS computes them seven times faster than ``np.sum`` over an axis.
 """
 
 from functools import cache
@@ -41,24 +41,24 @@ def dense(x, w, b):  # (..., C), (C, O), (O,) -> (..., O)
 
 
 def sum_rows(x):
-    """The sum of all rows of a matrix, or of each in a stack, as of an image's positions: (.., M, C) -> (.., C)."""
+    """The sum of the rows of each matrix in a stack, for example over an image's positions: (.., M, C) -> (.., C)."""
     return np.ones(x.shape[-2], x.dtype) @ x
 
 
 def along_row(v, W):  # (.., C) -> (.., W, C)
-    """The same for all positions of a row: NumPy's inner loops then run over W C numbers, not C, in half the time."""
+    """Repeats v for all W positions of a row: NumPy's inner loops run over W C numbers, not C, in half the time."""
     return np.repeat(v[..., None, :], W, axis=-2)
 
 
 # --------------------------------------------------------------------------------------------------------- convolution
 # y[n, h, w, o] = b[o] + sum_{i, j, c} x[n, h + i - r, w + j - r, c] k[i, j, c, o],  x zero outside, r = (K - 1) / 2.
 #
-# With the K x K x C neighbourhood of every position laid out as a row of a matrix (im2col) this is a dense layer:
-# y = windows(x) k + b.  For x: substituting h' = h + i - r (and w' alike) shows that
-# dL/dx[n, h', w', c] = sum_{i, j, o} g[n, h' - i + r, w' - j + r, o] k[i, j, c, o], which is again a convolution, of g,
-# with the kernel flipped in both directions and its channel axes exchanged.  The same substitution for the kernel,
-# dL/dk[i, j, c, o] = sum_{n, h', w'} x[n, h', w', c] g[n, h' - i + r, w' - j + r, o], shows that the windows of g serve
-# both, and those of x need not be built again.
+# Lay out the K x K x C neighbourhood of every position as a row of a matrix (im2col). Then this is a dense layer,
+# y = windows(x) k + b.  For x, substitute h' = h + i - r, and likewise w':
+# dL/dx[n, h', w', c] = sum_{i, j, o} g[n, h' - i + r, w' - j + r, o] k[i, j, c, o]. This is a convolution of g with
+# the kernel flipped in both directions and its channel axes exchanged.  For the kernel the same substitution gives
+# dL/dk[i, j, c, o] = sum_{n, h', w'} x[n, h', w', c] g[n, h' - i + r, w' - j + r, o]. So the windows of g are used for
+# both gradients, and those of x need not be built again.
 
 
 @op
@@ -72,7 +72,7 @@ def conv2d(x, k, b):
     if k.shape[:3] != (K, K, C) or K % 2 == 0:
         raise ValueError(f"conv2d needs a kernel (K, K, C, O), K odd, C = {C}; found {k.shape}")
     y = np.empty((N, H, W, O), np.result_type(x, k))
-    for start in range(0, N, 16):  # so few images that their windows stay in the cache: 1.1 times faster
+    for start in range(0, N, 16):  # the windows of 16 images stay in the cache: 1.1 times faster
         images = slice(start, start + 16)
         correlate(windows(x[images], K), k, y[images])
     y += along_row(b, W)
@@ -83,9 +83,9 @@ def conv2d(x, k, b):
         def dx():
             return correlate(windows_g, flipped(k), np.empty(x.shape, g.dtype))
 
-        # For each w the product of C channels of x with the windows at the same positions, and then the sum over w.
+        # For each w, multiply the C channels of x by the windows at the same positions; then sum over w.
         dk = product(x.reshape(N * H, W, C).transpose(1, 2, 0), windows_g).sum(axis=0).reshape(C, K, K, O)
-        # Window (j', i') holds g at h' + i' - r, and k[i, j] wants it at h' - i + r: i' = 2 r - i, so flip back.
+        # Window (j', i') holds g at h' + i' - r, and k[i, j] needs it at h' - i + r: i' = 2 r - i, so flip back.
         dk = np.ascontiguousarray(flipped(dk.transpose(2, 1, 3, 0)))  # (C, j, i, O) -> (i, j, O, C) -> (i, j, C, O)
         return dx, dk, sum_rows(g.reshape(-1, O))
 
@@ -93,11 +93,11 @@ def conv2d(x, k, b):
 
 
 def windows(x, K):
-    """All neighbourhoods of an image, one matrix for each column of positions: (N, H, W, C) -> (W, N H, K K C).
+    """All K x K neighbourhoods, one matrix for each column of positions: (N, H, W, C) -> (W, N H, K K C).
 
-    Row (n, h) of matrix w is x[n, h - r : h + r + 1, w - r : w + r + 1], zero outside of x, column by column.
-    Neighbourhoods side by side share all columns but one. So each column of K pixels is copied once, beside its
-    neighbour to the right, and the windows are views that overlap.
+    Row (n, h) of matrix w is x[n, h - r : h + r + 1, w - r : w + r + 1], column by column, zero outside x. Adjacent
+    neighbourhoods share all columns but one. So each column of K pixels is copied only once, before its right
+    neighbour, and the windows are overlapping views.
     """
     N, H, W, C = x.shape
     r = K // 2
@@ -107,15 +107,15 @@ def windows(x, K):
         bottom = max(top, min(H, H + r - i))
         strips[:, top:bottom, r : r + W, i] = x[:, top + i - r : bottom + i - r]
     _, row, column, _, number = strips.strides
-    # A view of the same memory. In it the next row (n, h) is always `row` bytes further on, from image to image, too,
-    # and the K K C numbers of a window lie one after the other, K columns of strips.
+    # A view of the same memory. The next row (n, h) is always `row` bytes further on, also at the next image. The K K C
+    # numbers of a window are contiguous: K columns of strips.
     return np.ndarray((W, N * H, K * K * C), x.dtype, strips, strides=(column, row, number))
 
 
 def correlate(windows, k, y):
-    """The sums of the windows times a kernel (K, K, C, O), written to the images y, (N, H, W, O)."""
+    """Writes the product of the windows and a kernel (K, K, C, O) to the images y, (N, H, W, O), and returns y."""
     N, H, W, O = y.shape
-    matrix = k.swapaxes(0, 1).reshape(-1, O)  # its rows are (j, i, c), as a window's numbers are
+    matrix = k.swapaxes(0, 1).reshape(-1, O)  # its rows are ordered (j, i, c), like a window's numbers
     product(windows, matrix, out=y.reshape(N * H, W, O).swapaxes(0, 1))
     return y
 
@@ -125,9 +125,9 @@ def flipped(k):  # (K, K, C, O) -> (K, K, O, C)
 
 
 # ------------------------------------------------------------------------------------ space to depth, depth to space
-# Both only move numbers, each undoes the other, and the transpose of a permutation is its inverse: so each one's VJP
-# is the other. A dense layer after `space_to_depth` is a convolution whose stride is as large as its kernel, as in a
-# patch embedding; a dense layer before `depth_to_space` is the transpose of one, and makes an image larger.
+# Each is a permutation and the inverse of the other. The transpose of a permutation is its inverse, so each is the VJP
+# of the other. A dense layer after `space_to_depth` is a convolution with a stride equal to its kernel size, as in a
+# patch embedding. A dense layer before `depth_to_space` is a transposed convolution, and makes an image larger.
 
 
 @op
@@ -196,11 +196,11 @@ def glu(x):
 # ------------------------------------------------------------------------------------------------ group norm with SiLU
 # Over the positions and channels of each group of an image, with m their mean and r = 1 / sqrt(variance + epsilon):
 # xhat = (x - m) r, h = scale xhat + shift, y = h s with s = sigmoid(h). For one image and channel h = a x + (shift -
-# m a) with a = scale r: one multiplication and one addition per element. One operation for both saves passes.
+# m a) with a = scale r: one multiplication and one addition per element. One primitive for norm and SiLU saves passes.
 #
-# Gradient: with g = dL/dy, dL/dh = g (s + h s (1 - s)) = g (s (1 - y) + y); call it q. Write s1 = mean over the group
-# of scale q, s2 = mean over the group of scale q xhat. m and r depend on every x of the group, dm/dx = 1 / n and
-# dr/dx = -r^2 xhat / n for the n numbers of a group, so that
+# Gradient, with g = dL/dy: q = dL/dh = g (s + h s (1 - s)) = g (s (1 - y) + y). Let s1 be the mean over the group of
+# scale q, and s2 the mean over the group of scale q xhat. m and r depend on each of the n numbers x of the group:
+# dm/dx = 1 / n and dr/dx = -r^2 xhat / n. So
 # dL/dx = r (scale q - s1 - xhat s2) = a q - (r^2 s2) x + r (m r s2 - s1).
 
 
@@ -208,8 +208,8 @@ def glu(x):
 def norm_silu(x, scale, shift, groups, epsilon=1e-5):
     """Group normalisation (Wu and He 2018), then SiLU: (N, H, W, C), scale, shift -> (N, H, W, C).
 
-    Scale and shift are both (C,), or both (N, C) to differ from image to image: that is how the time step enters a
-    residual block. SiLU is y = h sigmoid(h), by sigmoid(h) = (1 + tanh(h / 2)) / 2, which costs three passes fewer.
+    Scale and shift are both (C,), or both (N, C) to differ from image to image: so the time step enters a residual
+    block. SiLU is y = h sigmoid(h), computed with sigmoid(h) = (1 + tanh(h / 2)) / 2, which saves three passes.
     """
     N, H, W, C = x.shape
     m, r = group_moments(x, groups, epsilon)
@@ -232,7 +232,7 @@ def norm_silu(x, scale, shift, groups, epsilon=1e-5):
         mean = group_means(C, groups, H * W, x.dtype)
         s1 = (scale * sum_q) @ mean
         s2 = (scale * sum_qxhat) @ mean
-        dx = q  # which is no longer needed
+        dx = q  # reuse q's memory
         dx *= along_row((scale * r)[:, None], W)
         dx += np.multiply(x, along_row((-(r**2) * s2)[:, None], W), out=qx)
         dx += along_row((r * (m * r * s2 - s1))[:, None], W)
@@ -248,8 +248,8 @@ def group_moments(x, groups, epsilon):  # (N, H, W, C) -> m and r of each channe
     x3 = x.reshape(N, H * W, C)
     mean = group_means(C, groups, H * W, x.dtype)
     m = sum_rows(x3) @ mean
-    # One pass fewer than the mean of (x - m)^2. In float32 five digits are left where |m| is ten standard deviations,
-    # three where it is a hundred; activations of a network stay far below that.
+    # One pass fewer than the mean of (x - m)^2. In float32 five digits are left if |m| is ten standard deviations,
+    # three if |m| is a hundred; |m| of a network's activations stays far below that.
     variance = sum_rows(x3 * x3) @ mean - m * m
     return m, 1 / np.sqrt(np.maximum(variance, 0) + epsilon)
 
@@ -277,7 +277,7 @@ def mean(x):  # (..) -> scalar
 
 @op
 def bernoulli_log_likelihood(logits, x):
-    """log p(x) of pixels that are independent, Bernoulli(sigmoid(logits)): 2 x (N, ...) -> (N,), nats per image.
+    """log p(x) of independent pixels from Bernoulli(sigmoid(logits)): 2 x (N, ...) -> (N,), nats per image.
 
     x needs no gradient.
     """

@@ -1,7 +1,7 @@
 """Adam, the learning-rate schedule, and the exponential moving average of the weights. (muon.py has another optimiser.)
 
-The functions of this file that end in ``_step`` change arrays in place: parameters and moments are updated where they
-lie, which saves a pass over memory for each and keeps one copy of everything. Steps count from 1.
+Functions with names that end in ``_step`` update arrays in place: parameters, moments and averages. This saves a pass
+over memory for each array, and keeps one copy of everything. Steps count from 1.
 """
 
 import math
@@ -12,24 +12,24 @@ import numpy as np
 
 
 def init_moments(params):
-    """What the optimisers keep from step to step, zero at the start: two trees like ``params``."""
+    """The state of the optimisers, zero at the start: two trees like ``params``."""
     return {"m": tree.map(np.zeros_like, params), "v": tree.map(np.zeros_like, params)}
 
 
 def adam_step(params, gradient, moments, step, lr, beta1=0.9, beta2=0.999, epsilon=1e-8):
-    """One step of Adam (Kingma and Ba 2015, Algorithm 1), in place. Where the gradient is None, all stays as it is.
+    """One step of Adam (Kingma and Ba 2015, Algorithm 1), in place. Leaves with gradient None do not change.
 
-    m <- beta1 m + (1 - beta1) g = m + (1 - beta1) (g - m), and so v with g^2. With the corrections for their start at
-    zero, m^ = m / (1 - beta1^step) and v^ = v / (1 - beta2^step):  params <- params - lr m^ / (sqrt(v^) + epsilon).
+    m <- beta1 m + (1 - beta1) g = m + (1 - beta1) (g - m), and likewise v with g^2. Both start at zero; corrected for
+    this, m^ = m / (1 - beta1^step) and v^ = v / (1 - beta2^step):  params <- params - lr m^ / (sqrt(v^) + epsilon).
     """
-    # sqrt(v^) = sqrt(v) / correction. Multiplied through by it, only numbers are corrected, and no array.
+    # sqrt(v^) = sqrt(v) / correction. Multiply through by correction: then only scalars are corrected, no arrays.
     correction = math.sqrt(1 - beta2**step)
     rate = lr * correction / (1 - beta1**step)
 
     def update(g, p, m, v):
         m += (1 - beta1) * (g - m)
         v += (1 - beta2) * (g * g - v)
-        # p -= rate * m / (sqrt(v) + epsilon * correction), in one array: otherwise Adam takes 1.07 times as long.
+        # p -= rate * m / (sqrt(v) + epsilon * correction), all in one array: otherwise it takes 1.07 times as long.
         change = np.sqrt(v)
         change += epsilon * correction
         np.divide(m, change, out=change)
@@ -40,11 +40,11 @@ def adam_step(params, gradient, moments, step, lr, beta1=0.9, beta2=0.999, epsil
 
 
 def flush_denormals(arrays):
-    """Set to 0, in place, what is below 1.2e-38, the smallest of float32's normal numbers.
+    """Set to 0, in place, all numbers of magnitude below 1.2e-38, the smallest normal number of float32.
 
-    The gradient of a weight behind a ReLU that is off for all images stays 0, and its moments decay to denormal numbers
-    and remain there. A processor can take a hundred cycles for one of those, and whole layers of them halve the speed.
-    Once every hundred steps is often enough.
+    If a ReLU is off for all images, the gradients of the weights behind it stay 0. Their moments decay to denormal
+    numbers and stay there. A processor can take a hundred cycles for one denormal number, and whole layers of them
+    halve the speed. One call every hundred steps is enough.
     """
     for array in tree.leaves(arrays):
         array[np.abs(array) < np.finfo(np.float32).tiny] = 0

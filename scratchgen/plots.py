@@ -21,8 +21,8 @@ TEST = {"color": "C1", "label": "test", "linestyle": "--"}
 
 @cache
 def import_matplotlib():
-    """The module. Raises UserError: importing it reads settings and writes a cache, and so may fail."""
-    backend = os.environ.pop("MPLBACKEND", None)  # of a notebook, whose programs may run where its backend is unknown
+    """Returns matplotlib. Raises UserError: its import reads settings and writes a cache, and so can fail."""
+    backend = os.environ.pop("MPLBACKEND", None)  # set by a notebook; a program started from it may lack this backend
     try:
         import matplotlib.animation
         import matplotlib.figure
@@ -49,14 +49,14 @@ def check_figure(path):
 
 @by_rank_0
 def save(figure, path):
-    """Write a figure as PNG; an earlier one at ``path`` is replaced only by a whole one."""
+    """Write a figure as PNG. An earlier file at ``path`` is replaced only when the new one is complete."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight")  # titles are not cut, and no band stays empty
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")  # no title is cut off, no margin stays empty
 
 
 def mosaic(images, rows, columns, line=1):
-    """Images side by side, row by row, with lines (NaN) of so many pixels between them: (rows * columns, H, W, 1) -> a
-    picture of (rows (H + line) - line, columns (W + line) - line)."""
+    """One picture of all images, row by row, with lines of NaN, ``line`` pixels wide, between them:
+    (rows * columns, H, W, 1) -> (rows (H + line) - line, columns (W + line) - line)."""
     H, W = images.shape[1:3]
     framed = np.full((rows, H + line, columns, W + line), np.nan, np.float32)
     framed[:, :H, :, :W] = images.reshape(rows, columns, H, W).transpose(0, 2, 1, 3)
@@ -83,7 +83,7 @@ def grid(images, columns, title, low=0, high=1, row_labels=(), column_labels=())
 
 
 def reconstructions(x, decoded, columns=10):
-    """Rows of images and, beneath each row, what the decoder makes of their codes: twice (N, H, W, 1)."""
+    """Rows of images ``x`` and, below each row, the images ``decoded`` from their codes; both are (N, H, W, 1)."""
     pairs = np.stack([a.reshape(-1, columns, *a.shape[1:]) for a in (x, decoded)], axis=1)
     labels = ["test", "decoded"] * len(pairs)
     title = "test images, and decoded from their $\\mu$"
@@ -91,8 +91,8 @@ def reconstructions(x, decoded, columns=10):
 
 
 def interpolation(decode, start, end, x_start, x_end, n=10):
-    """A row for each pair of test images, twice (N, H, W, 1), and their codes, twice (N, D): n images decoded evenly
-    along the line from start to end, and at the ends the test images themselves."""
+    """One row for each pair of test images, (N, H, W, 1): n images decoded at even steps from the code ``start`` to the
+    code ``end``, (N, D), with the two test images at the ends."""
     weights = np.linspace(0, 1, n, dtype=np.float32)[:, None]
     z = (1 - weights) * start[:, None] + weights * end[:, None]  # (N, n, D)
     decoded = decode(z.reshape(-1, z.shape[-1])).reshape(len(z), n, *x_start.shape[1:])
@@ -103,11 +103,11 @@ def interpolation(decode, start, end, x_start, x_end, n=10):
 
 
 def nearest(images, others, count=3):
-    """A column for each image, beneath it the ``count`` nearest of ``others``; all are (.., H, W, 1), uint8."""
+    """One column for each image, with the ``count`` nearest of ``others`` below it; all are (.., H, W, 1), uint8."""
     flat = others.reshape(len(others), -1).astype(np.float32)
     squares = np.einsum("mp,mp->m", flat, flat)
     x = images.reshape(len(images), -1).astype(np.float32)
-    distances = squares - 2 * x @ flat.T  # squared, less what is the same for all others
+    distances = squares - 2 * x @ flat.T  # squared, without the term that all others share
     places = np.argsort(distances, axis=1, kind="stable")[:, :count]
     rows = np.concatenate([images, *(others[places[:, k]] for k in range(places.shape[1]))])
     labels = ["sample", *(f"nearest {k + 1}" for k in range(places.shape[1]))]
@@ -115,12 +115,12 @@ def nearest(images, others, count=3):
 
 
 def codes_by_class(mu, kl, labels, classes):
-    """The codes of test images, (N, D), in the two dimensions with most KL, (D,), coloured by their labels, (N,)."""
+    """Codes ``mu`` of test images, (N, D), in the two dimensions with the largest ``kl``, (D,), coloured by label."""
     i, j = sorted(np.argsort(kl)[-2:].tolist())
     figure = new_figure(7.4, 6)
     axes = figure.add_subplot(title="codes $\\mu$ of test images, in the two dimensions with most KL")
     colours = np.array([f"C{label}" for label in range(len(classes))])
-    axes.scatter(mu[:, i], mu[:, j], s=4, alpha=0.5, c=colours[labels])  # not class by class: the last would cover all
+    axes.scatter(mu[:, i], mu[:, j], s=4, alpha=0.5, c=colours[labels])  # mixed: drawn last, a class would hide others
     for name, colour in zip(classes, colours, strict=True):
         axes.scatter([], [], s=4, color=colour, label=name)
     axes.set(xlabel=f"$\\mu_{{{i}}}$", ylabel=f"$\\mu_{{{j}}}$", aspect="equal")
@@ -160,9 +160,9 @@ def curves(axes, log, key):
 
 
 def vae_loss(log, floor):
-    """Three panels: ELBO, its first and its second term; train and test in nats per image. From the rows of log.csv.
+    """Three panels by epoch: the ELBO, its first and its second term; train and test, in nats per image.
 
-    ``floor`` is the entropy of the pixels, None where they have none.
+    ``log`` has the rows of log.csv. ``floor`` is the entropy of the pixels, or None if they have none.
     """
     figure = new_figure(12, 3.6)
     panels = figure.subplots(1, 3)
@@ -174,7 +174,7 @@ def vae_loss(log, floor):
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         curves(axes, log, key)
         axes.set(title=title, ylabel="nats per image")
-        # The first epoch, in which most is learned, would squeeze all others; it is cut off.
+        # Most is learned in the first epoch. It is cut off, because it would flatten the curves of all others.
         later = [row[f"{part}_{key}"] for row in log[1:] for part in ("train", "test")]
         if later and key != "kl":
             top = max(later) if floor is None else -floor
@@ -198,9 +198,9 @@ def vae_loss(log, floor):
 
 
 def ddpm_loss(log, t, errors, bins=40):
-    """Two panels: the eps-loss by epoch, and the test loss over t from the final errors of test images, in order of t.
+    """Two panels: the loss of eps by epoch, and the final test loss over t.
 
-    Each point is the mean of one of ``bins`` equal parts of the images.
+    ``errors`` are those of test images, in order of ``t``. Each point is the mean of one of ``bins`` equal parts.
     """
     figure = new_figure(10, 3.8)
     left, right = figure.subplots(1, 2)
@@ -222,14 +222,14 @@ def ddpm_loss(log, t, errors, bins=40):
 
 
 def latent_use(kl, variance, spread, active):
-    """Two panels over latent dimensions, in falling order of KL: KL in nats, and how z gets the variance of the prior.
+    """Two panels over latent dimensions, in descending order of KL: the KL in nats, and the variance of z in two parts.
 
-    All are (D,): ``variance`` is that of mu over images and ``spread`` the mean of sigma^2. Their sum is the variance
-    of z, 1 if codes are distributed as the prior is.
+    All are (D,): ``variance`` is the variance of mu over images, ``spread`` the mean of sigma^2. Their sum is the
+    variance of z. It is 1 if z is distributed as in the prior.
     """
     figure = new_figure(10, 3.6)
     left, right = figure.subplots(1, 2)
-    order = np.argsort(-kl)[:60]  # of more nobody could read the numbers, and thousands take a minute
+    order = np.argsort(-kl)[:60]  # more could not be read, and thousands take a minute to draw
     places = np.arange(len(order))
     colours = np.where(active, "C0", "lightgray")[order]
     left.bar(places, kl[order], color=colours)
@@ -251,7 +251,7 @@ def latent_use(kl, variance, spread, active):
 def bound_over_t(t, bits, bound, weights):
     """The terms of the variational bound against t: L_0 at t = 1, then L_1 .. L_{T-1}, in bits per dimension.
 
-    ``weights`` are the w_t for t = 2..T in bits: what L_{t-1} would be if no noise were predicted.
+    ``weights`` are the w_t for t = 2..T in bits: the L_{t-1} of a network that predicts eps_theta = 0.
     """
     figure = new_figure(7, 3.8)
     axes = figure.add_subplot(title=f"the terms of the bound, {bound:.2f} bits per dimension in all")
@@ -265,7 +265,7 @@ def bound_over_t(t, bits, bound, weights):
 
 
 def row_of_times(images, times, title):
-    """One row of panels, one image each, titled with its t: a sequence of (H, W, 1) in [-1, 1], and of integers."""
+    """One row of panels, one image each, (H, W, 1) in [-1, 1], with its t as the title; ``times`` are integers."""
     figure = new_figure(1.7 * len(times), 2.3)
     figure.suptitle(title)
     for axes, image, t in zip(figure.subplots(1, len(times), squeeze=False)[0], images, times, strict=True):
@@ -276,8 +276,8 @@ def row_of_times(images, times, title):
 
 @by_rank_0
 def save_gif(frames, columns, path, frames_per_second=12, pause=18):
-    """An animation of mosaics: ``frames`` has images (N, H, W, 1) in [-1, 1] for each t, and shows them in its order.
-    The last stays for ``pause`` frames."""
+    """Write an animation of mosaics. ``frames`` maps each t to images (N, H, W, 1) in [-1, 1], in the order in which
+    they appear. The last stays for ``pause`` frames."""
     pictures = [(t, mosaic(images, len(images) // columns, columns)) for t, images in frames.items()]
     H, W = pictures[0][1].shape
     figure = import_matplotlib().figure.Figure(figsize=(W / 50, H / 50 + 0.3))

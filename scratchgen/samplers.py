@@ -37,10 +37,10 @@ class SamplerConfig:
 
 
 def timesteps(T, steps=None):
-    """The t that a sampler of fewer steps visits, from T to 0: all of them, or fewer and shorter steps at the end.
+    """The times t from T to 0 that a sampler visits in ``steps`` steps, by default all; the last steps are shorter.
 
-    With i steps to go t is T (i / steps)^1.3, but at least i, so that there are enough integers for the rest. The last
-    steps decide about lines and edges, and evenly spaced ones would jump from t = 10 of 200 to 0. Raises UserError.
+    With i steps to go t is T (i / steps)^1.3, but at least i, so that enough integers remain. The last steps determine
+    lines and edges. Of 20 even steps from T = 200 the last would jump from t = 10 to 0. Raises UserError.
     """
     if steps is None:
         steps = T
@@ -52,12 +52,12 @@ def timesteps(T, steps=None):
 def ddim_step(schedule, x_t, x_0, t, s, eta=0.0, rng=None):
     """One step from t to s, given the predicted x_0 (Song, Meng and Ermon 2021, Eqs. 12 and 16): (N, H, W, C).
 
-    Derive the eps that leads from x_0 to x_t, and put both into Eq. (4) of Ho et al. at time s,
+    Compute the eps that leads from x_0 to x_t, and put x_0 and eps into Eq. (4) of Ho et al. at time s,
 
         x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z,    z ~ N(0, I),
         sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s).
 
-    With eta = 0, DDIM, nothing is random, ``rng`` may be None, and s may be later than t as well as earlier.
+    With eta = 0 (DDIM) nothing is random: ``rng`` may be None, and s may be later than t as well as earlier.
     """
     alpha_bar = schedule["alpha_bar"]
     a = schedule["sqrt_alpha_bar"]
@@ -72,16 +72,16 @@ def ddim_step(schedule, x_t, x_0, t, s, eta=0.0, rng=None):
 
 
 def sample(x_0_theta, schedule, x_t, rng, steps=None, eta=1.0, order=1, start=None):
-    """A sampler that need not take all T steps, a generator: yield (s, x_s) for each s of `timesteps` after T.
+    """Sample in ``steps`` steps, by default all T, as a generator: yield (s, x_s) for each s of `timesteps` after T.
 
     Each step predicts x_0 and takes a `ddim_step` to the next s. With eta = 1 and all T steps this is Algorithm 2 of Ho
-    et al. once more. With eta = 0 nothing is random after x_T: that is DDIM, and ``rng`` may be None. ``start`` is the
-    t of ``x_t``, by default T: from an image with some noise in it, similar ones are drawn (Meng et al. 2022, SDEdit).
+    et al. With eta = 0 this is DDIM: nothing is random after x_T, and ``rng`` may be None. ``start`` is the t of
+    ``x_t``, by default T. Starting from a noisy image draws images similar to it (Meng et al. 2022, SDEdit).
 
-    With eta = 0 these are steps along the solution of a differential equation, and would be exact if the predicted x_0
-    stayed the same from t to s. ``order`` = 2 allows for its change: it extrapolates x_0 linearly to the middle of the
-    step, in lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)). This is DPM-Solver++(2M) of Lu et al. 2022: errors
-    shrink with the square of the step, not with the step, still at one call of the network per step. With eta = 1 it is
+    With eta = 0 the steps solve a differential equation; they are exact if the predicted x_0 is constant from t to s.
+    ``order`` = 2 follows its change. With lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), it extrapolates x_0
+    linearly in lambda to the middle of the step. This is DPM-Solver++(2M) of Lu et al. 2022. Its error shrinks with the
+    square of the step size (order 1: with the step size), at one call of the network per step. With eta = 1 it is
     their SDE-DPM-Solver++(2M): fresh noise at each step covers up earlier errors of the network.
     Effect on the Frechet distance, unguided, in 20 steps: SDE-DPM-Solver++(2M) 5, the same of order 1 24, DDIM 21.
     Algorithm 2 in its 200 steps has 7.
@@ -93,12 +93,12 @@ def sample(x_0_theta, schedule, x_t, rng, steps=None, eta=1.0, order=1, start=No
 
     times = timesteps(schedule["T"] if start is None else start, steps)
     x = x_t
-    last = None  # t of the step before, and the x_0 that was predicted there
+    last = None  # t and predicted x_0 of the step before
     for t, s in zip(times, times[1:], strict=False):
         x_0 = predicted = x_0_theta(x, np.full(len(x), t))
         if order == 2 and last is not None and s > 0:  # lambda is infinite at s = 0
             before, predicted_before = last
-            fraction = (lam(s) - lam(t)) / 2 / (lam(t) - lam(before))  # half of this step, in units of the last one
+            fraction = (lam(s) - lam(t)) / 2 / (lam(t) - lam(before))  # half of this step, relative to the last step
             x_0 = predicted + fraction * (predicted - predicted_before)
         last = t, predicted
         x = ddim_step(schedule, x, x_0, t, s, eta, rng)
@@ -111,15 +111,15 @@ def sample(x_0_theta, schedule, x_t, rng, steps=None, eta=1.0, order=1, start=No
 #
 #     x_tau = (1 - tau) x_0 + tau eps,    u = dx_tau / dtau = eps - x_0,    tau from 0 to 1.
 #
-# The network learns E[u | x_tau], and a sampler follows it from tau = 1 to 0. Now divide x_t of Eq. (4) of Ho et al. by
-# its scale, sqrt(alpha_bar_t) + sqrt(1 - alpha_bar_t). That is x_tau, with tau = sqrt(1 - alpha_bar_t) / scale. And
-# x_tau - x_0 = tau (eps - x_0). So a network that predicts x_0 from x_t predicts u = (x_tau - x_0) / tau as well.
+# The network learns E[u | x_tau]. A sampler follows this velocity from tau = 1 to 0. Now divide x_t of Eq. (4) of Ho et
+# al. by scale = sqrt(alpha_bar_t) + sqrt(1 - alpha_bar_t). This gives x_tau, with tau = sqrt(1 - alpha_bar_t) / scale.
+# As x_tau - x_0 = tau (eps - x_0), a network that predicts x_0 from x_t also predicts u = (x_tau - x_0) / tau.
 #
 # Both papers, and MIT 6.S184, count time from noise to image: their t is 1 - tau, and their velocity x_0 - eps.
 
 
 def flow_path(schedule):
-    """For t = 0..T the scale, x_t = scale_t x_tau, and tau: twice (T + 1,) float32."""
+    """scale_t, with x_t = scale_t x_tau, and tau_t for t = 0..T: two arrays (T + 1,) float32."""
     scale = schedule["sqrt_alpha_bar"] + schedule["sqrt_one_minus_alpha_bar"]
     return scale, schedule["sqrt_one_minus_alpha_bar"] / scale
 
@@ -132,10 +132,10 @@ def velocity(x_0_theta, schedule, x_tau, t):  # (N, H, W, C) -> (N, H, W, C)
 
 
 def euler(x_0_theta, schedule, x_tau, steps=None):
-    """Euler's steps along the velocity, a generator: yield (s, x_tau) for each s of `timesteps` after T.
+    """Euler steps along the velocity, as a generator: yield (s, x_tau) for each s of `timesteps` after T.
 
-    It starts from the given x_tau of t = T. Multiplied by its scale, each x_tau is the x_s of DDIM, `sample` with
-    eta = 0: both steps put the predicted x_0, and the eps that it implies, into their own path at s.
+    It starts from the given x_tau at t = T. Each x_tau, times its scale, is the x_s of DDIM, `sample` with eta = 0:
+    both steps put the predicted x_0, and the eps that follows from it, into their path at s.
     """
     _, tau = flow_path(schedule)
     times = timesteps(schedule["T"], steps)

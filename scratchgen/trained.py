@@ -3,7 +3,7 @@
     from scratchgen.trained import load_run  # before NumPy, whose threads it sets up
     import numpy as np
 
-    model = load_run("runs/ddpm")  # or load_trained("ddpm"), whose weights came with the package
+    model = load_run("runs/ddpm")  # or load_trained("ddpm"), with the weights of the package
     images = model.sample(4, np.random.default_rng(0))  # (4, 28, 28, 1) in [0, 1]
 
 Dimensions: N images, H = W = 28, one channel; D latent dimensions; T steps from image to noise.
@@ -24,11 +24,11 @@ from scratchgen.samplers import GUIDES, SAMPLERS, SamplerConfig
 
 import numpy as np
 
-IMPORTANCE = 102  # what random numbers are for: another number than those in `run` and `reports`
+IMPORTANCE = 102  # a purpose for `rng_for`; its number differs from those in `run` and `reports`
 
 
 class VAE:
-    """A trained VAE. ``config`` has the settings of its run, ``arrays`` "params", and ``log`` the rows of log.csv."""
+    """A trained VAE. ``config`` are its run's settings, ``arrays["params"]`` its weights, ``log`` rows of log.csv."""
 
     def __init__(self, config, arrays, log=()):
         self.config = config
@@ -47,7 +47,7 @@ class VAE:
         return self.decoder(self.params, z)
 
     def sample(self, N, rng=None):
-        """Images decoded from z ~ N(0, I): (N, H, W, 1) in [0, 1]. Without a generator ``rng`` other ones each time."""
+        """Images decoded from z ~ N(0, I): (N, H, W, 1) in [0, 1]. Without ``rng`` they are different each time."""
         rng = rng or np.random.default_rng()
         return self.generate(rng.standard_normal((N, self.config["latent_dim"]), dtype=np.float32))
 
@@ -56,7 +56,7 @@ class VAE:
         return vae.generate(self.decode, z)
 
     def importance_weighted_bound(self, x, K, seed, ranks):
-        """`vae.importance_weighted_bound`, the mean over images x in nats per image, computed by all ranks."""
+        """The mean of `vae.importance_weighted_bound` over images x, in nats per image, computed by all ranks."""
 
         def bound(x, image):
             rngs = [rng_for(seed, IMPORTANCE, n) for n in image]
@@ -66,11 +66,11 @@ class VAE:
 
 
 class DDPM:
-    """A trained diffusion model. ``config`` has the settings of its run, ``arrays`` the moving average "ema" of its
-    weights and, with the addition "guide", that average as it was "early" in training; ``log`` the rows of log.csv.
+    """A trained diffusion model. ``config`` has the settings of its run, ``log`` the rows of log.csv. ``arrays["ema"]``
+    is the moving average of its weights; with "guide", ``arrays["early"]`` is that average early in training.
 
-    Images x_t are (N, H, W, 1) in [-1, 1], time steps t (N,) in 1..T. ``groups`` are (N,), as `groups_of` tells them
-    (-1: none), and None for a model that knows of none. To draw, no more than labels of classes are needed.
+    Images x_t are (N, H, W, 1) in [-1, 1], time steps t (N,) in 1..T. ``groups``, (N,), come from `groups_of` (-1: no
+    group); they are None for a model without groups. Drawing needs no groups, at most class labels.
     """
 
     def __init__(self, config, arrays, log=()):
@@ -84,7 +84,7 @@ class DDPM:
         self.early = arrays.get("early")
 
     def groups_of(self, x_0, labels=None):
-        """The group of each image, (N,), which the network sees in training; ``labels`` are their classes."""
+        """The group of each image, (N,), an input of the network in training; ``labels`` are the images' classes."""
         return None if self.groups is None else self.groups.of(x_0, labels)
 
     def eps_theta(self, x_t, t, groups=None):
@@ -107,7 +107,7 @@ class DDPM:
         return improved.guided(x_0, x_0_guide, config.guidance)
 
     def sampler_config(self, **chosen):
-        """A SamplerConfig with the fields that are ``chosen``; None stands for not chosen. Raises UserError.
+        """A SamplerConfig with the ``chosen`` fields; a field that is None gets its default. Raises UserError.
 
         Defaults: second order, 20 steps, guided if there is a guide; Algorithm 2 for a run without additions; with an
         explicit sampler, T steps and no guidance.
@@ -121,7 +121,7 @@ class DDPM:
         return self.checked(replace(default, **chosen))
 
     def checked(self, config):
-        """The same SamplerConfig. Raises UserError if this model cannot draw so."""
+        """Returns the SamplerConfig. Raises UserError if this model cannot draw with it."""
         samplers.timesteps(self.config["T"], config.steps)
         if config.guidance and config.guide == "early" and self.early is None:
             raise UserError("expected no guidance, this run was trained without the addition guide")
@@ -130,10 +130,10 @@ class DDPM:
         return config
 
     def trajectory(self, x_T, rng, labels=None, config=None):
-        """From the noise x_T, (N, H, W, 1), to images: yield (s, x_s) for each s after T at which the sampler stops.
+        """Sample from the noise x_T, (N, H, W, 1): yield (s, x_s) for each time s that the sampler visits after T.
 
-        ``labels`` are as in `labels_for`, ``config`` is a SamplerConfig, by default `sampler_config` of nothing. Images
-        at s = 0 may still be a little beyond [-1, 1]. Raises UserError.
+        ``labels`` are as in `labels_for`; ``config`` is a SamplerConfig, by default `sampler_config()`. Images at s = 0
+        may lie slightly outside [-1, 1]. Raises UserError.
         """
         config = self.checked(config or self.sampler_config())
         labels = labels_for(len(x_T), labels, self.config["classes"])
@@ -145,8 +145,8 @@ class DDPM:
         return samplers.sample(x_0_theta, self.schedule, x_T, rng, config.steps, *SAMPLERS[config.sampler])
 
     def sample(self, N, rng=None, labels=None, config=None):
-        """Images from noise that ``rng`` draws, as in `trajectory`, but clipped to [0, 1]: (N, H, W, 1). Without a
-        generator ``rng`` other ones each time."""
+        """N images, scaled and clipped to [0, 1], from noise that ``rng`` draws: (N, H, W, 1). ``labels`` and
+        ``config`` are as in `trajectory`. Without ``rng`` the images are different each time."""
         rng = rng or np.random.default_rng()
         x_T = rng.standard_normal((N, 28, 28, 1), dtype=np.float32)
         *_, (_, x_0) = self.trajectory(x_T, rng, labels, config)
@@ -154,9 +154,9 @@ class DDPM:
 
 
 def labels_for(N, labels, classes):
-    """The N labels of what to draw, (N,), from numbers or names of classes, -1 for none, or from one of these for all.
+    """The labels of N images to draw, (N,), from class numbers or names (-1: no class), one for each or one for all.
 
-    None stands for one class after the other or, for a model that was trained without ``classes``, for None. Raises
+    With ``labels=None`` the classes take turns. The result is None for a model trained without ``classes``. Raises
     UserError.
     """
     if not classes:
@@ -178,13 +178,13 @@ WEIGHTS = {name: Path(__file__).with_name("weights") / f"{name}.npz" for name in
 
 
 def run_folder(path):
-    """The folder of a run, named by itself or by the checkpoint in it."""
+    """The folder of a run, from the path of the folder or of its checkpoint."""
     path = Path(path)
     return path.parent if path.name == "checkpoint.npz" else path
 
 
 def load_run(folder):
-    """The VAE or the DDPM that was trained in this folder, or that is this checkpoint. Raises CheckpointError."""
+    """The VAE or DDPM of a run; ``folder`` is its folder or the path of its checkpoint. Raises CheckpointError."""
     path = run_folder(folder) / "checkpoint.npz"
     named, state = checkpoint.load(path)
     config = state["config"]
@@ -192,16 +192,16 @@ def load_run(folder):
         raise checkpoint.CheckpointError(f"{path}: expected a run of run_vae.py or run_ddpm.py, found another")
     if not state["log"]:
         raise checkpoint.CheckpointError(f"{path}: expected a trained model, found one in its first epoch")
-    if config.get("classes") and "groups/shares" not in named:  # it would draw whatever it likes
+    if config.get("classes") and "groups/shares" not in named:  # it would ignore labels
         raise checkpoint.CheckpointError(f"{path}: expected a run of this version, found an older one")
     return MODELS[config["model"]](config, tree.nested(named), state["log"])
 
 
 def load_trained(name):
-    """The model whose weights came with the package: one of WEIGHTS. Raises UserError.
+    """A model with weights from the package; ``name`` is one of WEIGHTS. Raises UserError.
 
-    They are those of the default runs of seed 0, rounded so that they take a sixth of the space (docs/pack.py): to
-    float16, and in large matrices to whole numbers times one scale for each column.
+    The weights are those of the default runs of seed 0, rounded to take a sixth of the space (docs/pack.py): to
+    float16, and in large matrices to integers times one scale for each column.
     """
     if name not in WEIGHTS:
         raise UserError(f"{name}: expected one of {', '.join(WEIGHTS)}")
@@ -209,21 +209,21 @@ def load_trained(name):
     named = {
         place: array.astype(np.float32) * np.float32(arrays.get(f"{place}/scale", 1))
         for place, array in arrays.items()
-        if place.rpartition("/")[0] not in arrays  # or it is the scale of the array in front
+        if place.rpartition("/")[0] not in arrays  # otherwise it is the scale of that array
     }
     return MODELS[state["config"]["model"]](state["config"], tree.nested(named))
 
 
 # ----------------------------------------------------------------------------------------------------------------- draw
 
-SHARD = 32  # images that one rank draws at a time; 16 take 1.1 times as long
+SHARD = 32  # images that one rank draws at a time; with 16 drawing takes 1.1 times as long
 
 
 def draw(model, N, seed, ranks, labels=None, description="samples", **options):
     """N samples of a model as grey levels, uint8 (N, 28, 28, 1), drawn by all ranks; ``options`` go to its ``sample``.
 
-    For the same seed the first images are the same whatever N is, and have the same noise however they are drawn from
-    it: the last shard is drawn whole, too.
+    For one seed the first images do not depend on N, because the last shard is drawn whole, too. Their noise does not
+    depend on the sampler.
     """
     labels = labels_for(N, labels, model.config.get("classes"))
 
@@ -237,7 +237,7 @@ def draw(model, N, seed, ranks, labels=None, description="samples", **options):
 
 
 def over_images(f, arrays, shard, ranks, description):
-    """``f(*arrays)`` as `in_parallel` computes it, but in steps, for a progress bar."""
+    """``f(*arrays)``, computed by `in_parallel` in several steps, with a progress bar."""
     in_one_step = in_parallel(f, shard, ranks)
     N = len(arrays[0])
     step = shard * ranks.count * ranks.threads
@@ -255,23 +255,23 @@ CONFIG = [field.name for field in fields(SamplerConfig)]
 
 
 def add_sampler_flags(parser, nargs):
-    """A flag for each field of a SamplerConfig: a list of values, or None where it is not given."""
+    """Add a flag for each field of a SamplerConfig: a list of values, or None if the flag is not given."""
     help = (
-        "diffusion: ddpm adds noise at each step, ddim none; dpm++ and sde-dpm++ are ddim and ddpm of second order, "
-        "for few steps (default: sde-dpm++, 20 steps, guided; T steps of ddpm for a run without additions)"
+        "diffusion: ddpm adds noise at each step, ddim none; sde-dpm++ and dpm++ are their second-order versions, for "
+        "few steps (default: sde-dpm++, 20 steps, guided; T steps of ddpm for a run without additions)"
     )
     parser.flag("--sampler", help, choices=SAMPLERS, nargs=nargs, metavar="NAME")
-    help = "diffusion: the sampler's steps, at most T (default: T for a --sampler that is named)"
+    help = "diffusion: the number of sampling steps, at most T (default: T if --sampler is given)"
     parser.flag("--steps", help, type=cli.number(int, 1), nargs=nargs, metavar="S")
-    help = "diffusion: w, how far to go away from the guide (default: 0 for a --sampler that is named)"
+    help = "diffusion: w, how far to extrapolate away from the guide (default: 0 if --sampler is given)"
     parser.flag("--guidance", help, type=cli.number(float, 0, high=100), nargs=nargs, metavar="W")
-    help = "diffusion: the guide, the network early in its training, or unlabelled: without labels (default: early)"
+    help = "diffusion: the guide; early: the network early in training, unlabelled: without labels (default: early)"
     parser.flag("--guide", help, choices=GUIDES, nargs=nargs, metavar="NAME")
 
 
 def sampler_configs(model, args):
-    """A SamplerConfig for each combination of the values of these flags. Raises UserError."""
-    configs = {}  # by their names: with w = 0 there is no guide
+    """One SamplerConfig for each combination of the flags' values. Raises UserError."""
+    configs = {}  # by name: with w = 0, configs that differ only in the guide are the same
     for each in itertools.product(*(getattr(args, name) or [None] for name in CONFIG)):
         config = model.sampler_config(**dict(zip(CONFIG, each, strict=True)))
         configs[str(config)] = config

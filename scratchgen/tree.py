@@ -41,7 +41,7 @@ def names(tree, prefix=""):
 
 
 def nested(named):
-    """The tree of leaves by their `names`: ``{"w": a, "b/0": c, "b/1": d}`` -> ``{"w": a, "b": [c, d]}``."""
+    """The tree with these `names` of leaves: ``{"w": a, "b/0": c, "b/1": d}`` -> ``{"w": a, "b": [c, d]}``."""
     children = {}
     for name, leaf in named.items():
         key, _, rest = name.partition("/")

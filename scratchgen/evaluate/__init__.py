@@ -1,1 +1,1 @@
-"""How good is it? A finished run measured (`metrics`, `classifier`) and reported (`reports`)."""
+"""The evaluation of a finished run: its numbers (`metrics`, `classifier`) and their report (`reports`)."""

@@ -7,12 +7,12 @@ examples: (in front of each comes python -m scratchgen.evaluate)
   runs/ddpm                      the variational bound in bits per dimension
   runs/ddpm --bound 100          its exact sum over t, on 100 images
   runs/ddpm --frechet 10000      Frechet distance, precision, recall, classes
-  runs/ddpm --frechet 10000 --draws 3               how far draws differ
+  runs/ddpm --frechet 10000 --draws 3               how much draws differ
   runs/ddpm --frechet 10000 --guidance 0 0.25 0.5   one row for each w
   runs/ddpm --frechet 10000 --sampler ddpm ddim --steps 20 50   all pairs
 
-What is measured appears on the screen and, under "evaluation", in metrics.json
-of the run's folder, where the figures go, too.
+Results are printed, and written to the run's folder: numbers under "evaluation"
+in metrics.json, and figures.
 """
 
 from scratchgen.data import first_images, load_fashion_mnist
@@ -31,11 +31,11 @@ def parse_arguments(argv):
     help = "diffusion: the bound as the exact sum over all t, on the first N test images"
     parser.flag("--bound", help, type=cli.number(int, 2), metavar="N")
     help = (
-        "Frechet distance from N samples to all test images, precision and recall (k = 3), and what a classifier takes "
-        "them for, all beside N training images and N samples of a VAE"
+        "Frechet distance from N samples to all test images, precision and recall (k = 3), and the samples' classes by "
+        "a classifier; the same for N training images and N samples of a VAE"
     )
     parser.flag("--frechet", help, type=cli.number(int, 4), metavar="N")
-    help = "with --frechet: draw that often, with the noise of seed, seed + 1, .. (default: 1)"
+    help = "with --frechet: the number of draws, with noise of seed, seed + 1, .. (default: 1)"
     parser.flag("--draws", help, type=cli.number(int, 1), metavar="D")
     add_sampler_flags(parser, nargs="+")
     help = "the VAE run that --frechet compares a diffusion model with (default: vae beside it)"

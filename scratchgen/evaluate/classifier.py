@@ -1,4 +1,4 @@
-"""A small convolutional classifier of FashionMNIST: not for its labels, but for its features.
+"""A small convolutional classifier of FashionMNIST, used for its features, not for its labels.
 
 `metrics.frechet_distance` compares images by the features of this network. Its weights lie beside this file, in
 ``classifier.npz``, so that all distances are comparable; ``docs/train_classifier.py`` made them.
@@ -19,7 +19,7 @@ WEIGHTS = Path(__file__).with_name("classifier.npz")
 
 
 def features(params, x):  # (N, H, W, 1) -> (N, F)
-    """What the last hidden layer sees: all that the classes are told apart by."""
+    """The activations of the last hidden layer, from which the classes are predicted."""
     h = space_to_depth(x, 2)  # (N, 14, 14, 4)
     for layer in params["conv14"]:
         h = relu(conv(layer, h))

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def active_units(mu, threshold=0.01):
-    """Which latent dimensions say anything about x: the variance over images of mu (N, D) is above the threshold, (D,).
+    """Which latent dimensions depend on x, (D,): the variance over images of mu, (N, D), is above the threshold.
 
     The measure and its threshold are those of Burda, Grosse and Salakhutdinov 2016, Sec. 5.2.
     """
@@ -33,17 +33,17 @@ def frechet_distance(a, b):
 
 
 def variance_ratio(generated, real):
-    """The variance of the features of samples, (N, F), summed over features, over that of real ones, (M, F).
+    """The variance of samples' features, (N, F), summed over features, divided by that of real images, (M, F).
 
-    Below 1 samples are more alike than real images are."""
+    If it is below 1, samples are less diverse than real images."""
     return float(generated.var(axis=0, dtype=np.float64).sum() / real.var(axis=0, dtype=np.float64).sum())
 
 
 def precision(real, generated, k=3, block=500):
     """Share of the generated points, (N, F), inside the k-nearest-neighbour ball of at least one real one, (M, F).
 
-    Kynkaanniemi et al. 2019, Eqs. (1) and (2). A torn picture lowers precision, a kind that is missing `recall`. Both
-    depend on the numbers of images, and are below one where both sets come from one distribution.
+    Kynkaanniemi et al. 2019, Eqs. (1) and (2). Broken images lower precision; missing kinds of images lower `recall`.
+    Both depend on the numbers of images, and are below one even if both sets come from one distribution.
     """
     real = real.astype(np.float64)
 
@@ -52,7 +52,7 @@ def precision(real, generated, k=3, block=500):
             a = points[start : start + block].astype(np.float64)
             yield np.maximum((a * a).sum(axis=1)[:, None] + (real * real).sum(axis=1) - 2 * a @ real.T, 0)
 
-    # Of each ball; the 0th neighbour is the point itself.
+    # The squared radius of each ball; the 0th neighbour is the point itself.
     radii = np.concatenate([np.partition(distances, k, axis=1)[:, k] for distances in blocks_of_distances(real)])
     inside = [(distances <= radii).any(axis=1) for distances in blocks_of_distances(generated)]
     return float(np.concatenate(inside).mean())
@@ -64,9 +64,9 @@ def recall(real, generated):
 
 
 def nearest_distance(images, others, block=100):
-    """How far each image is from the nearest of the others: the root mean square over pixels of their difference, in
-    grey levels. (N, H, W, 1), (M, H, W, 1) uint8 -> (N,). Copies of training images would be far nearer to them than
-    test images are. Blurred images are a little nearer, too."""
+    """The distance from each image to the nearest of the others: the root mean square difference of pixels, in grey
+    levels. (N, H, W, 1), (M, H, W, 1) uint8 -> (N,). Copies of training images would be much nearer to them than test
+    images are. Blurred images are a little nearer, too."""
     x, y = (a.reshape(len(a), -1).astype(np.float32) for a in (images, others))
     squares = np.einsum("mp,mp->m", y, y)
     least = [(squares - 2 * part @ y.T).min(axis=1) for part in np.split(x, range(block, len(x), block))]

@@ -1,6 +1,6 @@
-"""What the evaluation measures: each function prints its numbers, adds them to metrics.json and draws.
+"""The measurements of an evaluation. Each function prints its numbers, adds them to metrics.json and draws figures.
 
-``report`` is where they go, ``model`` is one of `trained.py`, ``data`` as `load_fashion_mnist` returns it.
+``report`` is a `Report`, ``model`` is one of `trained.py`, ``data`` is what `load_fashion_mnist` returns.
 """
 
 import math
@@ -19,12 +19,12 @@ import numpy as np
 
 SHARD = 32  # images that one rank measures at a time
 ROW = "{:<41} {:>7} {:>6} {:>9} {:>6} {:>6}"  # of the table of distances
-BOUND, EXACT_BOUND, REAL = 100, 101, 104  # what random numbers are for, beside those of `run` and `trained`
+BOUND, EXACT_BOUND, REAL = 100, 101, 104  # purposes for `rng_for`, besides those of `run` and `trained`
 
 
 class Report:
-    """Where numbers and figures of one model go. If a file cannot be written, measuring goes on, and ``unwritten``
-    keeps the reason."""
+    """The output of numbers and figures of one model. If a file cannot be written, measuring goes on, and
+    ``unwritten`` keeps the error."""
 
     def __init__(self, folder, model, seed):
         self.folder = folder
@@ -56,7 +56,7 @@ class Report:
 
 
 def measure_vae(report, model, data, ranks, K):
-    """How much each latent dimension is used, and the importance-weighted bound if K is not None."""
+    """Measure how much each latent dimension is used and, if K is given, the importance-weighted bound."""
     x = scale(data["test_images"], 0, 1)
     codes = over_images(lambda x: np.stack(model.encode(x), axis=1), [x], SHARD, ranks, "codes")  # (N, 2, D)
     mu = codes[:, 0]
@@ -84,16 +84,16 @@ def measure_vae(report, model, data, ranks, K):
 
 
 def measure_bound(report, model, data, ranks, N):
-    """The variational bound by one t an image and, if N is given, of the first N images at every t, with its parts."""
+    """Measure the variational bound with one t per image; if N is given, also with all t for N images, by parts."""
     T = model.config["T"]
     x = scale(data["test_images"], -1, 1)
     groups = model.groups_of(x, data.get("test_labels"))
     bits = partial(diffusion.bits_per_dimension, dimensions=x[0].size)
     terms_of = partial(diffusion.bound_terms, model.x_0_theta, model.schedule)
 
-    # T L_{t-1} at one t, drawn evenly from 1..T, is in expectation the sum of all L_{t-1}.
+    # T L_{t-1} at one t, uniform on 1..T, has the sum of all L_{t-1} as its expectation.
     prior = bits(diffusion.prior_kl(model.schedule, x))
-    # An image belongs to one group: p(x) >= p(group) p(x | group), and the rest bounds -log p(x | group).
+    # An image belongs to one group, so p(x) >= p(group) p(x | group). The other terms bound -log p(x | group).
     group = np.zeros(len(x)) if groups is None else bits(model.groups.nats(groups))
     _, t, eps = diffusion.draw_batch(model.schedule, x, rng_for(report.seed, BOUND))
     terms = bits(over_images(terms_of, [x, t, eps, groups], SHARD, ranks, "bound"))
@@ -127,7 +127,7 @@ def measure_bound(report, model, data, ranks, N):
 
 
 def mean_and_error(bits):
-    """The mean over images of their bits per dimension, the same and its standard error by name, and the remark."""
+    """The mean of bits per dimension over images, a dict of it and its standard error, and a remark to print."""
     mean = float(bits.mean())
     error = float(bits.std(ddof=1) / math.sqrt(len(bits)))
     return mean, {"bits_per_dimension": mean, "standard_error": error}, f"bits per dimension, +- {error:.3f}"
@@ -137,9 +137,9 @@ def mean_and_error(bits):
 
 
 def measure_samples(report, model, data, ranks, N, draws, configs, peer):
-    """N samples by each of the SamplerConfigs (a VAE: by none), beside training images and a ``peer``, a VAE.
+    """Compare N samples of each SamplerConfig (none for a VAE) with training images and with a VAE, the ``peer``.
 
-    The seed of each of the ``draws`` gives the same noise to all that is compared.
+    Each of the ``draws`` has its own seed, which gives the same noise to all that are compared.
     """
     seeds = range(report.seed, report.seed + draws)
     params = classifier.load_classifier()
@@ -152,12 +152,12 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
     measured = {}
 
     def from_train(images):
-        if ranks.rank > 0:  # who prints and writes nothing
+        if ranks.rank > 0:  # other ranks print and write nothing
             return 0.0
         return round(float(metrics.nearest_distance(images[:1000], train).mean()), 3)
 
     def measure(name, images_of, labels=None, **settings):
-        """Measure the images that ``images_of`` draws with each seed; the first thousand, whether they are copies."""
+        """Measure the images that ``images_of`` draws with each seed, and whether the first thousand are copies."""
         drawn = [images_of(seed) for seed in seeds]
         found = [features_of(images) for images in drawn]
         found = ranks.broadcast([sample_metrics(h, real, params, labels) for h in found] if ranks.rank == 0 else None)
@@ -199,9 +199,9 @@ def measure_samples(report, model, data, ranks, N, draws, configs, peer):
 
 
 def sample_metrics(features, real, params, labels=None):
-    """The numbers of samples with these features, (N, F), beside ``real`` ones; with ``labels`` their agreement.
+    """The metrics of samples with these features, (N, F), against ``real`` ones; with ``labels`` also the agreement.
 
-    For each class the share that the classifier takes for it, and how sure it is of those.
+    "share" is the share of samples that the classifier takes for each class, "confidence" how sure it is of those.
     """
     logits = classifier.logits(params, features).astype(np.float64)
     probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))

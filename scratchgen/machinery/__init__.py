@@ -1,1 +1,1 @@
-"""What a reader of the models need not read: processes, files, the command line, the book-keeping of a run, figures."""
+"""The parts that a reader of the models can skip: processes, files, the command line, the book-keeping of a run."""

@@ -1,4 +1,4 @@
-"""BLAS and memory: what is set up for the whole process, and the tiled matrix product.
+"""The set-up of BLAS and memory for the whole process, and the tiled matrix product.
 
 Importing this module (``scratchgen/__init__.py`` does so first) changes two things in the process:
 
@@ -28,14 +28,14 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 def use_one_blas_thread():
     """Make BLAS single-threaded, and return whether it is.
 
-    It reads the variables once, when NumPy loads it; afterwards only a function of its own can change its threads.
+    BLAS reads the environment once, when NumPy loads it. After that only its own functions can change its threads.
     """
     told = os.environ.get(BLAS_THREAD_VARIABLES[0]) == "1"
     os.environ.update(dict.fromkeys(BLAS_THREAD_VARIABLES, "1"))
     if "numpy" not in sys.modules:
         return True
     folder = Path(sys.modules["numpy"].__file__).parent
-    # NumPy's extension leads to the functions of all that it is linked with; on Windows only their own DLL does.
+    # NumPy's extension module gives the functions of libraries that it is linked with; on Windows only the DLLs do.
     done = any(map(set_one_thread, [*folder.glob("*core/_multiarray*"), *folder.parent.glob("numpy.libs/*blas*")]))
     if not (done or told):
         message = "NumPy was imported before scratchgen, so BLAS left its threads, and --workers is ignored"
@@ -44,7 +44,7 @@ def use_one_blas_thread():
 
 
 def set_one_thread(library):
-    """Whether the BLAS in this library, or in one that it is linked with, could be told to use one thread."""
+    """Set the BLAS in this library, or in one that it is linked with, to one thread; return whether that worked."""
     try:
         functions = ctypes.CDLL(str(library))
     except OSError:
@@ -80,18 +80,18 @@ keep_freed_memory()
 import numpy as np  # noqa: E402  now that BLAS reads the variables
 
 # ----------------------------------------------------------------------------------------------------- matrix products
-# OpenBLAS copies ("packs") the operands of a product into a layout of its own. Its kernels for AVX-512 read them where
-# they lie instead, if rows x inner x columns is at most a million; and if the right operand is transposed, if rows x
-# columns is at most 1200 and the inner dimension 32 or more. So there a product is cut into such tiles, all of them in
-# one call of np.matmul, which loops over stacks of matrices: 1.1 to 2 times faster (docs/performance.md). Elsewhere it
-# stays whole. The processor decides, never the clock: on one machine the sums, and so the bits, are always the same.
+# OpenBLAS copies ("packs") the operands of a product into a layout of its own. Its AVX-512 kernels read small operands
+# in place: rows x inner x columns is at most a million and, if the right operand is transposed, rows x columns at most
+# 1200 and the inner dimension at least 32. So with AVX-512 a product is cut into such tiles, in one call of np.matmul,
+# which loops over stacks of matrices: 1.1 to 2 times faster (docs/performance.md). On other processors it stays whole.
+# This depends on the processor, not on timing: on one machine the sums, and so the bits, are always the same.
 
 
 def has_small_kernels():
-    config = np.show_config(mode="dicts")  # not every build of NumPy says all of this
+    config = np.show_config(mode="dicts")  # not every build of NumPy has all these entries
     extensions = config.get("SIMD Extensions", {})
     here = {*extensions.get("baseline", ()), *extensions.get("found", ())}
-    avx512 = {"X86_V4", "AVX512_SKX"}  # the names of the same since NumPy 2.4, and before
+    avx512 = {"X86_V4", "AVX512_SKX"}  # two names of the same: since NumPy 2.4, and before
     return bool(here & avx512) and "openblas" in config.get("Build Dependencies", {}).get("blas", {}).get("name", "")
 
 
@@ -100,9 +100,9 @@ SMALL_KERNELS = has_small_kernels()
 
 @cache
 def tile(M, K, N, transposed):
-    """How much of (M, K) @ (K, N) to take at a time: (rows, columns) that divide M and N. The largest such tile; of
-    several one of 32 columns or more, as rows of b are read in such pieces, and then the squarest. No single rows, and
-    no few columns, which are slower than the whole: where that leaves none, as M is prime, say, it stays whole."""
+    """The tile (rows, columns) of (M, K) @ (K, N); it divides M and N. The largest is taken; of several, one of 32
+    columns or more, as rows of b are read in such pieces, then the squarest. Single rows and few columns are excluded,
+    being slower than the whole product. If no tile is left, for example if M is prime, the product stays whole."""
     if not SMALL_KERNELS or (transposed and K < 32) or 0 in (M, K, N):
         return M, N
     limit = min(10**6 // K, 1200) if transposed else 10**6 // K
@@ -115,7 +115,7 @@ def product(a, b, out=None):
     """a @ b for (.., M, K) and (.., K, N), or one b (K, N) for all: (.., M, N), written to ``out`` if it is given."""
     M, K, N = a.shape[-2:] + b.shape[-1:]
     transposed = b.strides[-1] != b.itemsize
-    if transposed and M > 512:  # where the copy is much smaller than the product, a b that lies in rows is read faster
+    if transposed and M > 512:  # copying b takes little time here, and b is read faster by rows
         b = np.ascontiguousarray(b)
         transposed = False
     rows, columns = tile(M, K, N, transposed)
@@ -123,7 +123,7 @@ def product(a, b, out=None):
         return np.matmul(a, b, out=out)
     if out is None:
         out = np.empty((*a.shape[:-1], N), np.result_type(a, b))
-    # Two axes more, of the tiles: (.., M / rows, 1, rows, K) @ (.., 1, N / columns, K, columns). None of this copies.
+    # Two more axes, for the tiles: (.., M / rows, 1, rows, K) @ (.., 1, N / columns, K, columns). Nothing is copied.
     a = a.reshape(*a.shape[:-2], M // rows, 1, rows, K)
     b = b.reshape(*b.shape[:-1], N // columns, columns).swapaxes(-3, -2)[..., None, :, :, :]
     np.matmul(a, b, out=out.reshape(*out.shape[:-2], M // rows, rows, N // columns, columns).swapaxes(-3, -2))

@@ -1,8 +1,8 @@
-"""Checkpoints: one ``.npz`` without pickle, which vouches for itself.
+"""Checkpoints: one ``.npz`` file with a checksum, without pickle.
 
-It has every array under its path in the tree ("params/down_blocks/0/conv1/w"), under "state" a JSON text with all that
-is not an array (configuration, step, the generator's state, the log so far), and a checksum over all of it. What was
-changed is refused before anything is used. So what is read was written by `save`, and need not be checked again.
+It has every array under its path in the tree ("params/down_blocks/0/conv1/w"), a JSON text under "state" with all that
+is not an array (configuration, step, the generator's state, the log so far), and a checksum of all of it. A file that
+was changed is refused before anything in it is used. So its contents were written by `save` and need no other checks.
 """
 
 import io
@@ -17,7 +17,7 @@ from scratchgen.machinery.files import by_rank_0, crc, replacing
 
 import numpy as np
 
-VERSION = 2  # of what a state and its arrays mean: another one has another checksum
+VERSION = 2  # of the meaning of state and arrays; it is a part of the checksum
 
 
 class CheckpointError(UserError):
@@ -25,14 +25,14 @@ class CheckpointError(UserError):
 
 
 def checksum(archive):
-    """Of all that is in a zip archive, which has the CRC-32 of each of its members: their names, sizes and CRC-32s."""
+    """The checksum of a zip archive: that of the names, sizes and CRC-32s of its members."""
     members = [(m.filename, m.file_size, m.compress_size, m.compress_type, m.CRC) for m in archive.infolist()]
     return f"scratchgen {VERSION}, CRC-32 {zlib.crc32(str(members).encode()):08x}".encode()
 
 
 @by_rank_0
 def save(path, arrays, state):
-    """Write a tree of arrays and a JSON-able ``state`` to ``path``. Raises OSError, and the old file stays."""
+    """Write a tree of arrays and a JSON-serialisable ``state`` to ``path``. Raises OSError; then the old file stays."""
     named = dict(zip(tree.names(arrays), tree.leaves(arrays), strict=True))
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:  # savez adds .npz to a name without it
@@ -42,10 +42,10 @@ def save(path, arrays, state):
 
 
 def load(path):
-    """What `save` wrote: the arrays by name, and the state. Raises CheckpointError.
+    """The arrays, by name, and the state that `save` wrote. Raises CheckpointError.
 
-    The checksum vouches for the members that the archive names, their sizes and CRC-32s, and zipfile compares a
-    member with its CRC-32 when it reads it. Only then does NumPy see the member, with the sizes in its header.
+    The checksum covers the names, sizes and CRC-32s of the members. zipfile compares each member with its CRC-32 when
+    it reads the member. Only then does NumPy parse it, with the sizes in its header.
     """
     if not path.exists():
         command = f"run_vae.py or run_ddpm.py, with --out {path.parent} and without --resume, begins a run"
@@ -56,7 +56,7 @@ def load(path):
             if found != checksum(archive):
                 raise ValueError("it was changed, or is of another version")
             named = {m.removesuffix(".npy"): np.load(io.BytesIO(archive.read(m))) for m in archive.namelist()}
-    except Exception as error:  # zipfile, zlib and NumPy have several for a damaged file
+    except Exception as error:  # zipfile, zlib and NumPy raise many kinds for a damaged file
         words = str(error) or type(error).__name__
         raise CheckpointError(f"{path}: expected a sound checkpoint of this version, found: {words}") from None
     parallel.ranks_for(workers=1).agree(path, found)
@@ -87,5 +87,5 @@ def resume(path, config, arrays):
 
 
 def fingerprint(images):
-    """What tells one set of images, or pair of images and labels, from another: their number and checksum."""
+    """The number and checksum of images, or of a pair (images, labels), to tell one data set from another."""
     return f"{len(tree.leaves(images)[0])} of CRC-32 {crc(images):08x}"

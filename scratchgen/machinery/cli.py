@@ -1,6 +1,6 @@
-"""What all programs here share at the command line: flags, one-line errors, progress, and how they are stopped.
+"""The command line of all programs here: flags, one-line errors, progress bars, and stopping by signals.
 
-Nothing here knows about models; the training loop stands in the scripts.
+Nothing here knows about models; the training loop is in the scripts.
 """
 
 import argparse
@@ -26,9 +26,9 @@ with warnings.catch_warnings():  # a notebook without widgets gets a bar of text
     warnings.simplefilter("ignore")
     from tqdm.auto import tqdm
 
-tqdm.monitor_interval = 0  # no thread to watch the bars: ranks are forked, and a fork should find no thread at work
-tqdm.set_lock(threading.RLock())  # its own is shared by processes, and Python 3.14 finds it lost where a rank ends
-program = None  # what begins a message, as the parser of this program says it
+tqdm.monitor_interval = 0  # no monitor thread: ranks are forked, and no other thread should run at a fork
+tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared by processes; Python 3.14 reports it lost when a rank ends
+program = None  # its name, set by its parser; each message begins with it
 
 
 class UsageError(UserError):
@@ -40,14 +40,14 @@ class Diverged(UserError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop by this signal, and has saved what it had."""
+    """A signal, the argument, asked the run to stop; its state is saved."""
 
-    def _render_traceback_(self):  # as of a `UserError`
+    def _render_traceback_(self):  # as in `UserError`
         return [STOPPED]
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are one line, without the whole usage above it."""
+    """An ArgumentParser with errors of one line, without the usage text."""
 
     def __init__(self, prog, description):
         global program
@@ -61,7 +61,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def flag(self, name, help, **options):
-        """A flag whose help ends in its default value, if it has one and the help does not name it."""
+        """Add a flag. Its help ends with its default value, if it has one and the help does not name it."""
         if options.get("default") is not None and "(default: " not in help:
             help += " (default: %(default)s)"
         self.add_argument(name, help=help, **options)
@@ -69,7 +69,7 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         words = argv
         if argv is None:
-            words = [] if in_notebook() else sys.argv[1:]  # a notebook's are its kernel's
+            words = [] if in_notebook() else sys.argv[1:]  # in a notebook sys.argv belongs to the kernel
         args, unknown = self.parse_known_args(self.folders_first(words))
         if unknown:
             meant = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
@@ -78,8 +78,8 @@ class OneLineParser(argparse.ArgumentParser):
         return args
 
     def folders_first(self, words):
-        """The words, with folders (what has a /) that follow several values of a flag in front: argparse would take
-        them for more of its values."""
+        """The words, with folders (words with a /) moved to the front if they follow the values of a flag that takes
+        several: argparse would take them for more values."""
         folders = []
         others = []
         flag = None
@@ -92,7 +92,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def reads(flag, word):
-    """Whether the type of an argparse flag can read the word, as it can the class T-shirt/top. No type: it cannot."""
+    """Whether the type of an argparse flag accepts the word, as it does the class T-shirt/top. Without a type: no."""
     try:
         return flag.type is not None and flag.type(word) is not None
     except (ValueError, argparse.ArgumentTypeError):
@@ -116,23 +116,23 @@ def number(kind, low, high=math.inf):
 def add_workers_flag(parser):
     help = (
         "parallel processes (threads on macOS and Windows); results do not depend on N, and 1 keeps everything in this "
-        "process, for a debugger (default: all cores, here %(default)s; under mpiexec its ranks count, and not N)"
+        "process, for a debugger (default: all cores, here %(default)s; under mpiexec N is ignored)"
     )
     parser.flag("--workers", help, type=number(int, 1, high=256), default=blas.available_cores(), metavar="N")
 
 
 def add_data_flags(parser):
-    """The flags of everything that computes on the data: --workers and --data."""
+    """Add the flags of all programs that compute on the data: --workers and --data."""
     add_workers_flag(parser)
     help = "folder with the four FashionMNIST idx files, compressed or not (default: data/ beside the run scripts)"
     parser.flag("--data", help, type=Path, default=DATA, metavar="DIR")
 
 
 def run_parser(prog, description, epochs, batch_size, lr, out, networks=""):
-    """A parser with the flags of every run; a script adds its model's own.
+    """A parser with the flags that all runs share; a script adds those of its model.
 
-    ``networks`` says what the architectures are, and ``epochs`` maps each to its default number of epochs; the first is
-    the default.
+    ``networks`` describes the architectures. ``epochs`` maps each of them to its default number of epochs; the first
+    one is the default.
     """
     p = OneLineParser(prog, description)
     by_arch = ", ".join(f"{count} for {arch}" for arch, count in epochs.items())
@@ -141,7 +141,7 @@ def run_parser(prog, description, epochs, batch_size, lr, out, networks=""):
     help = "the network" + (f": {networks}" if networks else "")
     p.flag("--arch", help, choices=epochs, default=next(iter(epochs)))
     p.flag("--epochs", f"passes over the training images (default: {by_arch})", type=whole, metavar="N")
-    help = "images per gradient step, cut into shards for the workers; on several machines take more (performance.md)"
+    help = "images per gradient step, cut into shards for the workers; use more on several machines (performance.md)"
     p.flag("--batch-size", help, type=whole, default=batch_size, metavar="N")
     p.flag("--lr", "peak learning rate: a short rise, then half a cosine down to 0", type=positive, default=lr)
     help = "decides every random number: on one machine the same seed gives the same bits, elsewhere nearly the same"
@@ -149,21 +149,21 @@ def run_parser(prog, description, epochs, batch_size, lr, out, networks=""):
     add_data_flags(p)
     p.flag("--out", "folder for everything the run makes", type=Path, default=Path(out), metavar="DIR")
     p.flag("--train-images", "train on the first N images, for a quick look (default: all)", type=whole, metavar="N")
-    help = "continue from checkpoint.npz in --out, to the same bits as if never stopped; if finished, draw again"
+    help = "continue from checkpoint.npz in --out, bit for bit as if never stopped; a finished run draws again"
     p.flag("--resume", help, action="store_true")
     return p
 
 
 def progress(total, description, unit, steps=None, done=0):
-    """A tqdm bar, over ``steps`` if they are given; in a log there is only what `tqdm.write` prints."""
+    """A tqdm bar, over ``steps`` if given. In a log the bar is hidden, and only `tqdm.write` prints."""
     shown = parallel.rank == 0 and (sys.stderr.isatty() or in_notebook())
-    hidden = {} if shown else {"disable": True}  # shown, it is TQDM_DISABLE that decides
-    # leave=None: a bar beside another one goes when it is done.
+    hidden = {} if shown else {"disable": True}  # if shown, TQDM_DISABLE decides
+    # leave=None: a bar below another one disappears when it is done.
     return tqdm(steps, description, total, leave=None, initial=done, unit=unit, dynamic_ncols=True, **hidden)
 
 
 def in_notebook():
-    """Whether this process is a notebook's kernel, not one that has only imported its modules."""
+    """Whether this process is a notebook's kernel; to have imported IPython is not enough."""
     ipython = sys.modules.get("IPython")
     return hasattr(ipython and ipython.get_ipython(), "kernel")
 
@@ -173,7 +173,7 @@ RESUMABLE = "stopped: the same command with --resume continues from the last che
 
 
 def run(main, when_stopped=RESUMABLE):
-    """Call ``main()`` and exit; what a user can put right becomes one line on stderr and a non-zero status."""
+    """Call ``main()`` and exit. An error that the user can fix becomes one line on stderr and a non-zero status."""
     set_up_output()
     with on_stop(interrupt):
         status, message = outcome(main, when_stopped)
@@ -183,10 +183,10 @@ def run(main, when_stopped=RESUMABLE):
 
 
 def set_up_output():
-    """An epoch's line appears when the epoch ends, in a pipe too; no output stops a run."""
+    """Buffer output by lines, also in a pipe, so that each line appears at once. No failure of output stops a run."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  None if it was closed by whoever started us
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # a path may have any bytes
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
 
@@ -194,9 +194,9 @@ def set_up_output():
 def outcome(main, when_stopped):
     """The exit status of ``main()``, and the message of its failure or None."""
     try:
-        with np.errstate(over="ignore", invalid="ignore"):  # of a loss that is not finite `Run` says all, and once
+        with np.errstate(over="ignore", invalid="ignore"):  # `Run` reports a loss that is not finite, once
             parallel.begin()
-            plots.import_matplotlib().rcdefaults()  # figures look alike whatever a matplotlibrc says
+            plots.import_matplotlib().rcdefaults()  # figures do not depend on a user's matplotlibrc
             main()
         return 0, None
     except Diverged as error:
@@ -211,10 +211,10 @@ def outcome(main, when_stopped):
         where = f"{error.filename}: " if error.filename else ""
         return 1, f"{where}{error.strerror or error}"
     except Warning as warning:  # python -W error
-        return 1, f"{warning} (a warning, which Python was told to take for an error)"
+        return 1, f"{warning} (a warning that Python was told to treat as an error)"
     except MemoryError:
         return 1, "out of memory: try fewer --workers"
-    except Exception:  # a fault of ours
+    except Exception:  # a bug of ours
         if parallel.world():
             parallel.end(1, traceback.format_exc())
             sys.exit(1)
@@ -223,7 +223,7 @@ def outcome(main, when_stopped):
 
 def tell(status, message):
     """Print the message, in one line that names the program."""
-    with suppress(OSError, UserError):  # a terminal that was closed; no MPI, which the message says
+    with suppress(OSError, UserError):  # a closed terminal; or no MPI, as the message says
         parallel.end(status, f"{program or Path(sys.argv[0]).name}: {' '.join(message.split())}"[:2000])
 
 
@@ -232,9 +232,9 @@ def on_stop(handler):
     """Until the block ends, each of STOP_SIGNALS calls ``handler(signal_number, frame)``."""
     before = {}
     try:
-        if threading.current_thread() is threading.main_thread():  # no other may
+        if threading.current_thread() is threading.main_thread():  # no other thread may set one
             for number in parallel.STOP_SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup, or a shell's &, has asked for
+                if signal.getsignal(number) != signal.SIG_IGN:  # set by nohup, or by a shell's &
                     before[number] = signal.signal(number, handler)
         yield
     finally:
@@ -247,16 +247,16 @@ def interrupt(signal_number, frame):
 
 
 class Stop:
-    """A handler for `on_stop` that raises Stopped: at once or, inside of ``with stop``, at the end of the block, before
-    which the state or a file is not whole. A second signal raises KeyboardInterrupt wherever it comes, and then the
-    last checkpoint on disk is what remains."""
+    """A handler for `on_stop` that raises Stopped at once or, inside a block ``with stop``, at the end of the block:
+    inside it the state or a file is incomplete. A second signal raises KeyboardInterrupt anywhere; then only the last
+    checkpoint on disk remains."""
 
     received = None
     waits = False
 
     def __call__(self, signal_number, frame):
         if self.received is not None:
-            if signal_number == getattr(signal, "SIGXCPU", None):  # it comes each second, from the limit on
+            if signal_number == getattr(signal, "SIGXCPU", None):  # sent each second once the limit is reached
                 return
             raise KeyboardInterrupt(signal_number)
         self.received = signal_number

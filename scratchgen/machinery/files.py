@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all: beside and renamed, so that a reader finds the old file or the new.
+"""Atomic writes: a file is written beside its target and renamed, so that a reader finds the old file or the new.
 
-Also what a run writes as text, ``log.csv`` and ``metrics.json``, and the lock on its folder.
+Also the text files of a run, ``log.csv`` and ``metrics.json``, and the lock on its folder.
 """
 
 import csv
@@ -25,12 +25,12 @@ from scratchgen.machinery import parallel
 fcntl = msvcrt = None
 with suppress(ImportError):  # Windows has none
     import fcntl
-with suppress(ImportError):  # and nobody else has
+with suppress(ImportError):  # only Windows has it
     import msvcrt
 
 
 def by_rank_0(write):
-    """Leave it to rank 0 to write: the other ranks, which do as it does, have the same file to write."""
+    """Make a function that only rank 0 calls: the other ranks run the same lines and would write the same file."""
 
     @wraps(write)
     def written(*args, **options):
@@ -40,19 +40,19 @@ def by_rank_0(write):
     return written
 
 
-PART = ".part-"  # what the name of a temporary file begins with
-LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # what a flush says of data that is not on the disk
+PART = ".part-"  # names of temporary files begin with this
+LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # errors of a flush that mean: the data is not on the disk
 
 
 @contextmanager
 def replacing(path):
-    """Give a temporary path in the same folder; when the block ends well, flush it to disk and rename it to ``path``.
+    """Yield a temporary path in the same folder. If the block succeeds, flush that file and rename it to ``path``.
 
-    When it does not, whatever was at ``path`` is still there, and the temporary file is not. Of a link the target is
-    replaced. Raises OSError, at once if ``path`` is a folder or a device.
+    If the block fails, the old file stays at ``path`` and the temporary file is deleted. If ``path`` is a link, its
+    target is replaced. Raises OSError, at once if ``path`` is a folder or a device.
     """
     target = Path(os.path.realpath(path))
-    # savez and savefig go by the suffix. By its process a file could not be named: two containers have one of a number.
+    # savez and savefig depend on the suffix. A process id is not unique: two containers can have the same.
     temporary = target.with_name(f"{PART}{secrets.token_hex(8)}{target.suffix}")
     try:
         with suppress(FileNotFoundError):
@@ -68,10 +68,10 @@ def replacing(path):
                 # else a file system that cannot flush
         replace(temporary, target)
     except OSError as error:
-        error.filename = str(path)  # the user asked for this file, and never heard of the temporary one
+        error.filename = str(path)  # the file the user asked for, not the temporary one
         raise
     except ValueError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # which zipfile hides behind a complaint of its own
+        if isinstance(error.__context__, KeyboardInterrupt):  # zipfile hides it behind its own error
             raise error.__context__ from None
         raise
     finally:
@@ -81,7 +81,7 @@ def replacing(path):
 
 @contextmanager
 def optional():
-    """Warn of a file that cannot be written, and go on: a spreadsheet or a viewer may keep it open on Windows."""
+    """Warn if a file cannot be written, and go on: on Windows a spreadsheet or a viewer may keep it open."""
     try:
         yield
     except OSError as error:
@@ -89,7 +89,7 @@ def optional():
 
 
 def replace(source, target):
-    """os.replace. On Windows it is refused while a viewer shows the target, so it tries for a second."""
+    """os.replace, tried for one second: Windows refuses it while a viewer shows the target."""
     until = time.monotonic() + 1
     while True:
         try:
@@ -101,11 +101,11 @@ def replace(source, target):
 
 
 def check_output(path):
-    """Make the folder of ``path``, and raise OSError if no file can be written to ``path``: before it takes time."""
+    """Make the folder of ``path``. Raise OSError now, before any long work, if no file can be written to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError), replacing(path) as temporary:
         temporary.touch()
-        temporary.unlink()  # so there is nothing to put in place of ``path``
+        temporary.unlink()  # so that nothing replaces ``path``
 
 
 def write_text(path, text):
@@ -115,7 +115,7 @@ def write_text(path, text):
 
 @by_rank_0
 def write_log(path, rows):
-    """``log.csv``: one row an epoch, the keys of the first row as its header."""
+    """Write ``log.csv``: one row for each epoch; the header is the keys of the first row."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
@@ -124,14 +124,14 @@ def write_log(path, rows):
 
 @by_rank_0
 def write_metrics(path, numbers, params):
-    """``metrics.json``: a run's own numbers. What `scratchgen.evaluate` added for the same ``params`` stays."""
+    """Write a run's numbers to ``metrics.json``. What `scratchgen.evaluate` added for the same ``params`` stays."""
     earlier = {k: v for k, v in metrics_to_change(path, params).items() if k in ("weights", "evaluation")}
     write_json(path, numbers | earlier)
 
 
 @by_rank_0
 def add_evaluation(path, params, entry, numbers, seed):
-    """Add an entry to "evaluation" in ``metrics.json``; numbers of another seed do not stay beside it."""
+    """Add numbers to an entry of "evaluation" in ``metrics.json``; the entry's numbers of another seed are dropped."""
     metrics = metrics_to_change(path, params)
     evaluation = metrics.setdefault("evaluation", {})
     earlier = evaluation.get(entry, {})
@@ -140,7 +140,7 @@ def add_evaluation(path, params, entry, numbers, seed):
 
 
 def metrics_to_change(path, params):
-    """`read_metrics`; a file that it can make nothing of, as an editor has left it, is not written over but kept."""
+    """`read_metrics`. A file that it cannot read, or that is of other weights, is renamed, not overwritten."""
     metrics = read_metrics(path, params)
     if metrics.keys() == {"weights"} and path.exists():
         aside = next(aside for n in itertools.count(1) if not (aside := path.with_stem(f"{path.stem}-{n}")).exists())
@@ -150,11 +150,11 @@ def metrics_to_change(path, params):
 
 
 def read_metrics(path, params):
-    """What metrics.json says of a model with these weights; if it is of others, nothing but their checksum."""
+    """The contents of metrics.json if they belong to the weights ``params``; otherwise only the weights' checksum."""
     weights = f"CRC-32 {crc(params):08x}"
-    # There is none, or it is not what we wrote.
+    # The file is missing, or is not one that we wrote.
     with suppress(FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        metrics = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows' editors add a mark
+        metrics = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows add a byte-order mark
         json.dumps(metrics, indent=2)  # Python 3.12 reads deeper nesting than it writes
         entries = metrics.get("evaluation", {}).values()
         if metrics["weights"] == weights and all(isinstance(entry, dict) for entry in entries):
@@ -168,12 +168,12 @@ def crc(arrays):
 
 
 def write_json(path, numbers):
-    """NaN and infinity are no JSON: they are written as null."""
+    """Write numbers as JSON. JSON has no NaN and infinity: they become null."""
     sound = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
     write_text(path, json.dumps(sound, indent=2) + "\n")
 
 
-# ---------------------------------------------------------------------------------------- a folder, and who works there
+# ------------------------------------------------------------------------------------------------- the lock on a folder
 
 LOCK = ".lock"  # stays in the folder
 
@@ -184,9 +184,9 @@ class FolderInUse(UserError):
 
 @contextmanager
 def holding(folder):
-    """Until the block ends no other program of ours may work in this folder; temporary files of killed ones go.
+    """Lock a folder until the block ends, and delete temporary files of killed runs. Raises FolderInUse.
 
-    Where no file can be written or locked, the block goes ahead without. Raises FolderInUse.
+    If no lock file can be written or locked, the block runs without a lock.
     """
     lock = None if parallel.rank else locked(Path(folder) / LOCK)
     try:
@@ -200,14 +200,14 @@ def holding(folder):
 
 
 def locked(path):
-    """The file, open and locked; None where that cannot be done. Raises FolderInUse."""
+    """The descriptor of the file, open and locked; None if it cannot be locked. Raises FolderInUse."""
     try:
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT)
         except PermissionError:  # another user's
             lock = os.open(path, os.O_RDONLY)
     except PermissionError:  # and it may not even be read
-        raise FolderInUse(f"{path}: may not be read, so who knows whether someone is at work there") from None
+        raise FolderInUse(f"{path}: may not be read, so another program may be at work there") from None
     except OSError:
         return None
     try:
@@ -225,8 +225,8 @@ def locked(path):
         return None  # a file system without locks
 
 
-# What a run and its evaluation make. Other files are the user's own. The checkpoint is last: a move that was
-# interrupted still finds it, and goes on.
+# Files that a run and its evaluation make. Other files are the user's own. The checkpoint is moved last, so that the
+# next call continues an interrupted move.
 OF_VAE = "loss samples reconstructions interpolation codes latents_*_* latent_use"
 OF_DDPM = "preview forward trajectory classes nearest bound"
 MADE = (
@@ -240,19 +240,19 @@ MADE = (
 
 @by_rank_0
 def put_aside(folder):
-    """Move what an earlier run left in a folder into a folder in it: nothing is lost, or taken for the new run's.
+    """Move the files of an earlier run into a subfolder, so that none is lost or taken for a file of the new run.
 
-    Raises UserError if what the new run makes could not be written there.
+    Raises UserError if a file of the new run could not be written.
     """
     made = [path for pattern in MADE for path in sorted(folder.glob(pattern)) if path.exists()]
     for path in made:
-        if not path.is_file():  # which would be found out after the training
+        if not path.is_file():  # otherwise this would fail only after the training
             raise UserError(f"{path}: expected a file or nothing there, found a folder or a device")
     if not (folder / "checkpoint.npz").exists():
         return
     folders = (folder / f"earlier-{number}" for number in itertools.count(1))
     aside = next(aside for aside in folders if not any((aside / path.name).exists() for path in made))
     aside.mkdir(exist_ok=True)
-    for path in made:  # of a link the target, which may be on another disk; the link stays for the new run
+    for path in made:  # for a link, move its target, perhaps on another disk; the link stays
         shutil.move(os.path.realpath(path), aside / path.name)
     print(f"kept the earlier run as {aside}")

@@ -7,12 +7,12 @@
         value, terms, gradient = value_and_grad(params, batch)
 
 Rank, barrier, broadcast and all_gather are MPI's words, and PyTorch's. Every rank draws the same random numbers and
-has the same weights. Only what takes time is divided: the shards of a minibatch, the images of an evaluation, and the
-leaves of the parameters, each of which is stepped by one rank, its owner. Sums are taken in the order of the shards,
-so the number of ranks changes no bit. Rank 0 alone prints, writes and listens to signals.
+has the same weights. Only the costly work is divided: the shards of a minibatch, the images of an evaluation, and the
+leaves of the parameters. Each leaf is updated by one rank, its owner. Sums are taken in the order of the shards, so
+results are bit-identical for any number of ranks. Only rank 0 prints, writes files and handles signals.
 
 The ranks are processes of this machine, forked from the caller (`Ranks`), or those that mpiexec started, here or on
-several machines (`MPIRanks`). Where nothing may be forked there is one rank, which maps its shards over threads.
+several machines (`MPIRanks`). Where a fork is not possible there is one rank, which maps its shards over threads.
 """
 
 import math
@@ -41,43 +41,43 @@ from scratchgen.machinery import blas
 import numpy as np
 
 CAN_FORK = sys.platform == "linux"  # macOS has fork, but its BLAS does not survive one; Windows has none
-# Ctrl-C, Ctrl-\, a kill, a closed terminal (Windows: BREAK), and what batch systems send some time before a kill.
+# Ctrl-C, Ctrl-\, a kill, a closed terminal (Windows: BREAK), and signals that batch systems send before a kill.
 STOP_NAMES = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
-SPIN_SECONDS = 0.001  # to look for a message before going to sleep: a rank that sleeps takes 0.05 ms to wake up
+SPIN_SECONDS = 0.001  # a rank polls so long for a message before it sleeps, as waking up takes 0.05 ms
 KILLED = "a rank (one of the --workers processes) was killed, for want of memory? Try fewer --workers"
 
 rank = 0  # of this process
 
 
 class Ranks:
-    """``workers`` processes of this machine, from ``with`` on: the caller is rank 0, the others are forked from it and
-    end with the block. Before and after it there is one rank, and --workers 1 never forks.
+    """``workers`` processes of this machine inside a ``with`` block. The caller is rank 0. The others are forked from
+    it, and end with the block. Outside the block there is one rank. --workers 1 never forks.
 
-    All ranks must call the methods in the same order, as each waits for the others. Where one decides something that
-    others cannot know (its clock, a signal), it is `broadcast`. A rank that fails, or is killed, ends all of them: rank
-    0 raises its error, or ChildProcessError, and the pipes of the others come to an end.
+    All ranks must call the methods in the same order, as each waits for the others. A decision that depends on one rank
+    alone (its clock, a signal) is sent to all by `broadcast`. If a rank fails or is killed, all of them end: rank 0
+    raises its error, or ChildProcessError, and the others find their pipes closed.
 
-    Threads would do the same sums, but each that comes back from one of a step's thousand short calls waits for the
-    others to let go of the interpreter: a U-Net step takes 1.17 times as long, a VAE step 1.4 times.
+    Threads would compute the same sums, but slower: after each of a step's thousand short calls a thread waits for the
+    interpreter lock. A U-Net step takes 1.17 times as long, a VAE step 1.4 times.
     """
 
     count = 1
 
     def __init__(self, workers):
-        if not blas.ONE_BLAS_THREAD:  # BLAS has its own threads
+        if not blas.ONE_BLAS_THREAD:  # BLAS uses its own threads
             workers = 1
         self.processes, self.threads = (workers, 1) if CAN_FORK else (1, workers)
-        self.pipes = []  # to rank 0; of rank 0, to all others
+        self.pipes = []  # to rank 0; on rank 0, to all others
         self.children = []
-        self.places = []  # of each leaf of the parameters, in the order of their sizes
+        self.places = []  # the position of each leaf of the parameters, sorted by size
 
     @property
     def rank(self):
         return rank
 
     def share(self, arrays):
-        """A copy of the tree in memory that all ranks will see, made before the fork; for one rank the tree itself."""
+        """A copy of the tree in memory that all ranks share, made before the fork; for one rank the tree itself."""
 
         def in_shared_memory(array):
             shared = np.ndarray(array.shape, array.dtype, mmap.mmap(-1, max(1, array.nbytes)))
@@ -92,7 +92,7 @@ class Ranks:
         if self.processes > 1:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
             try:
-                # A signal in between would find ranks that nobody ends yet, or one that listens to it.
+                # A signal between forks could leave ranks that nothing ends, or reach one that still handles signals.
                 signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
                 while not rank and len(self.children) < self.processes - 1:
                     self.fork()
@@ -107,13 +107,13 @@ class Ranks:
         return self
 
     def fork(self):
-        """Add a rank, which returns from here, too: quiet, and deaf to signals."""
+        """Fork one more rank. It returns from here, too, but prints nothing and ignores signals."""
         global rank
         ours, theirs = Pipe()
         self.pipes.append(ours)
         with warnings.catch_warnings():
-            # From Python 3.12 on a fork beside other threads (a notebook's, pytest-xdist's) warns: a lock that such a
-            # thread holds stays locked in the child. Ranks compute, and ask for none of them.
+            # Since Python 3.12 a fork warns if there are other threads (of a notebook, of pytest-xdist): a lock that
+            # one of them holds stays locked in the child. Ranks only compute, and need none of these locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child:
@@ -121,7 +121,7 @@ class Ranks:
             self.children.append(child)
             return
         rank = len(self.pipes)
-        for pipe in self.pipes:  # or the others would not see rank 0 end
+        for pipe in self.pipes:  # otherwise the others could not notice that rank 0 ended
             pipe.close()
         self.pipes = [theirs]
         self.children = []
@@ -134,17 +134,17 @@ class Ranks:
                     self.barrier()
                 else:
                     self.pipes[0].send_bytes(pickle.dumps((as_told(error), None)))
-            os._exit(0)  # what called the caller is rank 0's to go on with
+            os._exit(0)  # only rank 0 continues after the block
         try:
             if error is None:
-                self.barrier()  # the last chance to hear of an error
+                self.barrier()  # the last chance to receive an error
         finally:
             self.end()
 
     def end(self):
-        """End the other ranks that this one has forked, at once."""
+        """Kill the ranks that this one has forked."""
         for child in self.children:
-            with suppress(OSError):  # where the system does not keep those that have ended
+            with suppress(OSError):  # where the system has removed those that have ended
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
         for pipe in self.pipes:
@@ -157,7 +157,7 @@ class Ranks:
     # ---------------------------------------------------------------------------------------------------- how they meet
 
     def all_gather(self, part):
-        """The list of what each rank gives, for all of them: ``[part of rank 0, part of rank 1, ..]``."""
+        """A list of the parts of all ranks, on every rank: ``[part of rank 0, part of rank 1, ..]``."""
         if self.count == 1:
             return [part]
         if rank:
@@ -166,12 +166,12 @@ class Ranks:
         parts = [part, *map(receive, self.pipes)]
         message = pickle.dumps((None, parts))
         for pipe in self.pipes:
-            with suppress(ConnectionError):  # of a rank that has died since, as the next meeting will find
+            with suppress(ConnectionError):  # that rank has died; the next call will report it
                 pipe.send_bytes(message)
         return parts
 
     def broadcast(self, value):
-        """The value that rank 0 gives, for all of them."""
+        """The value of rank 0, on every rank."""
         return self.all_gather(None if rank else value)[0]
 
     def barrier(self):
@@ -197,15 +197,15 @@ class Ranks:
             everything[number :: self.count] = part
         return everything
 
-    # ------------------------------------------------------------------------------------ of a training step, by leaves
+    # ------------------------------------------------------------------------------------ a training step, leaf by leaf
 
     def divide(self, params):
-        """Decide who owns each leaf of the parameters, which is who steps it: every rank gets large and small ones."""
+        """Assign each leaf of the parameters to its owner, the rank that updates it. Each gets large and small ones."""
         by_size = np.argsort([leaf.size for leaf in tree.leaves(params)], kind="stable")  # the same on all machines
         self.places = np.argsort(by_size).tolist()
 
     def owners(self):
-        """The rank of each leaf's owner, again and again for several trees like the parameters."""
+        """The rank of each leaf's owner, repeated without end, for several trees like the parameters."""
         return cycle([place % self.count for place in self.places])
 
     def own(self, trees):
@@ -214,22 +214,22 @@ class Ranks:
         return tree.map(lambda leaf: leaf if next(owners) == rank else None, trees)
 
     def to_owners(self, gradient, room):
-        """Write the leaves of a shard's gradient that other ranks own to the ``room`` where they look for them."""
+        """Copy the leaves of a shard's gradient that other ranks own to ``room``, from which those ranks read them."""
         if self.count > 1:
             for leaf, place, owner in zip(tree.leaves(gradient), tree.leaves(room), self.owners(), strict=False):
                 if owner != rank:
                     place[...] = leaf
 
     def from_rank(self, source, room):
-        """Bring what a rank has written to its ``room`` to the owners of the leaves. Here all see the same memory."""
+        """Send what rank ``source`` wrote to its ``room`` to the owners of the leaves. Here memory is shared."""
 
     def from_owners(self, trees):
-        """Bring the leaves that their owners have changed to all ranks, which may use them after the next meeting. Here
-        all see the same memory."""
+        """Send the leaves that their owners have changed to all ranks, which may use them after the next collective
+        call. Here memory is shared."""
 
 
 def as_told(error):
-    """The error of a rank, to be raised by rank 0. What a user can put right stays what it is."""
+    """The error of a rank, for rank 0 to raise. An error that the user can fix keeps its type."""
     if isinstance(error, (UserError, OSError, MemoryError)):
         return error
     return RuntimeError(f"rank {rank} failed:\n" + "".join(traceback.format_exception(error)))
@@ -254,25 +254,25 @@ def receive(pipe):
 
 # ----------------------------------------------------------------------------------------------------- ranks of mpiexec
 
-# What mpiexec, or Slurm's srun, tells a process of itself and of the others, each in words of its own. PMIX_RANK comes
-# without a count. SLURM_PROCID is 0 in a batch script, too, where nobody has started ranks: srun alone sets a count.
+# Environment variables with the rank of a process and the number of ranks, set by mpiexec or Slurm's srun. PMIX_RANK
+# comes without a count. SLURM_PROCID is 0 also in a batch script without ranks: only srun sets a count.
 NUMBER = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
 COUNT = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 def told(names):
-    """The largest of the numbers that these variables of the environment have; None if there is none."""
+    """The largest number in these environment variables; None if none of them is set."""
     return max((int(os.environ[name]) for name in names if name in os.environ), default=None)
 
 
 class MPIRanks(Ranks):
-    """The ranks that mpiexec started. All run the whole program; what one needs of another's memory is sent."""
+    """The ranks that mpiexec started. All run the whole program; data in another rank's memory is sent."""
 
     def __init__(self, comm):
         super().__init__(workers=1)
         self.comm = comm
         self.count = comm.size
-        self.failed = comm.Dup()  # apart from what the others may be waiting for in comm
+        self.failed = comm.Dup()  # separate from calls in comm for which others may be waiting
 
     def all_gather(self, part):
         return self.comm.allgather(part)
@@ -286,10 +286,10 @@ class MPIRanks(Ranks):
         self.send((leaf, owner, target) for leaf, owner in leaves for target in range(self.count))
 
     def send(self, journeys):
-        """Copy arrays in place, (array, from this rank, to that one) each. Each array is a message of its own, all at
-        once: with one long message for each rank, to be packed and unpacked, a VAE step takes 1.08 times as long."""
+        """Copy arrays in place; ``journeys`` are (array, source rank, target rank). All arrays are sent at once, one
+        message each: with one packed message for each rank, a VAE step takes 1.08 times as long."""
         requests = []
-        for array, source, target in journeys:  # in the same order everywhere, which is how MPI tells them apart
+        for array, source, target in journeys:  # in the same order on all ranks: MPI matches messages by order
             if rank == source != target:
                 requests.append(self.comm.Isend(array, target))
             elif rank == target != source:
@@ -300,15 +300,15 @@ class MPIRanks(Ranks):
 
 @cache
 def world():
-    """The ranks that mpiexec started; None without mpiexec, where MPI is not even imported. Raises UserError."""
+    """The ranks that mpiexec started; None without mpiexec, and then MPI is not imported. Raises UserError."""
     wanted = told(COUNT)
     number = told(NUMBER)
     if wanted == 1 or (wanted is None and not number and "PMIX_RANK" not in os.environ):
         return None
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # not there; or it finds no MPI
-        raise UserError(f'mpiexec needs mpi4py (pip install "scratchgen[mpi]"), and that says: {error}') from None
+    except (ImportError, RuntimeError) as error:  # not installed; or it finds no MPI
+        raise UserError(f'mpiexec needs mpi4py (pip install "scratchgen[mpi]"); its import failed: {error}') from None
     found = MPI.COMM_WORLD.size
     if found != (wanted or found) or found <= (number or 0):
         started = wanted or f"at least {number + 1}"
@@ -324,7 +324,7 @@ def ranks_for(workers):
 
 
 def begin():
-    """Under mpiexec, leave it to rank 0 to print, and to listen to signals. Raises UserError, as `world` does."""
+    """Under mpiexec, let only rank 0 print and handle signals. Raises UserError, as `world` does."""
     global rank
     rank = told(NUMBER) or 0
     if rank:
@@ -339,8 +339,8 @@ def be_quiet():
 
 
 def end(status, message):
-    """Print the message of a failure. Under mpiexec: once, if all ranks have failed. One that fails alone ends the
-    others, too, which wait for it. Raises UserError, as `world` does, when it has printed."""
+    """Print the message of a failure; under mpiexec only once if all ranks have failed. A rank that fails alone aborts
+    the others, which wait for it. Raises UserError, as `world` does, after printing."""
     print(message, file=sys.stderr, flush=True)  # rank 0
     if ranks := world():
         all_fail = ranks.failed.Ibarrier()
@@ -358,8 +358,8 @@ def end(status, message):
 
 
 def shard_size(batch_size, cores):
-    """How many images a rank differentiates at a time: one shard a core for 2 to 8 cores, and at most 64 images, as
-    larger ones only take more memory. --workers has no say, so that it cannot change results."""
+    """The number of images in a shard: about one shard a core (2 to 8), and at most 64 images, as larger shards only
+    take more memory. It is independent of --workers, so that --workers cannot change results."""
     return min(64, math.ceil(batch_size / min(max(2, cores), 8)))
 
 
@@ -375,11 +375,11 @@ def images_of(batch, images):  # a tree of arrays with leading axis N -> the sam
 def sharded(loss, ranks, params, shard_size, batch_size):
     """From a loss, a mean over the images of its batch, make a function of (params, batch) for all ranks.
 
-    ``loss(params, batch)`` returns (value, terms), as for `gradients.value_and_grad`, and the function returns (value,
-    terms, gradient). In the gradient the leaves that other ranks own are None; one rank alone owns them all. Each rank
-    differentiates shards of the batch, and adds up the gradients of its own leaves in the order of the shards: the
-    shard size alone decides the arithmetic. Call `sharded` itself before ``with ranks``, with the size of the largest
-    batch. Before the next gradient all ranks must have met; `Run.minibatches` sees to it.
+    ``loss(params, batch)`` returns (value, terms), as for `gradients.value_and_grad`; the function returns (value,
+    terms, gradient). In the gradient, leaves that other ranks own are None; a single rank owns all leaves. Each rank
+    differentiates shards of the batch, and sums the gradients of its own leaves in the order of the shards, so that
+    rounding depends only on the shard size. Call `sharded` before ``with ranks``, with the size of the largest batch.
+    All ranks must synchronise before the next gradient; `Run.minibatches` does this.
     """
     shard_value_and_grad = value_and_grad(loss)
     ranks.divide(params)
@@ -387,7 +387,7 @@ def sharded(loss, ranks, params, shard_size, batch_size):
 
     def value_and_gradient_over_shards(params, batch):
         cut = shards(len(tree.leaves(batch)[0]), shard_size)
-        # Of each shard. This rank puts its own here; the leaves that it owns of the others' arrive in the room.
+        # One gradient for each shard. This rank puts its own here. Of the others, the leaves it owns arrive in room.
         gradients = room[: len(cut)]
 
         def differentiate(shard):
