@@ -10,7 +10,7 @@ examples:
 
 from functools import partial
 
-from scratchgen import diffusion, improved, plots, tree  # before NumPy, whose threads it sets up
+from scratchgen import diffusion, improved, plots, tree  # before NumPy: sets NumPy's threads
 from scratchgen.data import CLASSES, first_images, load_fashion_mnist, scale
 from scratchgen.denoisers import DENOISERS
 from scratchgen.machinery import cli, files

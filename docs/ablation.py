@@ -22,7 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scratchgen import improved, plots  # before NumPy, whose threads it sets up
+from scratchgen import improved, plots  # before NumPy: sets NumPy's threads
 from scratchgen.machinery import cli, files
 from scratchgen.samplers import SamplerConfig
 from scratchgen.trained import load_run

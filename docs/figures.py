@@ -27,7 +27,7 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
-from scratchgen import diffusion, improved, plots, samplers  # before NumPy, whose threads it sets up
+from scratchgen import diffusion, improved, plots, samplers  # before NumPy: sets NumPy's threads
 from scratchgen.data import CLASSES, load_fashion_mnist, scale
 from scratchgen.machinery import cli, files
 from scratchgen.trained import load_run, load_trained

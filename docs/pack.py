@@ -21,7 +21,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-from scratchgen.data import load_fashion_mnist, scale  # before NumPy, whose threads it sets up
+from scratchgen.data import load_fashion_mnist, scale  # before NumPy: sets NumPy's threads
 from scratchgen.evaluate import classifier, metrics
 from scratchgen.machinery import checkpoint, cli, files
 from scratchgen.machinery.parallel import ranks_for

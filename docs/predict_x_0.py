@@ -1,4 +1,4 @@
-"""run_ddpm.py or scratchgen.evaluate with a network that predicts x_0, the clean image.
+"""Run run_ddpm.py or scratchgen.evaluate with a network that predicts x_0.
 
 examples:
   python docs/predict_x_0.py run_ddpm --additions weights --out runs/x_0
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # where run_ddpm.py is
 
-from scratchgen import improved  # noqa: E402  (before NumPy, whose threads it sets up)
+from scratchgen import improved  # noqa: E402  (before NumPy: sets NumPy's threads)
 from scratchgen.diffusion import at  # noqa: E402
 
 
@@ -39,8 +39,9 @@ def step_weights(schedule):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("run_ddpm", "scratchgen.evaluate"):
-        sys.exit(__doc__)
+    if sys.argv[1:2] not in (["run_ddpm"], ["scratchgen.evaluate"]):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] == ["--help"] else 2)
     improved.Denoiser.eps, improved.Denoiser.x_0, improved.step_weights = eps, x_0, step_weights
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -14,7 +14,7 @@ examples:
 
 from functools import partial
 
-from scratchgen import plots, tree, vae  # before NumPy, whose threads it sets up
+from scratchgen import plots, tree, vae  # before NumPy: sets NumPy's threads
 from scratchgen.data import first_images, load_fashion_mnist, scale
 from scratchgen.evaluate.metrics import active_units
 from scratchgen.machinery import cli

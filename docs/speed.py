@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from scratchgen import improved, tree  # before NumPy, whose threads it sets up
+from scratchgen import improved, tree  # before NumPy: sets NumPy's threads
 from scratchgen.data import load_fashion_mnist, scale
 from scratchgen.evaluate import classifier, metrics
 from scratchgen.machinery import checkpoint, cli, files

@@ -13,7 +13,7 @@ if several numbers of steps were measured, and guidance.png if several w were.
 
 from pathlib import Path
 
-from scratchgen import plots  # before NumPy, whose threads it sets up
+from scratchgen import plots  # before NumPy: sets NumPy's threads
 from scratchgen.machinery import cli, files
 from scratchgen.samplers import GUIDES
 from scratchgen.trained import load_run

@@ -13,7 +13,7 @@ effect of a guide.
 from functools import partial
 from pathlib import Path
 
-from scratchgen import diffusion, gradients, improved, ops, plots, samplers, tree  # before NumPy: it sets up threads
+from scratchgen import diffusion, gradients, improved, ops, plots, samplers, tree  # before NumPy: sets its threads
 from scratchgen.layers import init_mlp, mlp, time_embedding
 from scratchgen.machinery import cli
 from scratchgen.optim import adam_step, cosine_decay, init_moments

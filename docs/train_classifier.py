@@ -15,7 +15,7 @@ import math
 import time
 from pathlib import Path
 
-from scratchgen import plots, tree  # before NumPy, whose threads it sets up
+from scratchgen import plots, tree  # before NumPy: sets NumPy's threads
 from scratchgen.data import CLASSES, first_images, load_fashion_mnist, minibatches, scale
 from scratchgen.evaluate.classifier import WEIGHTS, features, logits
 from scratchgen.layers import init_conv, init_dense

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scratchgen import gradients, plots  # before NumPy: it sets up threads
+from scratchgen import gradients, plots  # before NumPy: sets its threads
 from scratchgen.denoisers import unet
 from scratchgen.machinery import cli
 from scratchgen.trained import load_trained

@@ -1,6 +1,6 @@
 """A trained model as an object with methods: where a notebook starts.
 
-    from scratchgen.trained import load_run  # before NumPy, whose threads it sets up
+    from scratchgen.trained import load_run  # before NumPy: sets NumPy's threads
     import numpy as np
 
     model = load_run("runs/ddpm")  # or load_trained("ddpm"), with the weights of the package
