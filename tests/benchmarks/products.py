@@ -1,9 +1,9 @@
-"""The matrix products of a training step's shard: each whole, and in the tiles that `blas.product` cuts it into.
+"""The speed of the matrix products of a training shard, both whole and in the tiles of `blas.product`.
 
     python tests/benchmarks/products.py
 
-One core, float32, operands in the cache, in turns; medians. Only where OpenBLAS has kernels that do not pack (AVX-512)
-are products cut; elsewhere this shows what tiles would cost there.
+Medians over turns, on one core, in float32, with operands in the cache. Products are cut only if OpenBLAS has kernels
+that do not pack (AVX-512); elsewhere this shows the cost of tiles.
 """
 
 import argparse
@@ -25,7 +25,7 @@ N, K = 32, 3
 
 
 def cases():
-    """(name, a, b, out) of each product; a and b lie in memory as they do in a step."""
+    """(name, a, b, out) of each product; a and b have the memory layout of a step."""
     rng = np.random.default_rng(0)
 
     def random(*shape):
@@ -50,7 +50,7 @@ def cases():
 
 
 def rate(a, b, out, small_kernels):
-    """(GFLOP/s now, operations) of one product, with or without tiles."""
+    """The GFLOP/s of one product, with or without tiles."""
     blas.SMALL_KERNELS = small_kernels
     blas.tile.cache_clear()
     operations = 2 * a.size * b.shape[-1]

@@ -1,10 +1,10 @@
-"""How the cost grows: with cores, batch size, T and the number of training images; time and peak memory of each.
+"""How time and peak memory depend on the cores, the batch size, T and the number of training images.
 
     python tests/benchmarks/scaling.py
 
-Every measurement has a process of its own, so that its peak of memory is its own too, and they are taken in turns: all
-of them once, then all of them again. The time is the median over the turns. Memory is the sum of the largest resident
-sizes of all ranks; pages that a fork shares count in each: an upper bound. (From /proc: Linux only.)
+Every measurement has its own process, and so its own peak memory. They are taken in turns: all of them once, then all
+of them again. The time is the median over the turns. Memory is the sum of all ranks' peak resident sizes: an upper
+bound, as pages that a fork shares count in each. (From /proc: Linux only.)
 """
 
 import argparse
@@ -30,9 +30,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 CORES = blas.available_cores()
-UNET_BATCH, VAE_BATCH, SAMPLES = 64, 128, 32  # the batches are the run scripts' defaults
+UNET_BATCH, VAE_BATCH, SAMPLES = 64, 128, 32  # images in a minibatch, and drawn
 POWERS = [2**k for k in range(10)]
-# name -> (what is counted, its values, what takes so many ms, function of a value that returns them and MiB)
+# name -> (what varies, its values, what is timed, function of a value that returns (ms, MiB))
 MEASUREMENTS = {
     "U-Net step, cores": ("cores", [n for n in POWERS if n <= CORES], "a step, batch 64", lambda n: unet(cores=n)),
     "VAE step, cores": ("cores", [n for n in POWERS if n <= CORES], "a step, batch 128", lambda n: vae_steps(cores=n)),
@@ -65,7 +65,7 @@ def trainer(ranks, params, batch_size, loss, optimiser_step, ema):
 
 
 def per_step(step, ranks, steps=8):
-    """Median ms of a step, after two that warm up, and the peak of memory."""
+    """Median ms of a step, after two warm-up steps, and peak memory."""
     times = []
     with ranks:
         for number in range(1, steps + 3):
@@ -76,7 +76,7 @@ def per_step(step, ranks, steps=8):
 
 
 def peak(ranks):
-    """MiB, the sum over the ranks."""
+    """Peak MiB, summed over ranks."""
     status = Path("/proc/self/status").read_text()
     return sum(ranks.all_gather(int(status.split("VmHWM:")[1].split()[0]))) / 1024
 

@@ -3,17 +3,17 @@
     pip install -e ".[bench]"
     python tests/benchmarks/vs_torch.py
 
-First each pair must agree: loss, every gradient and the loss after some steps of the optimiser, or the sampled images.
-Only then are both timed, in turns, so that whatever else the machine does meets all of them alike. PyTorch runs eagerly
+First each pair must agree in the loss, every gradient and the loss after some optimiser steps, or in the sampled
+images. Only then are both timed, in turns, so that other load on the machine affects both alike. PyTorch runs eagerly
 with its fused Adam, once in its default layout (NCHW) and once in channels_last; its best is the faster of the two.
-Beside it stand torch.compile, which takes 5 to 35 seconds before its first step, and torch.compile with bfloat16
-autocast, whose products have 8 bits of precision: NumPy has none like them. Of both, too, the faster layout.
-The rows of Muon have the optimiser that the run scripts use by default for these networks; PyTorch's own Muon takes no
-kernels and rounds to 16 bits, so it is written here once more, in PyTorch.
-That scratchgen tells the C library to keep freed memory holds for PyTorch in this process, too.
+Further columns, also in the faster layout: torch.compile, which takes 5 to 35 seconds before its first step, and
+torch.compile with bfloat16 autocast, whose products have 8 bits of precision (NumPy has none). Rows with Muon use the
+run scripts' default optimiser for these networks. PyTorch's own Muon rejects convolution kernels and rounds to 16 bits,
+so Muon is written here once more, in PyTorch. scratchgen tells the C library to keep freed memory; in this process this
+holds for PyTorch too.
 
-The machine's limit is the time that the matrix products and convolutions alone would take at the rate of NumPy's large
-float32 matrix product on all cores, measured in the same run; their operations are counted by PyTorch's own counter.
+The machine's limit is the time of the matrix products and convolutions alone, at the rate of a large float32 matrix
+product of NumPy on all cores, measured in the same run. PyTorch's own counter counts their operations.
 """
 
 import argparse
@@ -58,7 +58,7 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 # (H = W, C, O) of the 3x3 convolutions of both networks.
 CONVOLUTIONS = [(14, 64, 32), (14, 32, 32), (7, 64, 64), (14, 40, 4), (14, 8, 32)]
 UNET_BATCH, VAE_BATCH = 64, 128
-CALLS = 10  # of a convolution between one look at the clock and the next
+CALLS = 10  # of a convolution in each time measurement
 T, LATENT_DIM, LR, BETA2, EMA = 200, 20, 1e-3, 0.99, 0.998
 
 # --------------------------------------------------------------------------------- the same networks, PyTorch's idiom
@@ -109,7 +109,7 @@ def unet(p, x, t):
     time = torch.from_numpy(time_embedding(t, denoisers.TIME_WIDTH))
     for i in range(2):
         time = F.silu(linear(p, f"time/{i}", time))
-    # pixel_unshuffle has all positions of one channel first; `space_to_depth`, and so the weights, all channels of one.
+    # pixel_unshuffle orders by channel, then position; `space_to_depth`, and so the weights, by position, then channel.
     patches = F.pixel_unshuffle(x, 2).unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
     skip = global_block(p, "global_down/0", res_block(p, "down_blocks/0", conv(p, "conv_in", patches), time), time)
     h = pointwise(p, "down", skip)
@@ -178,10 +178,10 @@ def swap(array, axis, *sizes):
 
 
 def exchange(name, array, layout):
-    """Our weight or bias (or its gradient) as PyTorch holds it: dense layers (O, C), kernels (O, C, K, K).
+    """Our weight or bias (or its gradient) in PyTorch's layout: dense layers (O, C), kernels (O, C, K, K).
 
-    Dense layers at each position, or of 2x2 patches, become kernels too; where our channels run (p, p, C), PyTorch's
-    pixel_shuffle wants (C, p, p); and a flattened image runs (C, H, W) in NCHW.
+    Dense layers at each position, or of 2x2 patches, become kernels too. Channels are ordered (p, p, C) here, (C, p, p)
+    in pixel_shuffle. A flattened image is (C, H, W) in NCHW.
     """
     layer, last = name.split("/")[-2:]
     weight = last == "w"
@@ -203,7 +203,7 @@ def exchange(name, array, layout):
 
 
 class Peer:
-    """PyTorch's copy of a tree of parameters in one layout, with what a training step of it needs."""
+    """PyTorch's copy of a parameter tree in one layout, with what its training step needs."""
 
     def __init__(self, params, layout, loss, batch, muon=False, bfloat16=False):
         self.names = tree.names(params)
@@ -248,7 +248,7 @@ def is_stepped_by_muon(leaf):
 
 
 def orthogonalise(G):
-    """`muon.orthogonalise` in PyTorch. A kernel's matrix here is ours transposed, rows and columns in another order."""
+    """`muon.orthogonalise` in PyTorch. Here a kernel's matrix is ours transposed, with rows and columns reordered."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.T if len(G) > G.shape[1] else G
     X = X / (X.norm() + 1e-7)
@@ -277,7 +277,7 @@ def image(array, layout):  # (N, H, W, C) -> (N, C, H, W)
 
 
 def assert_close(name, ours, theirs, tolerance):
-    """Largest difference at most ``tolerance`` times the largest number."""
+    """Assert: largest difference <= ``tolerance`` times largest number."""
     ours = np.asarray(ours)
     theirs = np.asarray(theirs)
     assert ours.shape == theirs.shape and ours.dtype == np.float32, (name, ours.shape, theirs.shape, ours.dtype)
@@ -287,12 +287,12 @@ def assert_close(name, ours, theirs, tolerance):
 
 
 def randomised(params, rng):
-    """Some layers start at zero, and behind them every gradient would be zero: give each parameter a random part."""
+    """Add noise to each parameter: some layers start at zero, and every gradient behind them would be zero."""
     return tree.map(lambda leaf: leaf + 0.05 * rng.standard_normal(leaf.shape, dtype=np.float32), params)
 
 
 def training(params, loss, batch, shard_size, ranks, peer_loss, peer_batch, muon, ema=False, layouts=LAYOUTS):
-    """Our training step and the peers' as functions without arguments, after both were seen to agree."""
+    """Our training step and the peers' as functions without arguments, after a check that they agree."""
     arrays = ranks.share({"params": params, "ema": tree.map(np.copy, params), "moments": init_moments(params)})
     params = arrays["params"]
     value_and_grad = sharded(loss, ranks, params, shard_size, len(batch[0]))
@@ -416,8 +416,8 @@ def unet_sampling(ranks, rng):
 
 
 def conv2d(shape, backward, ranks, rng):
-    """One convolution forward, or its three gradients, several times over: as inside a network, the images are where
-    they are needed and stay there. The ranks meet once for all calls, and add their gradients of the kernel then."""
+    """One convolution's forward pass, or its three gradients, several times: as in a network, each rank has its images
+    and keeps them. The ranks meet once, after all calls, and then add their gradients of the kernel."""
     size, C, O = shape
     x = rng.standard_normal((UNET_BATCH, size, size, C), dtype=np.float32)
     k = rng.standard_normal((3, 3, C, O), dtype=np.float32) * 0.1
@@ -501,14 +501,14 @@ def together(f, number, ranks):
 
 
 def follow(functions, ranks):
-    """What the ranks other than 0 do until it says (None, 0)."""
+    """What the other ranks do until rank 0 sends (None, 0)."""
     while (order := ranks.broadcast(None))[1]:
         number, count = order
         repeated(functions[number])(count)
 
 
 def medians(functions, rounds, progress):
-    """Median seconds of a call of each function, in turns: A B C A B C ...; short ones several calls a turn."""
+    """Median seconds per call of each function, in turns: A B C A B C ...; short ones get several calls."""
     repeats = []
     for f in functions:
         f(1)
@@ -535,7 +535,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21, help="turns of each (default: 21)")
     parser.add_argument("--workers", type=int, default=blas.available_cores(), help="cores for both (default: all)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows whose name begins so")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows with this prefix")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, too")
     args = parser.parse_args()
     if not any(name.startswith(args.only) for name in CASES):
