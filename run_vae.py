@@ -58,7 +58,7 @@ def main(argv=None):
     optimiser_step = adam_step if args.arch == "mlp" else muon_step  # docs/quality.md compares them
     model = VAE(run.config, run.arrays)
 
-    # params is an argument: the gradient is with respect to the first argument. batch is (x, eps): random numbers are
+    # params comes first: the gradient is with respect to the first argument. batch is (x, eps): random numbers are
     # drawn outside, so that the loss is pure.
     def loss(params, batch):
         return vae.negative_elbo(partial(encode, params), partial(decode, params), batch, args.beta)

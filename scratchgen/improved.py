@@ -21,7 +21,7 @@ import autograd.numpy as np  # NumPy with functions that autograd can record
 ADDITIONS = {  # name -> what it does, for --help; in the order of the ablation
     "v": "the network predicts v, from which eps follows",
     "black": "the network sees how far each pixel is from black",
-    "weights": "noisier steps count more in the loss; without v, almost only the noisiest",
+    "weights": "noisier steps count more in the loss (without v, little else counts)",
     "muon": "Muon updates small matrices, Adam the rest",
     "global": "the U-Net has blocks that see the whole image",
     "guide": "samples are guided away from what the network would have drawn early in its training",
@@ -37,7 +37,7 @@ def init_denoiser(init, rng, additions, classes=0):
 
 
 class Denoiser:
-    """A network as a predictor of the noise in x_t, `eps`, and of the clean image, `x_0`; ``known`` are the `Groups`.
+    """A network that predicts the noise in x_t, `eps`, and the clean image, `x_0`. ``known`` is the `Groups` object.
 
     ``network(params, x, t, labels)`` knows nothing of schedules. Without additions its output is eps itself.
 
@@ -48,7 +48,7 @@ class Denoiser:
         eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v
         x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
 
-    Karras et al. 2022 (Sec. 5) call this preconditioning, with the factor c_skip of x_t and the factor c_out of v.
+    Karras et al. 2022 (Sec. 5) call this preconditioning, where c_skip multiplies x_t and c_out multiplies v.
     Where x_t is nearly all noise, a network that predicts eps has to copy x_t, and its error grows by
     1 / sqrt(alpha_bar_t) on the way to x_0. Here c_skip copies x_t, v is nearly -x_0, and its error does not grow.
     Effect: Frechet distance 53 -> 38 (docs/quality.md).
@@ -78,7 +78,7 @@ class Denoiser:
 
         "v": computed from v and not from eps, because where alpha_bar_t is tiny, eps in float32 does not determine x_0.
         It is not clipped. Where x_0 is black, -1, predictions lie a little above or below. A clip keeps only the upward
-        errors; these add up over a sampler's steps to a grey instead of cancelling.
+        errors; over the steps they do not cancel, but add up to a grey.
         Effect: Frechet distance 6.6 -> 5.4, unguided.
         """
         output = self.output(params, x_t, t, groups)
@@ -102,7 +102,7 @@ class Denoiser:
 
 
 def above_black(schedule, x_t, t):
-    """Each pixel's signed distance from black, -sqrt(alpha_bar_t), in noise standard deviations, within +-3.
+    """x_t minus black's value, -sqrt(alpha_bar_t), in noise standard deviations, for each pixel, within +-3.
 
     Where x_0 is black, -1, as half of all pixels are, this is eps itself. From x_t alone a network has to amplify x_t
     by 1 / sqrt(1 - alpha_bar_t), 45 times at t = 1, and leaves backgrounds a little grey. The idea is our own.
@@ -115,10 +115,10 @@ def above_black(schedule, x_t, t):
 def step_weights(schedule):
     """The weight 1 / sqrt(alpha_bar_t) of each t in `diffusion.simple_loss`, (T + 1,) float32: "weights".
 
-    The content of a picture is decided where alpha_bar_t falls from 0.5 to 0.01. There the weight in L_simple falls:
+    The content of a picture is decided where alpha_bar_t falls from 0.5 to 0.01. There L_simple gives v little weight:
     eps - eps_theta = sqrt(alpha_bar_t) (v - v_theta), so the squared error of v has the weight alpha_bar_t. Salimans
     and Ho 2022 weigh that error by 1: a high weight for the noisiest steps, which say little. We take the geometric
-    mean, sqrt(alpha_bar_t). Divided by alpha_bar_t, it is the weight of the squared error of eps.
+    mean of both weights, sqrt(alpha_bar_t). Divided by alpha_bar_t, it is the weight of the squared error of eps.
     Effect: Frechet distance 29 -> 24.
     """
     return (1 / np.sqrt(schedule["alpha_bar"])).astype(np.float32)
@@ -132,8 +132,8 @@ GUIDANCE = 0.5  # w
 def early_step(total_steps):
     """The step after which the moving average of the weights is kept to be the guide.
 
-    A quarter of all steps, best for two minutes of training, but at most step 411. That is an eighth of the default
-    run, better there than a quarter (docs/quality.md).
+    It is a quarter of all steps, which is best in runs of two minutes, but at most 411: an eighth of the default run,
+    better there than a quarter.
     """
     return min(math.ceil(total_steps / 4), 411)
 
@@ -146,7 +146,7 @@ def guided(x_0, x_0_guide, w):
     exact for p_1 (p_1 / p_0)^w, normalised.
 
     The guide of "guide" is an early checkpoint ("autoguidance", Karras et al. 2024; their w is ours plus one). It makes
-    the network's errors, only larger, so moving away from it reduces the errors of both.
+    the same errors as the network, only larger: moving away from it reduces them.
     Effect without "groups": Frechet distance 5 -> 2, and 2.5 -> 0.9 with classes.
 
     The guide of Ho and Salimans 2022 is the network without the label: samples become more typical of the class.
@@ -155,8 +155,8 @@ def guided(x_0, x_0_guide, w):
 
 
 def drop_groups(groups, rng):
-    """The groups, a tenth of them set to -1, none: the network learns with and without (Ho and Salimans, Alg. 1). None
-    stays None."""
+    """The groups, a tenth of them set to -1: the network learns with and without (Ho and Salimans, Alg. 1). None stays
+    None."""
     return None if groups is None else np.where(rng.random(len(groups)) < 0.1, -1, groups)
 
 
@@ -173,8 +173,8 @@ class Groups:
     class is one group.
 
     To draw an image is to draw its group first, and then an image of that group: p(x) = sum over g of p(g) p(x | g),
-    with p(g) the share. The network sees the mean image of g as one more channel of its input. So it need not infer the
-    kind of garment and its frequency from noise: we count them. No label is needed. Conditioning on unsupervised
+    with p(g) the share. The network sees the mean image of g as one more channel of its input. So it need not infer
+    from noise which kinds exist, and how often: we count them. No label is needed. Conditioning on unsupervised
     clusters improves samples: Bao et al. 2022; Adaloglou et al. 2025. They cluster features of another network, and
     embed the cluster's index. We cluster images by pixels; the network sees the mean.
     Effect: Frechet distance 2.1 -> 1.3, guided; 18 -> 6 unguided after two minutes of training.
@@ -194,7 +194,7 @@ class Groups:
         return groups
 
     def draw(self, N, classes, rng):
-        """A group for each of N images, drawn by the shares of its class; none for the class -1. (N,) -> (N,)."""
+        """A group for each of N images, drawn by the shares of its class; -1 for the class -1. (N,) -> (N,)."""
         C, G = self.shares.shape
         classes = np.zeros(N, int) if classes is None else classes
         within = (rng.random((N, 1)) > np.cumsum(self.shares, axis=1)[classes]).sum(axis=1)

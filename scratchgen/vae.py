@@ -47,8 +47,8 @@ def elbo_terms(encode, decode, batch):
 def negative_elbo(encode, decode, batch, beta=1.0):
     """The loss (the batch mean of -ELBO), and its two terms for the log.
 
-    ``beta`` other than 1 makes it the loss of a beta-VAE (Higgins et al. 2017): a looser bound above 1, and no bound
-    below 1.
+    With ``beta`` other than 1 it is the loss of a beta-VAE (Higgins et al. 2017). A larger one makes the bound looser;
+    with a smaller one it is none.
     """
     reconstruction, kl = elbo_terms(encode, decode, batch)
     terms = {"reconstruction": mean(reconstruction), "kl": mean(kl)}
@@ -83,8 +83,8 @@ def init_gaussian(rng, hidden, latent_dim):
 def gaussian(params, h):  # (N, C) -> 2 x (N, D)
     """mu and log_var of q(z | x); log_var is clipped above.
 
-    Training images stay far below it, so they lose no gradient. An outlier can get any log_var: one test image had 9.9,
-    a z thirty times as far out as in training, and an ELBO of -300,000 nats.
+    In training log_var stays lower, so no gradient is lost. An outlier can get any log_var: one test image had 9.9. Its
+    z was thirty times as far out as in training, its ELBO -300,000 nats.
     """
     return dense(params["mu"], h), np.clip(dense(params["log_var"], h), -np.inf, MAX_LOG_VAR)
 
@@ -96,7 +96,7 @@ def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28, gated=False
     *before, last = hidden
     outputs = 2 * last if gated else last  # glu halves them, relu does not
     return {
-        # init_mlp gives the last layer gain 1, though here a ReLU follows.
+        # init_mlp gives its last layer a gain of 1; here a ReLU follows.
         "encoder": init_mlp(rng, [pixels, *before, outputs], gated),
         **init_gaussian(rng, last, latent_dim),
         "decoder": init_mlp(rng, [latent_dim, *hidden, pixels], gated),
