@@ -4,7 +4,6 @@
 """
 
 from scratchgen import plots
-from scratchgen.data import CLASSES
 
 import numpy as np
 import pytest
@@ -66,52 +65,6 @@ def test_a_title_longer_than_its_picture_is_not_cut(tmp_path):
     assert edge.min() == 1 and pixels.shape[1] > 400  # nothing but white around it
     below = pixels[np.flatnonzero(pixels.min(axis=1) < 1)[-1] :]
     assert len(below) < 25  # and no band beneath it
-
-
-def test_reconstructions_stand_beneath_their_images():
-    x = np.arange(20).reshape(20, 1, 1, 1) * np.ones((20, 28, 28, 1)) / 20
-    (axes,) = plots.reconstructions(x, -x).axes
-    rows = np.array(shades(axes, 0, 1, 10)) * 20
-    np.testing.assert_allclose(rows[[0, 2]], np.arange(20).reshape(2, 10), atol=1e-5)
-    np.testing.assert_array_equal(rows[1::2], -rows[::2])
-    assert tick_labels(axes.yaxis) == ["test", "decoded"] * 2
-    assert axes.get_title() == "test images, and decoded from their $\\mu$"
-
-
-def test_interpolation_goes_evenly_from_start_to_end():
-    def decode(z):
-        return z[:, :1].reshape(-1, 1, 1, 1) * np.ones((1, 28, 28, 1))
-
-    x = np.full((4, 28, 28, 1), 20.0) + np.arange(4).reshape(4, 1, 1, 1)
-    (axes,) = plots.interpolation(decode, np.array([[0.0, 5], [9, 5]]), np.array([[9.0, 5], [0, 5]]), x[:2], x[2:]).axes
-    expected = [[20, *range(10), 22], [21, *range(9, -1, -1), 23]]
-    np.testing.assert_allclose(shades(axes, 0, 1, 12), expected, atol=1e-5)
-    assert tick_labels(axes.xaxis) == ["test", *(f"{n / 9:.2f}" for n in range(10)), "test"]
-    assert axes.get_title() == "from one test image to another, evenly in z"
-
-
-def test_the_nearest_images_stand_beneath_each_sample():
-    others = np.arange(50, dtype=np.uint8).repeat(784).reshape(50, 28, 28, 1)
-    (axes,) = plots.nearest(others[[7, 40]] + np.uint8(0), others[::-1]).axes
-    shown = np.array(shades(axes, 0, 255, 2))
-    assert shown[:2].tolist() == [[7, 40], [7, 40]]
-    assert {*shown[2:, 0]} == {6, 8} and {*shown[2:, 1]} == {39, 41}
-    assert tick_labels(axes.yaxis) == ["sample", "nearest 1", "nearest 2", "nearest 3"]
-    assert axes.get_title() == "samples, and the training images nearest to them, by pixels"
-    assert len(tiles(*plots.nearest(others[:1], others[:2]).axes, 0, 255)) == 3
-
-
-def test_codes_are_shown_by_class_in_the_two_dimensions_with_most_kl(rng):
-    mu, labels = rng.standard_normal((60, 4)), np.arange(60) % 10
-    (axes,) = plots.codes_by_class(mu, np.array([0.1, 3, 0.2, 2]), labels, CLASSES).axes
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("$\\mu_{1}$", "$\\mu_{3}$") and axes.get_aspect() == 1
-    assert axes.get_title() == "codes $\\mu$ of test images, in the two dimensions with most KL"
-    points, *keys = axes.collections
-    np.testing.assert_allclose(points.get_offsets(), mu[:, [1, 3]])  # in their own order: no class covers the others
-    for label, key in enumerate(keys):
-        assert {tuple(colour) for colour in points.get_facecolors()[labels == label]} == {to_rgba(f"C{label}", 0.5)}
-        assert tuple(key.get_facecolor()[0]) == to_rgba(f"C{label}")
-    assert legend(axes) == list(CLASSES)
 
 
 def test_plot_latents_varies_two_dimensions_over_an_even_grid_and_keeps_the_others_at_zero():
@@ -205,15 +158,6 @@ def test_ddpm_loss_second_panel_is_the_mean_error_by_t(T):
         assert (x[part], y[part]) == pytest.approx((t[start:stop].mean(), errors[start:stop].mean()))
         start = stop
     assert start == 2 * T
-
-
-def test_row_of_times_has_one_titled_panel_each():
-    times = [200, 100, 50, 20, 10, 0]
-    figure = plots.row_of_times([np.full((28, 28, 1), t / 100 - 1) for t in times], times, "strip")
-    assert figure.get_suptitle() == "strip" and [a.get_title() for a in figure.axes] == [f"t = {t}" for t in times]
-    np.testing.assert_allclose([shades(a, -1, 1, 1)[0][0] for a in figure.axes], np.array(times) / 100 - 1, atol=1e-6)
-    left_to_right = [a.get_subplotspec().colspan.start for a in figure.axes]
-    assert left_to_right == list(range(6)) and figure.axes[0].get_subplotspec().get_gridspec().nrows == 1
 
 
 def test_save_writes_a_png_and_replaces_an_old_one(tmp_path):
