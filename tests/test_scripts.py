@@ -308,35 +308,41 @@ def test_a_run_of_the_diffusion_model_is_its_equations_and_nothing_else(
 # ---------------------------------------------------------------------------------------------------- what is printed
 
 
+def without_seconds(lines):
+    """A line is printed after the checkpoint is saved, which takes a moment more than log.csv says."""
+    return [re.sub(r"(^epoch .*)  \d+ s$", r"\1", line) for line in lines]
+
+
 def test_the_vae_prints_what_is_in_its_files(vae_run):
     about, m = vae_run.model.config, vae_run.metrics
-    assert vae_run.lines == [
+    assert without_seconds(vae_run.lines) == [
         f"VAE {about['arch']}: {m['parameters']:,} parameters, 40 training images",
         *(
             "epoch {epoch:.0f}/2  ELBO: train {train_elbo:.2f}, test {test_elbo:.2f} = {test_reconstruction:.2f} - "
-            "{test_kl:.2f} nats  {seconds:.0f} s".format(**row)
+            "{test_kl:.2f} nats".format(**row)
             for row in vae_run.log
         ),
         f"test ELBO {m['elbo']:.2f} = {m['reconstruction']:.2f} - {m['kl']:.2f} nats per image; no model gets above "
         f"-{m['entropy_floor']:.2f}, minus the entropy of the grey pixels",
         f"figures and numbers are in {vae_run.folder}",
     ]
-    assert {name: m[name] for name in ("elbo", "reconstruction", "kl")} == {
-        name: vae_run.log[-1][f"test_{name}"] for name in ("elbo", "reconstruction", "kl")
-    }
+    last = {name: vae_run.log[-1][f"test_{name}"] for name in ("elbo", "reconstruction", "kl")}
+    assert {name: m[name] for name in last} == last
 
 
 def test_the_diffusion_model_prints_what_is_in_its_files(ddpm_run):
     about, m = ddpm_run.model.config, ddpm_run.metrics
-    hint = r"( \(predicting no noise at all has a loss of 1: try a smaller --lr\))?"
-    first, *others = (
-        "epoch {epoch:.0f}/2  loss: train {train_loss:.5f}, test {test_loss:.5f}".format(**row) for row in ddpm_run.log
-    )
-    assert re.fullmatch(re.escape(first) + hint + r"  \d+ s", ddpm_run.lines[2])
-    assert [re.sub(r"  \d+ s$", "", line) for line in ddpm_run.lines[:2] + ddpm_run.lines[3:]] == [
+    hints = [
+        " (predicting no noise at all has a loss of 1: try a smaller --lr)" * (ddpm_run.log[0]["test_loss"] > 0.9),
+        "",
+    ]
+    assert without_seconds(ddpm_run.lines) == [
         f"diffusion {about['arch']}: {m['parameters']:,} parameters, 40 training images",
         f"T = {ddpm_run.T}, alpha_bar_T = {m['alpha_bar_T']:.2e}, prior KL = {m['prior_kl']:.3g} nats per image",
-        *others,
+        *(
+            "epoch {epoch:.0f}/2  loss: train {train_loss:.5f}, test {test_loss:.5f}".format(**row) + hint
+            for row, hint in zip(ddpm_run.log, hints, strict=True)
+        ),
         f"test loss {m['test_loss']:.5f}: mean squared error of the predicted noise, per pixel and over all t",
         f"figures and numbers are in {ddpm_run.folder}",
     ]
