@@ -36,6 +36,7 @@ from conftest import ROOT, lines, load, main_of, script, tick_labels, tiles
 from matplotlib.colors import to_rgba
 
 SEED = 7
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @contextmanager
@@ -143,16 +144,12 @@ def test_the_defaults_are_those_of_the_help_and_of_the_runs_that_came_with_the_p
 
 
 def test_the_other_numbers_that_the_documents_name():
-    documents = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/reliability.md")}
-    assert "each minute" in documents["docs/reliability.md"] and run_module.SAVE_SECONDS == 60
-    assert "one of 300 groups" in documents["README.md"] and improved.GROUPS == 300
-    assert improved.GUIDANCE == 0.5 and [improved.early_step(steps) for steps in (6, 1643, 1645, 3283)] == [
-        2,
-        411,
-        411,
-        411,
-    ]  # fmt: skip  a quarter of the steps, an eighth of those of the default run at the most
-    assert (muon.MUON_SIDES[0], muon.MUON_SIDES[-1]) == (8, 64)
+    assert "each minute" in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert run_module.SAVE_SECONDS == 60
+    assert "one of 300 groups" in README and improved.GROUPS == 300
+    assert improved.GUIDANCE == 0.5 and (muon.MUON_SIDES[0], muon.MUON_SIDES[-1]) == (8, 64)
+    early = [improved.early_step(steps) for steps in (6, 1000, 1640, 1645, 7 * 469)]
+    assert early == [2, 250, 410, 411, 411]  # a quarter, but an eighth of the default run at the most
 
 
 # --------------------------------------------------------------------------------- the equations, and nothing else
@@ -467,13 +464,11 @@ def ddpm_run(request, train, tmp_path_factory):
 
 
 def drawn(model, N, config):
-    """N images, 32 at a time, with one class after the other if there are any: what ``seed`` SEED draws."""
-    options = {"config": config} | ({"labels": np.arange(32) % 10} if model.config["classes"] else {})
+    """N images, 32 at a time, one class after the other if there are any."""
     shards = []
     for start in range(0, N, 32):
-        if "labels" in options:
-            options["labels"] = np.arange(start, start + 32) % 10
-        shards.append(model.sample(32, rng_for(SEED, SAMPLES, start), **options))
+        of_shard = {"labels": np.arange(start, start + 32) % 10} if model.config["classes"] else {}
+        shards.append(model.sample(32, rng_for(SEED, SAMPLES, start), config=config, **of_shard))
     return levels(np.concatenate(shards)[:N])
 
 
@@ -487,6 +482,7 @@ def test_the_images_that_a_diffusion_model_shows_are_drawn_with_the_average_of_i
         *("loss.png", "preview.png", "forward.png", "trajectory.png", "sampling.gif", "samples.png", "nearest.png"),
         *["classes.png"] * (run.name == "classes"),
     }
+    assert all(f"`{name}`" in README for name in run.figures)
     _, axes = only(run, "samples.png")
     expected = drawn(model, 100, run.best)
     np.testing.assert_array_equal(tiles(axes, 0, 255, columns=8), expected[:64])
@@ -701,37 +697,24 @@ def test_every_vae_learns_with_the_default_rate(arch, train, tmp_path):
     assert train(run_vae, *flags, out=tmp_path).log[-1]["test_elbo"] > -400  # 543 are those of grey 1/2
 
 
-@pytest.mark.skipif(not parallel.CAN_FORK, reason="workers are threads here")
-@pytest.mark.parametrize(
-    "flags", [(run_vae,), (run_ddpm, "--T", 5), (run_ddpm, "--T", 5, "--classes")], ids=["vae", "ddpm", "classes"]
-)
-def test_a_run_forks_each_rank_once_and_no_step_does(flags, narrow, train, monkeypatch, tmp_path):
-    forks, fork, (module, *more) = [], parallel.Ranks.fork, flags
-    monkeypatch.setattr(parallel.Ranks, "fork", lambda *args: forks.append(args) or fork(*args))
-    more += ["--batch-size", 16, "--epochs", 1, "--workers", 2]
-    for images in (32, 128):
-        train(module, *more, "--train-images", images, out=tmp_path)
-        assert len(forks) == 1
-        forks.clear()
-
-
 RUNS = {
     "vae": (run_vae, "adam_step", ["--latent-dim", 2]),
     "vae, Muon": (run_vae, "muon_step", ["--latent-dim", 2, "--arch", "gated"]),
     "ddpm": (run_ddpm, "adam_step", ["--T", 5, "--arch", "mlp", "--additions", "none"]),
-    "ddpm, Muon": (run_ddpm, "muon_step", ["--T", 5, "--arch", "mlp", "--additions", "muon"]),
+    "ddpm, Muon": (run_ddpm, "muon_step", ["--T", 5, "--classes", "--additions", "muon"]),
 }
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("run", RUNS)
-def test_every_hundredth_step_begins_without_denormal_moments(
-    run, workers, narrow, train, draws_nothing, monkeypatch, tmp_path
+def test_every_hundredth_step_begins_without_denormal_moments_and_none_forks(
+    run, workers, narrow, train, monkeypatch, tmp_path
 ):
     """After every step one is put into each leaf of the moments, and before the next it is looked for: by the rank that
-    owns the leaf, whose mistakes come to rank 0."""
-    (module, name, flags), steps, denormal = RUNS[run], [], np.float32(1e-40)
-    step_of = getattr(module, name)
+    owns the leaf, whose mistakes come to rank 0. A rank is forked once, at the start."""
+    (module, name, flags), steps, denormal, forks = RUNS[run], [], np.float32(1e-40), []
+    step_of, fork = getattr(module, name), parallel.Ranks.fork
+    monkeypatch.setattr(parallel.Ranks, "fork", lambda *args: forks.append(args) or fork(*args))
 
     def planting(params, gradient, moments, step, *rest, **more):
         def look(g, *both):
@@ -750,7 +733,7 @@ def test_every_hundredth_step_begins_without_denormal_moments(
     monkeypatch.setattr(module, name, planting)
     flags = [*flags, "--batch-size", 2, "--train-images", 104, "--epochs", 2, "--workers", workers]
     train(module, *flags, out=tmp_path)
-    assert steps == list(range(1, 105))
+    assert steps == list(range(1, 105)) and len(forks) == (workers == 2 and parallel.CAN_FORK)
 
 
 # ------------------------------------------------------------------------------------------ each row of the ablation
