@@ -120,15 +120,18 @@ def test_what_is_drawn_beside_a_known_part_knows_of_it(rng):
     np.testing.assert_allclose(np.cov(drawn[:, 1:].T), covariance, atol=0.4 * covariance.max())
 
 
-def test_where_all_is_known_all_stays(schedule, rng):
+def test_where_all_is_known_all_stays_and_where_nothing_is_it_is_the_sampler(schedule, rng):
     known = gaussian_images(rng, 3)
     x_T = rng.standard_normal((3, 1, 3, 1), dtype=np.float32)
     asked, x_0_theta = [], gaussian(schedule)
     predict = lambda x_t, t: asked.append(t[0]) or x_0_theta(x_t, t)  # noqa: E731
     trajectory = list(editing.inpaint(predict, schedule, known, np.True_, x_T, rng, 7))
     assert [s for s, _ in trajectory] == timesteps(200, 7)[1:]
-    assert asked == [t for t in timesteps(200, 7)[:-1] for _ in range(5)]  # five times each, by default
     np.testing.assert_array_equal(trajectory[-1][1], known)
+    assert asked == [t for t in timesteps(200, 7)[:-1] for _ in range(5)]  # five times each, by default
+    rngs = np.random.default_rng(1), np.random.default_rng(1)
+    unknown = end(editing.inpaint(x_0_theta, schedule, known, np.False_, x_T, rngs[0], 7, repeats=1))
+    np.testing.assert_array_equal(unknown, end(sample(x_0_theta, schedule, x_T, rngs[1], 7, eta=1.0)))
 
 
 # ----------------------------------------------------------------------------------------------------------- inversion
