@@ -82,6 +82,17 @@ def test_without_noise_an_interpolation_ends_at_its_images(schedule, rng):
     np.testing.assert_allclose(found, np.concatenate([x_0, other]), atol=0.05)
 
 
+def test_the_options_of_an_interpolation_are_the_samplers(schedule, rng):
+    x_0, other = gaussian_images(rng, 2)[:, None]
+    asked, x_0_theta = [], gaussian(schedule)
+    predict = lambda x_t, t: asked.append(t[0]) or x_0_theta(x_t, t)  # noqa: E731
+    rngs = np.random.default_rng(1), np.random.default_rng(1)
+    editing.interpolate(predict, schedule, x_0, other, [0.5], 120, rngs[0], steps=3, eta=0.0)
+    assert asked == timesteps(120, 3)[:-1]
+    rngs[1].standard_normal(x_0.shape, dtype=np.float32)  # for x_t, and with eta = 0 no more
+    assert rngs[0].random() == rngs[1].random()
+
+
 # -------------------------------------------------------------------------------------------- predicted, along the way
 
 

@@ -295,6 +295,10 @@ def test_a_run_of_the_diffusion_model_is_its_equations_and_nothing_else(
     assert run.metrics["alpha_bar_T"] == pytest.approx(alpha_bar[-1])
     prior_kl = (alpha_bar[-1] * (x_test**2).sum() / N - 784 * (alpha_bar[-1] + np.log(1 - alpha_bar[-1]))) / 2
     assert run.metrics["prior_kl"] == pytest.approx(prior_kl, rel=1e-4)
+    if "groups" in names:
+        x = images[0][:N].astype(np.uint8)
+        found = improved.find_groups(x, None, improved.GROUPS, rng_for(SEED, INIT, 1))
+        np.testing.assert_array_equal(arrays["groups/means"], found["means"])
     early = {name: array for name, array in arrays.items() if name.startswith("early/")}
     if "guide" in names:  # the average after a quarter of the six steps
         for name, expected in zip(tree.names(states[2][1]), tree.leaves(states[2][1]), strict=True):
