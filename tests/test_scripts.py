@@ -691,7 +691,7 @@ def call(small_data):
 def test_every_network_learns_with_the_default_rate(arch, additions, train, draws_nothing, tmp_path):
     """Without a skip the MLP alone learned nothing but to predict 0, which has a loss of 1."""
     flags = ["--arch", arch, "--additions", additions, "--T", 20, "--batch-size", 8, "--epochs", 2, "--workers", 1]
-    run = train(run_ddpm, *flags, out=tmp_path)
+    run = train(run_ddpm, *flags, "--train-images", 128, out=tmp_path)
     assert run.log[-1]["test_loss"] < 0.5 and run.log[-1]["train_loss"] < 0.5
 
 
