@@ -49,6 +49,26 @@ def tamper(path, arrays, state, keep_checksum):
             archive.comment = checksum
 
 
+def tiles(axes, low, high, line=1, columns=None):
+    """The images of a panel, (N, 28, 28): row by row, from ``low``, which is black, to ``high``, which is white."""
+    (image,) = axes.images
+    assert image.get_clim() == (low, high) and image.cmap.name == "gray" and image.origin == "upper"
+    framed = np.pad(np.asarray(image.get_array()), (0, line))
+    edge = 28 + line
+    rows = framed.reshape(len(framed) // edge, edge, -1, edge).transpose(0, 2, 1, 3)[:, :, :28, :28]
+    assert columns in (None, rows.shape[1])
+    return rows.reshape(-1, 28, 28)
+
+
+def lines(axes):
+    """The x and y of each line of a panel, by its label."""
+    return {line.get_label(): tuple(np.asarray(each).tolist() for each in line.get_data()) for line in axes.lines}
+
+
+def tick_labels(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
 def pytest_configure(config):
     """`-k question_1` means question 1 alone, and not 10 to 13, too."""
     config.option.keyword = re.sub(r"(question_\d+)\b", r"\1_", config.option.keyword)

@@ -68,6 +68,7 @@ def test_interpolated_images_are_drawn_from_between_two(schedule, rng):
     weights = np.array([0, 0.25, 1] * 8000)
     t = 60
     found = editing.interpolate(gaussian(schedule), schedule, x_0, other, weights, t, np.random.default_rng(5))
+    assert found.dtype == np.float32
     eps = np.random.default_rng(5).standard_normal(x_0.shape, dtype=np.float32)
     for weight in (0, 0.25, 1):
         a, b = (schedule[k][t] for k in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
@@ -79,6 +80,17 @@ def test_without_noise_an_interpolation_ends_at_its_images(schedule, rng):
     x_0, other = gaussian_images(rng, 2)[:, None]
     found = editing.interpolate(gaussian(schedule), schedule, x_0, other, [0, 1], 1, rng, eta=0.0)
     np.testing.assert_allclose(found, np.concatenate([x_0, other]), atol=0.05)
+
+
+def test_the_options_of_an_interpolation_are_the_samplers(schedule, rng):
+    x_0, other = gaussian_images(rng, 2)[:, None]
+    asked, x_0_theta = [], gaussian(schedule)
+    predict = lambda x_t, t: asked.append(t[0]) or x_0_theta(x_t, t)  # noqa: E731
+    rngs = np.random.default_rng(1), np.random.default_rng(1)
+    editing.interpolate(predict, schedule, x_0, other, [0.5], 120, rngs[0], steps=3, eta=0.0)
+    assert asked == timesteps(120, 3)[:-1]
+    rngs[1].standard_normal(x_0.shape, dtype=np.float32)  # for x_t, and with eta = 0 no more
+    assert rngs[0].random() == rngs[1].random()
 
 
 # -------------------------------------------------------------------------------------------- predicted, along the way
@@ -112,19 +124,25 @@ def test_what_is_drawn_beside_a_known_part_knows_of_it(rng):
     for repeats in (1, 10):
         x_T = rng.standard_normal(known.shape, dtype=np.float32)
         drawn = end(editing.inpaint(gaussian(schedule), schedule, known, where, x_T, rng, 100, repeats)).reshape(-1, 3)
-        assert np.all(drawn[:, 0] == np.float32(0.45))
+        assert drawn.dtype == np.float32 and np.all(drawn[:, 0] == np.float32(0.45))
         errors[repeats] = np.abs(drawn[:, 1:].mean(axis=0) - mean)
     way = np.abs(mean - MEAN[1:])  # from what is drawn if nothing is known
     assert np.all(errors[10] < 0.2 * way) and np.all(errors[1] > 0.3 * way)
     np.testing.assert_allclose(np.cov(drawn[:, 1:].T), covariance, atol=0.4 * covariance.max())
 
 
-def test_where_all_is_known_all_stays(schedule, rng):
+def test_where_all_is_known_all_stays_and_where_nothing_is_it_is_the_sampler(schedule, rng):
     known = gaussian_images(rng, 3)
     x_T = rng.standard_normal((3, 1, 3, 1), dtype=np.float32)
-    trajectory = list(editing.inpaint(gaussian(schedule), schedule, known, np.True_, x_T, rng, 7, 2))
+    asked, x_0_theta = [], gaussian(schedule)
+    predict = lambda x_t, t: asked.append(t[0]) or x_0_theta(x_t, t)  # noqa: E731
+    trajectory = list(editing.inpaint(predict, schedule, known, np.True_, x_T, rng, 7))
     assert [s for s, _ in trajectory] == timesteps(200, 7)[1:]
     np.testing.assert_array_equal(trajectory[-1][1], known)
+    assert asked == [t for t in timesteps(200, 7)[:-1] for _ in range(5)]  # five times each, by default
+    rngs = np.random.default_rng(1), np.random.default_rng(1)
+    unknown = end(editing.inpaint(x_0_theta, schedule, known, np.False_, x_T, rngs[0], 7, repeats=1))
+    np.testing.assert_array_equal(unknown, end(sample(x_0_theta, schedule, x_T, rngs[1], 7, eta=1.0)))
 
 
 # ----------------------------------------------------------------------------------------------------------- inversion
@@ -137,6 +155,7 @@ def test_ddim_draws_from_the_inverse_of_an_image_the_same_image(steps, schedule,
     trajectory = list(editing.invert(x_0_theta, schedule, x_0, steps))
     assert [t for t, _ in trajectory] == timesteps(200, steps or 200)[-2::-1]
     x_T = trajectory[-1][1]
+    assert x_T.dtype == np.float32
     back = end(sample(x_0_theta, schedule, x_T, None, steps, eta=0.0))
     assert np.abs(back - x_0).max() < 2e-3
     once = end(editing.invert(x_0_theta, schedule, x_0, steps, rounds=1))
@@ -169,15 +188,3 @@ def test_a_ddim_step_forwards_undoes_one_backwards(schedule, rng):
     a, b = (at(schedule[k], np.full(5, 50)) for k in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
     np.testing.assert_allclose(x_s, a * x_0 + b * eps, atol=1e-5)  # the same image and noise, at s
     np.testing.assert_allclose(ddim_step(schedule, x_s, x_0, 50, 120), x_t, atol=1e-5)
-
-
-def test_edited_images_stay_in_float32(schedule, rng):
-    x = gaussian_images(rng, 2)
-    x_0_theta = gaussian(schedule)
-    where = np.array([True, False, False]).reshape(1, 1, 3, 1)
-    found = [
-        editing.interpolate(x_0_theta, schedule, x[:1], x[1:], [0.5, 0.7], 50, rng, steps=5),
-        end(editing.inpaint(x_0_theta, schedule, x, where, x, rng, 5, 2)),
-        end(editing.invert(x_0_theta, schedule, x, 5)),
-    ]
-    assert {images.dtype for images in found} == {np.dtype(np.float32)}

@@ -1,9 +1,14 @@
-"""The figures: panels, titles, what is drawn where; and that files are written whole."""
+"""The figures: panels, titles, limits, what is drawn where; and that files are written whole.
+
+`conftest.tiles` asserts how dark and how light the pixels of a panel are.
+"""
 
 from scratchgen import plots
 
 import numpy as np
 import pytest
+from conftest import lines, tick_labels, tiles
+from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 from PIL import Image
 
@@ -15,8 +20,15 @@ VAE_LOG = [
 DDPM_LOG = [{"epoch": e, "train_loss": 0.1 / e, "test_loss": 0.11 / e} for e in (1, 2, 3)]
 
 
-def picture(axes):
-    return np.asarray(axes.images[0].get_array())
+def legend(owner):
+    return [text.get_text() for text in owner.get_legend().get_texts()]
+
+
+def shades(axes, low, high, columns):
+    """The one grey of each image of a panel, row by row."""
+    images = tiles(axes, low, high)
+    assert (images == images[:, :1, :1]).all()
+    return images[:, 0, 0].reshape(-1, columns).tolist()
 
 
 def test_mosaic_runs_row_by_row():
@@ -28,15 +40,20 @@ def test_mosaic_runs_row_by_row():
     np.testing.assert_array_equal(np.isnan(m), lines)  # of one pixel, between images and not around them
 
 
-def test_grid_shows_every_image_with_its_title_and_labels():
-    x = np.random.default_rng(0).random((20, 28, 28, 1))
-    figure = plots.grid(x, 10, "a title", row_labels=["one", "two"], column_labels=list("abcdefghij"))
+@pytest.mark.parametrize("limits", [(), (-1, 1), (0, 255)])
+def test_grid_shows_every_image_with_its_title_and_labels(limits, rng):
+    x = rng.random((20, 28, 28, 1), dtype=np.float32)
+    names = list("abcdefghij")
+    figure = plots.grid(x, 10, "a title", *limits, row_labels=["one", "two"], column_labels=names)
     (axes,) = figure.axes
-    assert axes.get_title() == "a title" and picture(axes).shape == (2 * 29 - 1, 10 * 29 - 1)
-    np.testing.assert_array_equal(picture(axes)[29:57, 58:86], x[12, ..., 0].astype(np.float32))
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["one", "two"]
-    assert [t.get_text() for t in axes.get_xticklabels()] == list("abcdefghij")
+    np.testing.assert_array_equal(tiles(axes, *(limits or (0, 1)), columns=10), x[..., 0])
+    assert axes.get_title() == "a title" and axes.get_facecolor() == to_rgba("silver")  # of the lines between
+    assert (tick_labels(axes.yaxis), tick_labels(axes.xaxis)) == (["one", "two"], names)
     assert axes.get_yticks().tolist() == [14, 43] and axes.get_xticks()[:2].tolist() == [14, 43]
+    ticks = axes.xaxis.get_tick_params()
+    assert ticks["labeltop"] and not ticks["labelbottom"]
+    (bare,) = plots.grid(x, 5, "t").axes
+    assert len(bare.get_xticks()) == len(bare.get_yticks()) == 0
 
 
 def test_a_title_longer_than_its_picture_is_not_cut(tmp_path):
@@ -50,53 +67,12 @@ def test_a_title_longer_than_its_picture_is_not_cut(tmp_path):
     assert len(below) < 25  # and no band beneath it
 
 
-def test_reconstructions_stand_beneath_their_images():
-    x = np.arange(20).reshape(20, 1, 1, 1) * np.ones((20, 28, 28, 1))
-    (axes,) = plots.reconstructions(x, -x).axes
-    rows = picture(axes)[::29, ::29]
-    assert rows[0].tolist() == list(range(10)) and rows[2].tolist() == list(range(10, 20))
-    np.testing.assert_array_equal(rows[1::2], -rows[::2])
-
-
-def test_interpolation_goes_evenly_from_start_to_end():
-    def decode(z):
-        return z[:, :1].reshape(-1, 1, 1, 1) * np.ones((1, 28, 28, 1))
-
-    x = np.full((4, 28, 28, 1), 20.0) + np.arange(4).reshape(4, 1, 1, 1)
-    (axes,) = plots.interpolation(decode, np.array([[0.0, 5], [9, 5]]), np.array([[9.0, 5], [0, 5]]), x[:2], x[2:]).axes
-    expected = [[20, *range(10), 22], [21, *range(9, -1, -1), 23]]
-    np.testing.assert_allclose(picture(axes)[::29, ::29], expected, atol=1e-5)
-    labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels[0] == labels[-1] == "test" and labels[1] == "0.00" and labels[-2] == "1.00"
-
-
-def test_the_nearest_images_stand_beneath_each_sample():
-    others = np.arange(50, dtype=np.uint8).repeat(784).reshape(50, 28, 28, 1)
-    (axes,) = plots.nearest(others[[7, 40]] + np.uint8(0), others[::-1]).axes
-    shown = picture(axes)[::29, ::29]
-    assert shown[:2].tolist() == [[7, 40], [7, 40]]
-    assert {*shown[2:, 0]} == {6, 8} and {*shown[2:, 1]} == {39, 41}
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["sample", "nearest 1", "nearest 2", "nearest 3"]
-    assert plots.nearest(others[:1], others[:2]).axes[0].images[0].get_array().shape == (3 * 29 - 1, 28)
-
-
-def test_codes_are_shown_by_class_in_the_two_dimensions_with_most_kl(rng):
-    mu, labels = rng.standard_normal((60, 4)), np.arange(60) % 3
-    (axes,) = plots.codes_by_class(mu, np.array([0.1, 3, 0.2, 2]), labels, ["a", "b", "c"]).axes
-    assert "_{1}" in axes.get_xlabel() and "_{3}" in axes.get_ylabel()
-    points, *keys = axes.collections
-    np.testing.assert_allclose(points.get_offsets(), mu[:, [1, 3]])  # in their own order: no class covers the others
-    for label, key in enumerate(keys):
-        assert (points.get_facecolors()[labels == label][:, :3] == key.get_facecolor()[0][:3]).all()
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b", "c"]
-
-
 def test_plot_latents_varies_two_dimensions_over_an_even_grid_and_keeps_the_others_at_zero():
     seen = []
 
     def decode(z):
         seen.append(z)
-        return np.zeros((len(z), 28, 28, 1))
+        return np.arange(len(z)).reshape(-1, 1, 1, 1) / 100 * np.ones((1, 28, 28, 1))
 
     figure = plots.plot_latents(decode, 7, 5, 2)
     (z,) = seen
@@ -106,31 +82,50 @@ def test_plot_latents_varies_two_dimensions_over_an_even_grid_and_keeps_the_othe
     np.testing.assert_allclose(z[:, 5].reshape(10, 10), np.tile(even, (10, 1)), atol=1e-6)  # grows to the right
     np.testing.assert_allclose(z[:, 2].reshape(10, 10), np.tile(even[::-1, None], 10), atol=1e-6)  # and upwards
     (axes,) = figure.axes
-    assert picture(axes).shape == (280, 280)
-    assert "z_{5}" in axes.get_xlabel() and "z_{2}" in axes.get_ylabel()
-    assert "5" in axes.get_title() and "2" in axes.get_title()
+    np.testing.assert_array_equal(tiles(axes, 0, 1, line=0, columns=10)[:, 0, 0], np.float32(np.arange(100) / 100))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("$z_{5}$", "$z_{2}$")
+    assert axes.get_title() == "decoded from z, all but dimensions 5 and 2 zero"
     assert axes.get_xticks().tolist() == axes.get_yticks().tolist() == [-3, -2, -1, 0, 1, 2, 3]
-    left, right = axes.images[0].get_extent()[:2]
+    left, right, bottom, top = axes.images[0].get_extent()
     for n in (0, 4, 9):  # the middle of each image is where its z is
         assert left + (n + 0.5) * (right - left) / 10 == pytest.approx(even[n])
+    assert (bottom, top) == (left, right)
     (axes,) = plots.plot_latents(decode, 2, 0, 1).axes
     assert axes.get_title() == "decoded from z"  # no other dimensions are zero
 
 
+STYLES = [("train", "C0", "-"), ("test", "C1", "--")]
+
+
 def test_vae_loss_has_both_terms_for_train_and_test():
     axes = plots.vae_loss(VAE_LOG, 90).axes
-    assert [a.get_title().split(":")[0] for a in axes] == ["ELBO", "first term", "second term"]
+    assert [a.get_title() for a in axes] == [
+        *("ELBO", "first term: $E_q[\\log p(x|z)]$", "second term: $D_{KL}(q(z|x)\\,||\\,p(z))$")
+    ]
     for a, key in zip(axes, ("elbo", "reconstruction", "kl"), strict=True):
-        lines = {line.get_label(): list(line.get_ydata()) for line in a.lines}
+        drawn = lines(a)
+        assert [(line.get_label(), line.get_color(), line.get_linestyle()) for line in a.lines[:2]] == STYLES
         for part in ("train", "test"):
-            assert lines[part] == [row[f"{part}_{key}"] for row in VAE_LOG]
-    assert -90 in axes[0].lines[2].get_ydata()
-    assert [text.get_text() for text in axes[0].texts] == ["no model gets above: minus the entropy of the pixels"]
+            assert drawn[part] == ([1, 2, 3], [row[f"{part}_{key}"] for row in VAE_LOG])
+        assert a.get_xlabel() == "epoch" and a.get_ylabel().startswith("nats per image")
+        assert a.get_ylabel().endswith(" (from epoch 2 on)") == (key != "kl")
+    for a in axes[:2]:  # what no model gets above, with its note below
+        assert a.lines[2].get_ydata() == [-90, -90] and a.texts[0].xy == (0.5, -90)
+        assert a.texts[0].get_text() == "no model gets above: minus the entropy of the pixels"
+    assert len(axes[2].lines) == 2 and len(axes[2].texts) == 0
     low, high = axes[0].get_ylim()
     assert -300 < low < -310 / 2 and high > -90  # the first epoch is cut off
+    low, high = axes[1].get_ylim()
+    assert -290 < low < -299 / 2 and high > -90
     assert axes[2].get_ylim()[0] == 0 and axes[2].get_ylim()[1] > 11
-    legends = [a.get_legend() for a in axes]
-    assert legends[:2] == [None, None] and len(legends[2].get_texts()) == 2
+    assert [a.get_legend() for a in axes[:2]] == [None, None] and legend(axes[2]) == ["train", "test"]
+
+
+def test_binarised_pixels_have_no_floor_in_the_figure():
+    axes = plots.vae_loss(VAE_LOG, None).axes
+    assert all(len(a.lines) == 2 and not a.texts for a in axes)
+    low, high = axes[0].get_ylim()
+    assert -300 < low < -310 / 2 and -100 < high < -50  # by what there is: -100 is the best
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
@@ -148,9 +143,12 @@ def test_ddpm_loss_second_panel_is_the_mean_error_by_t(T):
     t = np.repeat(1 + np.arange(T), 2)
     errors = np.random.default_rng(0).random(2 * T)
     left, right = plots.ddpm_loss(DDPM_LOG, t, errors, bins=40).axes
-    assert left.get_title().startswith("loss") and right.get_title() == "test loss over t"
-    lines = {line.get_label(): list(line.get_ydata()) for line in left.lines}
-    assert lines == {part: [row[f"{part}_loss"] for row in DDPM_LOG] for part in ("train", "test")}
+    assert left.get_title() == "loss: mean of $(\\epsilon - \\epsilon_\\theta)^2$"
+    assert (right.get_title(), right.get_xlabel(), right.get_yscale()) == ("test loss over t", "t", "log")
+    assert lines(left) == {part: ([1, 2, 3], [row[f"{part}_loss"] for row in DDPM_LOG]) for part in ("train", "test")}
+    assert [(line.get_label(), line.get_color(), line.get_linestyle()) for line in left.lines] == STYLES
+    assert legend(left) == ["train, weights of each step", "test, moving average of the weights"]
+    assert {panel.get_ylabel() for panel in (left, right)} == {"squared error per pixel"}
     x, y = right.lines[0].get_data()
     assert len(x) == min(T, 40)
     size, rest = divmod(2 * T, len(x))
@@ -162,14 +160,6 @@ def test_ddpm_loss_second_panel_is_the_mean_error_by_t(T):
     assert start == 2 * T
 
 
-def test_row_of_times_has_one_titled_panel_each():
-    times = [200, 100, 50, 20, 10, 0]
-    figure = plots.row_of_times([np.full((28, 28, 1), t / 200) for t in times], times, "strip")
-    assert [a.get_title() for a in figure.axes] == [f"t = {t}" for t in times]
-    assert [picture(a)[0, 0] for a in figure.axes] == [t / 200 for t in times]
-    assert len({round(a.get_position().y0, 6) for a in figure.axes}) == 1  # one row
-
-
 def test_save_writes_a_png_and_replaces_an_old_one(tmp_path):
     path = tmp_path / "x.png"
     path.write_text("old")
@@ -177,17 +167,28 @@ def test_save_writes_a_png_and_replaces_an_old_one(tmp_path):
     assert imread(path).ndim == 3 and list(tmp_path.iterdir()) == [path]
 
 
-def test_gif_has_every_frame_and_lingers_on_the_last(tmp_path):
-    frames = {1 - v: np.full((4, 28, 28, 1), v) for v in (-1, 0, 1)}
-    plots.save_gif(frames, 2, tmp_path / "x.gif", pause=5)
+def test_gif_has_every_frame_under_its_t_and_lingers_on_the_last(tmp_path, monkeypatch):
+    values = {2: -0.8, 1: 0.1, 0: 0.9}
+    ramp = 0.01 * np.arange(4).reshape(4, 1, 1, 1) * np.ones((1, 28, 28, 1))
+    grabbed, writer = [], plots.import_matplotlib().animation.PillowWriter
+
+    def grab_frame(self, real=writer.grab_frame):
+        grabbed.append((self.fig.axes[0].get_title(), shades(self.fig.axes[0], -1, 1, 2)))
+        real(self)
+
+    monkeypatch.setattr(writer, "grab_frame", grab_frame)
+    plots.save_gif({t: value + ramp for t, value in values.items()}, 2, tmp_path / "x.gif", pause=5)
+    assert [title for title, _ in grabbed] == ["t = 2", "t = 1"] + ["t = 0"] * 6
+    for value, (_, shown) in zip([*values.values(), 0.9], grabbed, strict=False):
+        np.testing.assert_allclose(shown, [[value, value + 0.01], [value + 0.02, value + 0.03]], atol=1e-6)
     with Image.open(tmp_path / "x.gif") as gif:
-        durations, shades = [], []
+        durations, greys = [], []
         for i in range(gif.n_frames):
             gif.seek(i)
             durations.append(gif.info["duration"])
-            shades.append(gif.convert("L").getpixel((50, 100)))
+            greys.append(gif.convert("L").getpixel((50, 100)))
         assert gif.width == pytest.approx(4 * 57, abs=1)  # four times as large as in the data
-    assert shades == sorted(shades) and shades[0] < 5 and shades[-1] > 250
+    assert greys[:3] == pytest.approx([25, 140, 242], abs=4)
     assert sum(durations[-1:]) >= 5 * 80  # equal frames are merged, their times added
     assert list(tmp_path.iterdir()) == [tmp_path / "x.gif"]
 
@@ -199,10 +200,14 @@ def test_latent_use_shows_dimensions_in_falling_order_of_kl():
     assert [bar.get_height() for bar in left.patches] == [2.0, 0.5, 0.0]
     np.testing.assert_allclose([bar.get_height() for bar in right.patches], [0.9, 0.4, 0.001, 0.2, 0.6, 0.999])
     np.testing.assert_allclose([bar.get_y() for bar in right.patches[3:]], [0.9, 0.4, 0.001])  # stands on the other
-    assert [label.get_text() for label in left.get_xticklabels()] == ["1", "0", "2"]
-    assert "2.5 nats" in left.get_title() and "2 of 3" in right.get_title()
-    colours = [bar.get_facecolor() for bar in left.patches]
-    assert colours[0] == colours[1] != colours[2]
+    assert tick_labels(left.xaxis) == tick_labels(right.xaxis) == ["1", "0", "2"]
+    assert left.get_title() == "KL of each dimension, 2.5 nats in all"
+    assert right.get_title() == "2 of 3 active: variance of $\\mu$ above 0.01"
+    colours = [to_rgba("C0"), to_rgba("C0"), to_rgba("lightgray")]
+    assert [bar.get_facecolor() for bar in [*left.patches, *right.patches]] == [*colours * 2, *[to_rgba("C1", 0.5)] * 3]
+    assert list(right.lines[0].get_ydata()) == [1, 1]
+    texts = [text.get_text() for text in left.figure.legends[0].get_texts()]
+    assert texts == ["variance of the prior", "variance of $\\mu$", "mean of $\\sigma^2$"]
 
 
 def test_of_many_latent_dimensions_those_with_most_kl_are_shown():
@@ -216,12 +221,11 @@ def test_of_many_latent_dimensions_those_with_most_kl_are_shown():
 
 def test_bound_over_t():
     (axes,) = plots.bound_over_t(np.array([1, 2, 5]), np.array([2.0, 0.5, 0.25]), 4.126, np.array([3.0, 2, 1])).axes
-    points = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines]
-    assert points == [([1, 2, 5], [2, 0.5, 0.25]), ([2, 3, 4], [3, 2, 1])]
-    assert "4.13" in axes.get_title()
-
-
-def test_binarised_pixels_have_no_floor_in_the_figure():
-    log = [{"epoch": 1} | {f"{p}_{k}": 1.0 for p in ("train", "test") for k in ("elbo", "reconstruction", "kl")}]
-    assert all(len(axes.lines) == 2 for axes in plots.vae_loss(log, None).axes)
-    assert len(plots.vae_loss(log, 5.0).axes[0].lines) == 3
+    assert lines(axes) == {
+        "of the network": ([1, 2, 5], [2, 0.5, 0.25]),
+        "$w_t$, the term of $\\epsilon_\\theta = 0$": ([2, 3, 4], [3, 2, 1]),
+    }
+    assert axes.get_title() == "the terms of the bound, 4.13 bits per dimension in all" and len(legend(axes)) == 2
+    assert axes.texts[0].get_text() == "$L_0$, the decoder" and axes.texts[0].xy == (1, 2)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("t", "$L_{t-1}$, bits per dimension")
+    assert axes.get_xscale() == axes.get_yscale() == "log"

@@ -1,344 +1,594 @@
-"""What the run scripts pass to whom: the right images under the right titles, flags that arrive, weights that count.
+"""What the run scripts compute, print and show, held against the images, the seed and the checkpoint of the run.
 
-The scripts run in this process, with some functions wrapped so that their arguments are kept.
+The scripts run in this process, with the seed 7 and not the default. Their figures are looked at, and not written. The
+networks are narrow, but where it matters how they learn.
 """
 
+import csv
+import io
 import itertools
 import json
 import os
+import re
 import signal
+from collections import defaultdict
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import run_ddpm
 import run_vae
-from scratchgen import data, denoisers, diffusion, improved, plots, samplers, tree, vae
-from scratchgen.data import load_idx, scale
+from scratchgen import data, denoisers, diffusion, improved, muon, plots, tree, vae
+from scratchgen.data import CLASSES, load_idx
 from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.machinery import blas, checkpoint, cli, parallel
+from scratchgen.machinery import run as run_module
 from scratchgen.machinery.run import INIT, NOISE, ORDER, SAMPLES, TEST, Run, rng_for
-from scratchgen.optim import cosine_decay
 from scratchgen.samplers import SamplerConfig
-from scratchgen.trained import load_run
+from scratchgen.trained import load_run, load_trained
 
 import autograd.numpy as anp
 import numpy as np
 import pytest
 from autograd import grad
-from conftest import load, main_of, script
+from conftest import ROOT, lines, load, main_of, script, tick_labels, tiles
+from matplotlib.colors import to_rgba
+
+SEED = 7
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@contextmanager
+def narrow_networks():
+    """Networks with few units in place of those of the same names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoisers, "GLOBAL_UNITS", 16)
+        small = {
+            "unet": (partial(denoisers.init_unet, channels=(8, 16)), denoisers.unet),
+            "mlp": (partial(denoisers.init_mlp_denoiser, hidden=16), denoisers.mlp_denoiser),
+        }
+        for arch, network in small.items():
+            patch.setitem(denoisers.DENOISERS, arch, network)
+        for arch, hidden in {"mlp": (16, 16), "gated": (16, 16), "conv": 16}.items():
+            init, *network = vae.VAES[arch]
+            patch.setitem(vae.VAES, arch, (partial(init, hidden=hidden), *network))
+        yield
 
 
 @pytest.fixture
-def record(monkeypatch):
-    """Wrap a function of a module, or of a dict, so that the arguments of its calls are kept; return their list."""
+def narrow():
+    with narrow_networks():
+        yield
 
-    def wrap(place, name):
-        original, calls = place[name] if isinstance(place, dict) else getattr(place, name), []
 
-        def recording(*args, **kwargs):
-            calls.append(tree.map(lambda a: a.copy() if isinstance(a, np.ndarray) else a, args))
-            return original(*args, **kwargs)
+@pytest.fixture(scope="module")
+def train(small_data):
+    """Run a script. Returns what is left of it: its model, its figures by their files, its lines on stdout, its folder,
+    the rows of log.csv, and metrics.json."""
 
-        (monkeypatch.setitem if isinstance(place, dict) else monkeypatch.setattr)(place, name, recording)
-        return calls
+    def run(module, *flags, out, data=small_data):
+        figures, printed = defaultdict(list), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+            patch.setattr(plots, "save", lambda figure, path: figures[path.name].append(figure))
+            patch.setattr(plots, "save_gif", lambda *args: figures[args[2].name].append(args))
+            model = main_of(module, *flags, "--data", data, "--out", out)
+        with open(out / "log.csv", newline="", encoding="utf-8") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        printed = printed.getvalue().splitlines()
+        return SimpleNamespace(model=model, figures=figures, lines=printed, folder=out, log=rows, metrics=metrics)
 
-    return wrap
+    return run
 
 
 @pytest.fixture
-def call(small_data):
-    return lambda module, *flags: main_of(module, *flags, "--data", small_data)
+def draws_nothing(monkeypatch):
+    """For what is about training: no samples."""
+    monkeypatch.setattr(run_ddpm, "draw", lambda model, N, *args, **options: np.zeros((N, 28, 28, 1), np.uint8))
+    monkeypatch.setattr(run_ddpm, "draw_trajectories", lambda *args: None)
 
 
-@pytest.fixture
-def test_images(small_data):
-    return load_idx(small_data / "t10k-images-idx3-ubyte")[..., None]
+@pytest.fixture(scope="module")
+def images(small_data):
+    """Those to train on and those to test with, (N, 28, 28, 1) in 0..255."""
+    return [load_idx(small_data / f"{name}-images-idx3-ubyte")[..., None].astype(float) for name in ("train", "t10k")]
 
 
-def rewrite(folder, change):
-    """Apply ``change(name, array)`` to each array of a checkpoint."""
-    arrays, state = checkpoint.load(folder / "checkpoint.npz")
-    arrays = {name: change(name, array) for name, array in arrays.items()}
-    checkpoint.save(folder / "checkpoint.npz", arrays, state)
+@pytest.fixture(scope="module")
+def labels(small_data):
+    return [load_idx(small_data / f"{name}-labels-idx1-ubyte").astype(int) for name in ("train", "t10k")]
 
 
-def metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
+# ------------------------------------------------------------------------------------------------------- the defaults
+
+OF_EVERY_RUN = {"seed": 0, "batch_size": 128, "train_images": None, "resume": False, "data": data.DATA}
+DEFAULTS = {
+    run_vae: {"arch": "mlp", "epochs": 22, "lr": 3e-3, "latent_dim": 20, "latents": None, "beta": 1.0},
+    run_ddpm: {"arch": "unet", "epochs": 7, "lr": 1e-2, "T": 200, "schedule": "linear", "ema": 0.998, "classes": False}
+    | {"additions": ["v", "black", "weights", "muon", "global", "guide", "groups"]},
+}
+EPOCHS = {run_vae: {"mlp": 22, "gated": 12, "conv": 7}, run_ddpm: {"unet": 7, "mlp": 12}}
 
 
-@pytest.mark.parametrize("arch", vae.VAES)
-def test_vae_script(arch, record, call, test_images, tmp_path):
-    steps_taken = record(run_vae, "adam_step" if arch == "mlp" else "muon_step")
-    latents = record(plots, "plot_latents")
-    reconstructions, grids, losses = (record(plots, name) for name in ("reconstructions", "grid", "vae_loss"))
-    flags = ["--arch", arch, "--latent-dim", 5, "--epochs", 2, "--batch-size", 16, "--train-images", 50]
-    flags += ["--lr", 0.01, "--workers", 1, "--out", tmp_path]  # one rank, which steps all the weights
-    call(run_vae, *flags)
-    steps = 2 * 4  # 50 images are 16 + 16 + 16 + 2
-    assert [args[3] for args in steps_taken] == list(range(1, steps + 1))
-    assert [args[4:] for args in steps_taken] == [(cosine_decay(step, steps, 0.01),) for step in range(1, steps + 1)]
+@pytest.mark.parametrize("module", DEFAULTS)
+def test_the_defaults_are_those_of_the_help_and_of_the_runs_that_came_with_the_package(module, capsys):
+    name = module.__name__.removeprefix("run_")
+    expected = OF_EVERY_RUN | DEFAULTS[module] | {"out": Path("runs") / name, "workers": blas.available_cores()}
+    found = vars(module.parse_arguments([]))
+    assert found.pop("command") == f"python {module.__name__}.py" and found == expected
+    assert {arch: module.parse_arguments(["--arch", arch]).epochs for arch in EPOCHS[module]} == EPOCHS[module]
 
-    _, encode, decode = vae.VAES[arch]
-    with np.load(tmp_path / "checkpoint.npz") as file:
-        params = tree.map(lambda name: file[f"params/{name}"], names_as_tree(steps_taken[-1][0]))
-    x = scale(test_images, 0, 1)
-    mu, log_var = encode(params, x)
-    ((shown, decoded),) = reconstructions
-    np.testing.assert_array_equal(shown, x)  # the small test set has 40 images, the figure shows 40
-    np.testing.assert_allclose(decoded, vae.generate(partial(decode, params), mu), atol=1e-5)
-    samples = next(args[0] for args in grids if "N(0, I)" in args[2])
-    assert len(samples) == 100 and samples.std(axis=0).max() > 0
+    with pytest.raises(SystemExit):
+        module.parse_arguments(["--help"])
+    _, *flags = re.split(r"\n  --", capsys.readouterr().out)
+    said = {flag.split()[0].strip(","): re.search(r"\(default: ([^)]*)\)", " ".join(flag.split())) for flag in flags}
+    in_words = {
+        "epochs": ", ".join(f"{count} for {arch}" for arch, count in EPOCHS[module].items()),
+        "additions": "all",
+        "train_images": "all",
+        "latents": "those with most KL",
+        "workers": f"all cores, here {expected['workers']}; under mpiexec its ranks count, and not N",
+        "data": "data/ beside the run scripts",
+    }
+    for flag, default in expected.items():
+        match = said.pop(flag.replace("_", "-"))
+        assert (match and match[1]) == (None if default is False else in_words.get(flag, str(default))), flag
+    assert said == {}  # no flag without a line in the table
 
-    kl = vae.kl_per_dimension(mu, log_var).mean(axis=0)
-    assert sorted(latents[0][2:]) == sorted(np.argsort(kl)[-2:])
-    call(run_vae, *flags, "--resume", "--latents", 3, 1)
-    assert latents[1][1:] == (5, 3, 1) and (tmp_path / "latents_3_1.png").exists()
-
-    m = metrics(tmp_path)
-    assert m["parameters"] == tree.size(params) and m["seconds"] > 0
-    assert m["entropy_floor"] == losses[0][1] == pytest.approx(vae.entropy_floor(x))
-    assert m["kl"] == pytest.approx(kl.sum(), rel=1e-4)
+    for packed in {"vae": ["vae"], "ddpm": ["ddpm", "ddpm-classes"]}[name]:
+        config = load_trained(packed).config
+        expected["classes"] = packed == "ddpm-classes"
+        shared = expected.keys() & config.keys() - {"train_images"}  # there they are a checksum
+        assert len(shared) >= 7 and {key: config[key] for key in shared} == {key: expected[key] for key in shared}
 
 
-def trained_by_hand(loss, params, batches, steps, peak, decay=1.0):
-    """Adam and the moving average as their papers have them, in float64, on whole minibatches.
+def test_the_other_numbers_that_the_documents_name():
+    assert "each minute" in (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert run_module.SAVE_SECONDS == 60
+    assert "one of 300 groups" in README and improved.GROUPS == 300
+    assert improved.GUIDANCE == 0.5 and (muon.MUON_SIDES[0], muon.MUON_SIDES[-1]) == (8, 64)
+    early = [improved.early_step(steps) for steps in (6, 1000, 1640, 1645, 7 * 469)]
+    assert early == [2, 250, 410, 411, 411]  # a quarter, but an eighth of the default run at the most
 
-    ``batches`` are those of all epochs; returns the weights, their average, and the loss before each step.
-    """
+
+# --------------------------------------------------------------------------------- the equations, and nothing else
+
+
+def trained_by_hand(loss, params, batches, peak, decay=1.0, beta2=0.999, by_muon=False):
+    """The papers' optimisers, in float64 and on whole minibatches: the weights and their moving average at the start
+    and after each step. Muon steps matrices whose shorter side is from 8 to 64."""
+
+    def stepped(p, g, m, v, rate, step):
+        columns = p.shape[-1]
+        if by_muon and p.ndim > 1 and 8 <= min(p.size // columns, columns) <= 64:
+            m = 0.95 * m + g
+            direction = muon.orthogonalise((g + 0.95 * m).reshape(-1, columns))
+            return p - rate * 0.2 * np.sqrt(max(direction.shape)) * direction.reshape(p.shape), m, v
+        m, v = 0.9 * m + 0.1 * g, beta2 * v + (1 - beta2) * g**2
+        return p - rate * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - beta2**step)) + 1e-8), m, v
+
     params = tree.map(np.float64, params)
-    m, v, average, losses = tree.map(np.zeros_like, params), tree.map(np.zeros_like, params), params, []
+    m, v, average = tree.map(np.zeros_like, params), tree.map(np.zeros_like, params), params
+    states, steps = [(params, average)], len(batches)
     for step, batch in enumerate(batches, 1):
-        losses.append(float(loss(params, batch)))
-        g = grad(loss)(params, batch)
-        m = tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
-        v = tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, v, g)
         rate = peak * min(1, step / max(1, steps // 10)) * (1 + np.cos(np.pi * (step - 1) / steps)) / 2
-
-        def adam(p, m, v, rate=rate, step=step):
-            return p - rate * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
-
-        params = tree.map(adam, params, m, v)
+        three = tree.map(partial(stepped, rate=rate, step=step), params, grad(loss)(params, batch), m, v)
+        params, m, v = (tree.map(lambda _, of_leaf, n=n: of_leaf[n], params, three) for n in range(3))
         d = min(decay, (1 + step) / (10 + step))
         average = tree.map(lambda a, p, d=d: d * a + (1 - d) * p, average, params)
-    return params, average, losses
+        states.append((params, average))
+    return states
 
 
-def orders(seed, count, batch_size, epochs):
+def orders(count, batch_size, epochs):
     """The numbers of the images in each minibatch of a run."""
     for epoch in range(epochs):
-        order = rng_for(seed, ORDER, epoch).permutation(count)
+        order = rng_for(SEED, ORDER, epoch).permutation(count)
         yield from (order[start : start + batch_size] for start in range(0, count, batch_size))
 
 
-def test_a_run_of_the_vae_is_its_equations_and_nothing_else(call, small_data, test_images, tmp_path):
+def of_epochs(numbers, batches):
+    """Numbers of the three minibatches of each of two epochs, as means over images."""
+    weights = [len(batch[0]) for batch in batches]
+    return [np.average(numbers[start : start + 3], weights=weights[start : start + 3]) for start in (0, 3)]
+
+
+SHORT = ["--epochs", 2, "--batch-size", 16, "--train-images", 40, "--lr", 0.004, "--seed", SEED, "--workers", 1]
+D, BETA, DECAY = 5, 1.5, 0.3
+
+
+@pytest.fixture(scope="module", params=vae.VAES)
+def vae_run(request, train, tmp_path_factory):
+    flags = [*SHORT, "--arch", request.param, "--latent-dim", D, "--beta", BETA]
+    with narrow_networks():
+        return train(run_vae, *flags, out=tmp_path_factory.mktemp(f"vae-{request.param}"))
+
+
+def test_a_run_of_the_vae_is_its_equations_and_nothing_else(vae_run, narrow, images):
     """A second implementation, in float64 and without shards: the same numbers from the same draws."""
-    flags = ["--latent-dim", 3, "--epochs", 2, "--batch-size", 16, "--train-images", 40, "--seed", 7, "--lr", 0.004]
-    call(run_vae, *flags, "--beta", 1.5, "--out", tmp_path)
-    x_train = load_idx(small_data / "train-images-idx3-ubyte")[:40, ..., None] / 255
-    x_test = test_images / 255
-    rng = rng_for(7, NOISE)
-    init = rng_for(7, INIT)
+    arch = vae_run.model.config["arch"]
+    (x_train, x_test), (init, encode, decode) = (part / 255 for part in images), vae.VAES[arch]
+    rng = rng_for(SEED, NOISE)
 
     def terms(params, x, eps):
-        mu, log_var = vae.mlp_encode(params, x)
-        logits = vae.mlp_decode(params, mu + anp.exp(log_var / 2) * eps)
-        first = anp.sum(x * logits - anp.log(1 + anp.exp(logits))) / len(x)
-        return first, anp.sum(mu**2 + anp.exp(log_var) - 1 - log_var) / 2 / len(x)
+        mu, log_var = encode(params, x)
+        logits = decode(params, mu + anp.exp(log_var / 2) * eps)
+        first = (x * logits - anp.log(1 + anp.exp(logits))).sum() / len(x)
+        return first, (mu**2 + anp.exp(log_var) - 1 - log_var).sum() / 2 / len(x)
 
     def loss(params, batch):
         first, second = terms(params, *batch)
-        return 1.5 * second - first
+        return BETA * second - first
 
-    numbers = list(orders(7, 40, 16, 2))
-    batches = [(x_train[n], rng.standard_normal((len(n), 3), dtype=np.float32)) for n in numbers]
-    params, _, losses = trained_by_hand(loss, vae.init_mlp_vae(init, 3), batches, 6, 0.004)
-    eps_test = rng_for(7, TEST).standard_normal((40, 3), dtype=np.float32)
-    first, second = terms(params, x_test, eps_test)
-    found, log = metrics(tmp_path), load(tmp_path / "checkpoint.npz")[1]["log"]
-    assert (found["reconstruction"], found["kl"]) == pytest.approx((first, second), rel=1e-4)
-    assert found["elbo"] == pytest.approx(first - second, rel=1e-4)
-    for row, of_epoch in zip(log, (losses[:3], losses[3:]), strict=True):
-        mean = np.average(of_epoch, weights=[16, 16, 8])
-        assert 1.5 * row["train_kl"] - row["train_reconstruction"] == pytest.approx(mean, rel=1e-4)
-        assert row["train_elbo"] == pytest.approx(row["train_reconstruction"] - row["train_kl"], rel=1e-6)
+    batches = [(x_train[n], rng.standard_normal((len(n), D), dtype=np.float32)) for n in orders(40, 16, 2)]
+    by_muon = arch != "mlp"
+    rounding = 1e-3 * by_muon  # its directions are those of the smallest singular values, too
+    states = trained_by_hand(loss, init(rng_for(SEED, INIT), D), batches, 0.004, by_muon=by_muon)
+    train = np.array([terms(params, *batch) for (params, _), batch in zip(states, batches, strict=False)])
+    eps_test = rng_for(SEED, TEST).standard_normal((40, D), dtype=np.float32)
+    for row, after, *means in zip(vae_run.log, (3, 6), *(of_epochs(each, batches) for each in train.T), strict=True):
+        for part, (first, second) in (("train", means), ("test", terms(states[after][0], x_test, eps_test))):
+            found = row[f"{part}_reconstruction"], row[f"{part}_kl"], row[f"{part}_elbo"]
+            assert found == pytest.approx((first, second, first - second), rel=1e-4, abs=rounding)
+    both = np.stack([x_test, 1 - x_test])
+    floor = -(both * np.log(np.where(both > 0, both, 1))).sum() / 40
+    assert vae_run.metrics["entropy_floor"] == pytest.approx(floor)
+    assert vae_run.metrics["parameters"] == tree.size(states[0][0])
 
 
-def test_a_run_of_the_diffusion_model_is_its_equations_and_nothing_else(call, small_data, test_images, tmp_path):
-    """Algorithm 1 a second time, in float64 and without shards, and the test loss of the averaged weights."""
+ADDITIONS = [["none"], ["v"], ["black"], ["weights"], ["muon"], ["guide"], ["groups"], ["all"]]
+
+
+@pytest.mark.parametrize("additions", ADDITIONS, ids=lambda names: names[0])
+def test_a_run_of_the_diffusion_model_is_its_equations_and_nothing_else(
+    additions, narrow, train, draws_nothing, images, tmp_path
+):
+    """Algorithm 1 a second time, in float64 and without shards, with what each addition says of itself."""
     T, N = 30, 40
-    flags = ["--T", T, "--arch", "mlp", "--additions", "none", "--epochs", 2, "--batch-size", 16, "--lr", 0.004]
-    call(run_ddpm, *flags, "--train-images", N, "--seed", 7, "--ema", 0.3, "--out", tmp_path)
-    x_train = load_idx(small_data / "train-images-idx3-ubyte")[:N, ..., None] / 127.5 - 1
-    x_test = test_images / 127.5 - 1
-    rng = rng_for(7, NOISE)
-    init = rng_for(7, INIT)
+    flags = [*SHORT, "--T", T, "--arch", "mlp", "--ema", DECAY, "--additions", *additions]
+    run = train(run_ddpm, *flags, out=tmp_path)
+    arrays, state = load(tmp_path / "checkpoint.npz")
+    names = set(additions) if additions != ["all"] else {"v", "black", "weights", "muon", "guide", "groups"}
+    assert set(state["config"]["additions"]) == names - {"none"}
+    x_train, x_test = (part / 127.5 - 1 for part in images)
+    rng = rng_for(SEED, NOISE)
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, T) * 1000 / T)
 
-    def errors(params, x_0, t, eps):
-        a = alpha_bar[t - 1].reshape(-1, 1, 1, 1)
-        return (eps - denoisers.mlp_denoiser(params, np.sqrt(a) * x_0 + np.sqrt(1 - a) * eps, t)) ** 2
+    def means_of(x):
+        """The mean image that is nearest to each image, 0 in place of a tenth of those to train on."""
+        means = arrays["groups/means"].astype(float).reshape(-1, 28, 28, 1)
+        squares = ((x.reshape(-1, 1, 784) - means.reshape(1, -1, 784)) ** 2).sum(axis=2)
+        return means[squares.argmin(axis=1)]
+
+    def errors(params, x_0, t, eps, means):
+        a, b = (np.sqrt(each[t - 1]).reshape(-1, 1, 1, 1) for each in (alpha_bar, 1 - alpha_bar))
+        x_t = a * x_0 + b * eps
+        seen = [x_t] + [np.clip((x_t + a) / b, -3, 3)] * ("black" in names) + [means] * ("groups" in names)
+        out = denoisers.mlp_denoiser(params, np.concatenate(seen, axis=3), t)
+        return ((eps - (b * x_t + a * out if "v" in names else out)) ** 2).sum(axis=(1, 2, 3)) / 784
 
     def loss(params, batch):
-        return anp.sum(errors(params, *batch)) / batch[0].size
+        _, t, _, _ = batch
+        weights = 1 / np.sqrt(alpha_bar[t - 1]) if "weights" in names else 1
+        return (weights * errors(params, *batch)).sum() / len(t)
 
     batches = []
-    for n in orders(7, N, 16, 2):
-        t = rng.integers(1, T + 1, size=len(n))
-        batches.append((x_train[n], t, rng.standard_normal((len(n), 28, 28, 1), dtype=np.float32)))
-    _, average, losses = trained_by_hand(loss, denoisers.init_mlp_denoiser(init), batches, 6, 0.004, decay=0.3)
+    for n in orders(N, 16, 2):
+        t, eps = rng.integers(1, T + 1, size=len(n)), rng.standard_normal((len(n), 28, 28, 1), dtype=np.float32)
+        means = None
+        if "groups" in names:
+            means = np.where(rng.random(len(n)).reshape(-1, 1, 1, 1) < 0.1, 0, means_of(x_train[n]))
+        batches.append((x_train[n], t, eps, means))
+    inputs = 1 + len(names & {"black", "groups"})
+    init, _ = denoisers.DENOISERS["mlp"]
+    muon_and_beta2 = {"by_muon": True, "beta2": 0.99} if "muon" in names else {}
+    states = trained_by_hand(loss, init(rng_for(SEED, INIT), inputs), batches, 0.004, DECAY, **muon_and_beta2)
+    losses = [errors(params, *batch).mean() for (params, _), batch in zip(states, batches, strict=False)]
     t_test = np.array([1 + n * T // N for n in range(N)])
-    eps_test = rng_for(7, TEST).standard_normal(x_test.shape, dtype=np.float32)
-    by_image = errors(average, x_test, t_test, eps_test).mean(axis=(1, 2, 3))
-    log = load(tmp_path / "checkpoint.npz")[1]["log"]
-    assert metrics(tmp_path)["test_loss"] == pytest.approx(by_image.mean(), rel=1e-4)
-    assert log[-1]["test_loss"] == pytest.approx(by_image[::5].mean(), rel=1e-4)
-    for row, of_epoch in zip(log, (losses[:3], losses[3:]), strict=True):
-        assert row["train_loss"] == pytest.approx(np.average(of_epoch, weights=[16, 16, 8]), rel=1e-4)
+    eps_test = rng_for(SEED, TEST).standard_normal(x_test.shape, dtype=np.float32)
+    test = x_test, t_test, eps_test, means_of(x_test) if "groups" in names else None
+    for row, after, mean in zip(run.log, (3, 6), of_epochs(losses, batches), strict=True):
+        of_test = errors(states[after][1], *test)  # of the average of the weights, and in the log of each fifth image
+        assert (row["train_loss"], row["test_loss"]) == pytest.approx((mean, of_test[::5].mean()), rel=1e-4)
+    assert run.metrics["test_loss"] == pytest.approx(of_test.mean(), rel=1e-4)
+    assert run.metrics["alpha_bar_T"] == pytest.approx(alpha_bar[-1])
+    prior_kl = (alpha_bar[-1] * (x_test**2).sum() / N - 784 * (alpha_bar[-1] + np.log(1 - alpha_bar[-1]))) / 2
+    assert run.metrics["prior_kl"] == pytest.approx(prior_kl, rel=1e-4)
+    if "groups" in names:
+        x = images[0][:N].astype(np.uint8)
+        found = improved.find_groups(x, None, improved.GROUPS, rng_for(SEED, INIT, 1))
+        np.testing.assert_array_equal(arrays["groups/means"], found["means"])
+    early = {name: array for name, array in arrays.items() if name.startswith("early/")}
+    if "guide" in names:  # the average after a quarter of the six steps
+        for name, expected in zip(tree.names(states[2][1]), tree.leaves(states[2][1]), strict=True):
+            np.testing.assert_allclose(early.pop(f"early/{name}"), expected, rtol=1e-3, atol=1e-5)
+    assert early == {}
 
 
-def test_the_strip_has_the_six_times_of_the_sheet(record, call, tmp_path, monkeypatch):
-    quick = (lambda rng, inputs: {"w": np.ones(1, np.float32)}), (lambda params, x, t, labels: params["w"] * x)
-    monkeypatch.setitem(run_ddpm.DENOISERS, "mlp", quick)
-    strips = record(plots, "row_of_times")
-    flags = ["--T", 200, "--arch", "mlp", "--additions", "none", "--epochs", 1, "--train-images", 16]
-    call(run_ddpm, *flags, "--workers", 1, "--out", tmp_path)
-    times = [200, 100, 50, 20, 10, 0]
-    assert [each for _, each, _ in strips] == [times[::-1], times]  # the forward process begins at 0
+# ---------------------------------------------------------------------------------------------------- what is printed
 
 
-def test_beta_reaches_the_loss(record, call, tmp_path):
-    losses = record(vae, "negative_elbo")
-    shards = 16 // parallel.shard_size(16, blas.available_cores())
-    flags = ["--latent-dim", 2, "--batch-size", 16, "--train-images", 64, "--workers", 1, "--out", tmp_path]
-    call(run_vae, *flags, "--epochs", 2, "--beta", 4)
-    assert [args[3] for args in losses] == [4] * 8 * shards
-    losses.clear()
-    call(run_vae, *flags, "--epochs", 1)
-    assert [args[3] for args in losses] == [1] * 4 * shards
+def without_seconds(lines):
+    """A line is printed after the checkpoint is saved, which takes a moment more than log.csv says."""
+    return [re.sub(r"(^epoch .*)  \d+ s$", r"\1", line) for line in lines]
 
 
-def names_as_tree(params):
-    names = iter(tree.names(params))
-    return tree.map(lambda _: next(names), params)
+def test_the_vae_prints_what_is_in_its_files(vae_run):
+    about, m = vae_run.model.config, vae_run.metrics
+    assert without_seconds(vae_run.lines) == [
+        f"VAE {about['arch']}: {m['parameters']:,} parameters, 40 training images",
+        *(
+            "epoch {epoch:.0f}/2  ELBO: train {train_elbo:.2f}, test {test_elbo:.2f} = {test_reconstruction:.2f} - "
+            "{test_kl:.2f} nats".format(**row)
+            for row in vae_run.log
+        ),
+        f"test ELBO {m['elbo']:.2f} = {m['reconstruction']:.2f} - {m['kl']:.2f} nats per image; no model gets above "
+        f"-{m['entropy_floor']:.2f}, minus the entropy of the grey pixels",
+        f"figures and numbers are in {vae_run.folder}",
+    ]
+    last = {name: vae_run.log[-1][f"test_{name}"] for name in ("elbo", "reconstruction", "kl")}
+    assert {name: m[name] for name in last} == last
 
 
-@pytest.mark.parametrize(("schedule", "additions"), [("linear", "all"), ("cosine", "all"), ("linear", "none")])
-def test_ddpm_script(schedule, additions, record, call, test_images, tmp_path):
-    rows, grids, gifs = (record(plots, name) for name in ("row_of_times", "grid", "save_gif"))
-    losses = record(plots, "ddpm_loss")
-    sampled, not_sampled = record(samplers, "sample"), record(diffusion, "sample")
-    if additions == "none":  # Algorithm 2 to the letter
-        sampled, not_sampled = not_sampled, sampled
-    flags = ["--T", 20, "--epochs", 2, "--batch-size", 16, "--train-images", 40, "--schedule", schedule]
-    flags += ["--additions", additions, "--ema", 0.5, "--out", tmp_path, "--workers", 1]
-    call(run_ddpm, *flags)
-    # Two previews of one shard of 32 images, 16 by Algorithm 2 for strip and animation, and two shards of samples.
-    assert [len(args[2]) for args in sampled] == [32, 32, 16, 32, 32] and not_sampled == []
-    (noisy, forward_times, _), (path, reverse_times, _) = rows
-    assert forward_times[::-1] == reverse_times == [20, 10, 5, 2, 1, 0]
-    noisy, forward_times = noisy[::-1], forward_times[::-1]
-    s, x_0 = diffusion.make_schedule(schedule, 20), scale(test_images[0], -1, 1)
-    signal, noise = s["sqrt_alpha_bar"], s["sqrt_one_minus_alpha_bar"]
-    np.testing.assert_allclose(noisy[-1], x_0, atol=1e-6)
-    for x_t, t in zip(noisy[:-1], forward_times[:-1], strict=True):  # one and the same noise at every time
-        eps = (x_t - signal[t] * x_0) / noise[t]
-        np.testing.assert_allclose(eps, (noisy[0] - signal[20] * x_0) / noise[20], atol=1e-4)
-
-    first, both, samples = (args[0].astype(int) for args in grids[:3])
-    assert (len(first), len(both), len(samples)) == (10, 20, 64)  # a row an epoch
-    assert [args[5] for args in grids[:2]] == [["epoch 1"], ["epoch 1", "epoch 2"]]
-    for other in (1, 3):  # both previews, and the samples, start from the same noise
-        np.testing.assert_array_equal(sampled[0][2], sampled[other][2])
-    np.testing.assert_array_equal(first, both[:10])
-    assert np.abs(both[10:] - first).max() > 0
-    assert "diffusion model, unet: " in grids[2][2] and "20 steps" in grids[2][2]
-    assert losses[0][1].tolist() == np.repeat(np.arange(1, 21), 2).tolist()  # 40 test images, each t twice
-    assert all(np.abs(a - b).max() > 0.01 for a, b in zip(path, path[1:], strict=False))
-    (frames, columns, _), *_ = gifs
-    assert list(frames) == list(range(20, -1, -1)) and columns == 4
-    np.testing.assert_array_equal(frames[0][0], path[-1])
-    model = load_run(tmp_path)
-    best = SamplerConfig("ddpm", 20) if additions == "none" else SamplerConfig("sde-dpm++", 20, improved.GUIDANCE)
-    image = model.sample(32, rng_for(0, SAMPLES, 0), config=best)
-    np.testing.assert_array_equal(samples[:32], np.round(image * 255))
-
-    m = metrics(tmp_path)
-    assert m["alpha_bar_T"] == s["alpha_bar"][-1]
-    assert m["prior_kl"] == pytest.approx(diffusion.prior_kl(s, scale(test_images, -1, 1)).mean(), rel=1e-6)
-    if schedule == "cosine":
-        return
-    # Samples and test loss come from the averaged weights, and from them alone.
-    with np.load(tmp_path / "checkpoint.npz") as file:
-        assert np.any(file["ema/conv_out/w"] != file["params/conv_out/w"])
-    rewrite(tmp_path, lambda name, a: 0 * a if name.startswith("params/") else a)
-    call(run_ddpm, *flags, "--resume")
-    np.testing.assert_array_equal(grids[-2][0], samples)  # the last shows the nearest training images
-    assert metrics(tmp_path)["test_loss"] == m["test_loss"]
-    rewrite(tmp_path, lambda name, a: 0 * a if name.startswith("ema/") else a)
-    call(run_ddpm, *flags, "--resume")
-    assert np.abs(grids[-2][0] - samples).max() > 1 and metrics(tmp_path)["test_loss"] != m["test_loss"]
+def test_the_diffusion_model_prints_what_is_in_its_files(ddpm_run):
+    about, m = ddpm_run.model.config, ddpm_run.metrics
+    hints = [
+        " (predicting no noise at all has a loss of 1: try a smaller --lr)" * (ddpm_run.log[0]["test_loss"] > 0.9),
+        "",
+    ]
+    assert without_seconds(ddpm_run.lines) == [
+        f"diffusion {about['arch']}: {m['parameters']:,} parameters, 40 training images",
+        f"T = {ddpm_run.T}, alpha_bar_T = {m['alpha_bar_T']:.2e}, prior KL = {m['prior_kl']:.3g} nats per image",
+        *(
+            "epoch {epoch:.0f}/2  loss: train {train_loss:.5f}, test {test_loss:.5f}".format(**row) + hint
+            for row, hint in zip(ddpm_run.log, hints, strict=True)
+        ),
+        f"test loss {m['test_loss']:.5f}: mean squared error of the predicted noise, per pixel and over all t",
+        f"figures and numbers are in {ddpm_run.folder}",
+    ]
 
 
-@pytest.mark.parametrize("additions", ["none", "all"])
-@pytest.mark.parametrize("arch", denoisers.DENOISERS)
-def test_every_network_learns_with_the_default_rate(arch, additions, call, tmp_path, capsys):
-    """Without a skip the MLP alone learned nothing but to predict 0, which has a loss of 1."""
-    flags = ["--arch", arch, "--additions", additions, "--T", 20, "--batch-size", 8, "--out", tmp_path]
-    model = call(run_ddpm, *flags, "--epochs", 2, "--workers", 2)
-    assert model.log[-1]["test_loss"] < 0.5 and model.log[-1]["train_loss"] < 0.5
-    assert "predicting no noise" not in capsys.readouterr().out
+def constant_network(answer):
+    return (lambda rng, inputs: {"w": np.float32([answer])}), (lambda params, x, t, labels: params["w"] + 0 * x)
 
 
-@pytest.mark.parametrize("arch", vae.VAES)
-def test_every_vae_learns_with_the_default_rate(arch, call, tmp_path):
-    flags = ["--arch", arch, "--latent-dim", 4, "--batch-size", 16, "--epochs", 4, "--out", tmp_path]
-    model = call(run_vae, *flags)
-    assert model.log[-1]["test_elbo"] > -400 and model.sample(2).shape == (2, 28, 28, 1)  # 543 are those of grey 1/2
+@pytest.mark.parametrize(("gain", "warned"), [(0.1, False), (0.02, True)])
+def test_a_run_that_has_learned_nothing_says_so_after_its_first_epoch(
+    gain, warned, train, draws_nothing, monkeypatch, tmp_path
+):
+    """x_t is noise at almost every t here, so that the loss of this network is (1 - gain)^2: 0.81 or 0.96."""
+    copying = (lambda rng, inputs: {"w": np.float32([gain])}), (lambda params, x, t, labels: params["w"] * x)
+    monkeypatch.setitem(run_ddpm.DENOISERS, "mlp", copying)
+    monkeypatch.setitem(diffusion.SCHEDULES, "linear", lambda T: np.full(T, 0.999))
+    flags = ["--T", 5, "--arch", "mlp", "--additions", "none", "--epochs", 2, "--train-images", 16, "--lr", 1e-9]
+    run = train(run_ddpm, *flags, out=tmp_path)
+    assert [row["test_loss"] > 0.9 for row in run.log] == [warned] * 2
+    said = [line.partition("  ")[0] for line in run.lines if "predicting no noise at all has a loss of 1" in line]
+    assert said == ["epoch 1/2"] * warned
 
 
-def test_a_run_that_learns_nothing_says_so(call, tmp_path, capsys):
-    flags = ["--T", 2, "--arch", "mlp", "--additions", "none", "--epochs", 2, "--train-images", 16, "--out", tmp_path]
-    call(run_ddpm, *flags, "--lr", 1e-9)
-    assert capsys.readouterr().out.count("predicting no noise at all has a loss of 1") == 1  # after the first epoch
+@pytest.mark.parametrize(("beta", "warned"), [(0.36, False), (0.32, True)])
+def test_an_image_that_cannot_become_noise_is_warned_of(beta, warned, train, draws_nothing, monkeypatch, tmp_path):
+    monkeypatch.setitem(run_ddpm.DENOISERS, "mlp", constant_network(0.0))
+    monkeypatch.setitem(diffusion.SCHEDULES, "linear", lambda T: np.full(T, beta))
+    run = train(run_ddpm, "--T", 15, "--arch", "mlp", "--epochs", 1, "--train-images", 16, out=tmp_path)
+    assert 0.2 < run.metrics["prior_kl"] < 0.5 if not warned else 0.5 < run.metrics["prior_kl"] < 3
+    assert any(line.startswith("warning: x_T still shows the image") for line in run.lines) == warned
 
 
-@pytest.mark.parametrize("T", [1, 2])
-def test_a_T_of_one_or_two_shows_what_there_is(T, record, call, tmp_path):
-    strips, gifs = record(plots, "row_of_times"), record(plots, "save_gif")
-    call(run_ddpm, "--T", T, "--arch", "mlp", "--epochs", 1, "--train-images", 16, "--out", tmp_path)
-    expected = list(range(T, -1, -1))
-    assert [times for _, times, _ in strips] == [expected[::-1], expected] and list(gifs[0][0]) == expected
+# ----------------------------------------------------------------------------------------------- what the figures show
 
 
-def test_previews_are_of_the_last_twelve_epochs_and_survive_a_stop(record, call, tmp_path):
-    grids = record(plots, "grid")
-    flags = ["--T", 2, "--arch", "mlp", "--epochs", 14, "--train-images", 16, "--out", tmp_path]
-    call(run_ddpm, *flags)
-    shown = [args for args in grids if args[2].startswith("previews: ")]
-    assert [len(args[5]) for args in shown] == [*range(1, 13), 12, 12]
-    assert shown[-1][5] == [f"epoch {n}" for n in range(3, 15)]
-    np.testing.assert_array_equal(shown[-1][0][:110], shown[-2][0][10:])
-    arrays, _ = load(tmp_path / "checkpoint.npz")
-    assert arrays["previews"].shape == (12, 10, 28, 28, 1)
-    np.testing.assert_array_equal(arrays["previews"][14 % 12], shown[-1][0][-10:])
+def only(run, name):
+    """The figure of this file, which was written once, and its first panel."""
+    (figure,) = run.figures[name]
+    return figure, figure.axes[0]
 
 
-def test_a_preview_that_cannot_be_written_ends_no_training(call, tmp_path, monkeypatch):
-    save = plots.save
+def levels(x):
+    """Images in [0, 1] as tiles of grey levels."""
+    return np.round(255 * x)[..., 0]
 
-    def viewer(figure, path):
-        if path.name == "preview.png":
-            raise PermissionError(13, "Permission denied", str(path))
-        save(figure, path)
 
-    monkeypatch.setattr(plots, "save", viewer)
-    flags = ["--T", 2, "--arch", "mlp", "--epochs", 2, "--train-images", 16, "--out", tmp_path]
+def test_the_figures_of_the_vae_are_of_its_weights_and_the_test_images(vae_run, narrow, images, labels, train):
+    model, x = load_run(vae_run.folder), np.float32(images[1] / 255)
+    mu, log_var = model.encode(x)
+    kl = vae.kl_per_dimension(mu, log_var).mean(axis=0)
+    i, j = sorted(np.argsort(kl)[-2:])
+    assert set(vae_run.figures) == {
+        *("loss.png", "reconstructions.png", "interpolation.png", "samples.png", "codes.png", f"latents_{i}_{j}.png")
+    }
+    _, axes = only(vae_run, "reconstructions.png")
+    rows = tiles(axes, 0, 1).reshape(4, 2, 10, 28, 28)
+    np.testing.assert_allclose(rows[:, 0].reshape(40, 28, 28), x[..., 0], atol=1e-6)
+    np.testing.assert_allclose(rows[:, 1].reshape(40, 28, 28), model.generate(mu)[..., 0], atol=1e-5)
+    assert tick_labels(axes.yaxis) == ["test", "decoded"] * 4
+    assert axes.get_title() == "test images, and decoded from their $\\mu$"
+
+    _, axes = only(vae_run, "interpolation.png")
+    rows = tiles(axes, 0, 1).reshape(8, 12, 28, 28)
+    np.testing.assert_allclose(rows[:, [0, 11]], np.stack([x[:8, ..., 0], x[8:16, ..., 0]], axis=1), atol=1e-6)
+    between = np.concatenate([mu[n] + np.linspace(0, 1, 10)[:, None] * (mu[8 + n] - mu[n]) for n in range(8)])
+    decoded = model.generate(np.float32(between)).reshape(8, 10, 28, 28)
+    np.testing.assert_allclose(rows[:, 1:11], decoded, atol=1e-5)
+    assert tick_labels(axes.xaxis) == ["test", *(f"{n / 9:.2f}" for n in range(10)), "test"]
+    assert axes.get_title() == "from one test image to another, evenly in z"
+
+    _, axes = only(vae_run, "samples.png")
+    z = rng_for(SEED, SAMPLES).standard_normal((100, D), dtype=np.float32)
+    np.testing.assert_allclose(tiles(axes, 0, 1), model.generate(z)[..., 0], atol=1e-5)
+    assert axes.get_title() == f"variational autoencoder, {model.config['arch']}: decoded from $z \\sim N(0, I)$"
+
+    _, axes = only(vae_run, "codes.png")
+    np.testing.assert_allclose(axes.collections[0].get_offsets(), mu[:, [i, j]], atol=1e-5)
+    assert axes.get_title() == "codes $\\mu$ of test images, in the two dimensions with most KL"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (f"$\\mu_{{{i}}}$", f"$\\mu_{{{j}}}$") and axes.get_aspect() == 1
+    colours = [to_rgba(f"C{label}", 0.5) for label in labels[1]]
+    np.testing.assert_allclose(axes.collections[0].get_facecolors(), colours)
+    assert [tuple(key.get_facecolor()[0]) for key in axes.collections[1:]] == [to_rgba(f"C{c}") for c in range(10)]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(CLASSES)
+
+    _, axes = only(vae_run, f"latents_{i}_{j}.png")
+    drawn_again = train(
+        run_vae, *SHORT, "--arch", model.config["arch"], "--latent-dim", D, "--beta", BETA, "--resume", "--latents",
+        3, 1, out=vae_run.folder,
+    )  # fmt: skip
+    for (a, b), of in (((i, j), axes), ((3, 1), only(drawn_again, "latents_3_1.png")[1])):
+        z = np.zeros((10, 10, D), np.float32)
+        z[..., a], z[..., b] = np.linspace(-3, 3, 10), np.linspace(3, -3, 10)[:, None]
+        decoded = model.generate(z.reshape(100, D))[..., 0]
+        np.testing.assert_allclose(tiles(of, 0, 1, line=0), decoded, atol=1e-5)
+        assert (of.get_xlabel(), of.get_ylabel()) == (f"$z_{{{a}}}$", f"$z_{{{b}}}$")
+
+    figure, _ = only(vae_run, "loss.png")
+    for axes, name in zip(figure.axes, ("elbo", "reconstruction", "kl"), strict=True):
+        drawn = lines(axes)
+        for part in ("train", "test"):
+            assert drawn[part] == ([1, 2], [row[f"{part}_{name}"] for row in vae_run.log])
+    assert set(figure.axes[0].lines[2].get_ydata()) == {-vae_run.metrics["entropy_floor"]}
+
+
+DDPM_RUNS = {  # of T = 30
+    "paper": ["--arch", "mlp", "--additions", "none"],
+    "all": ["--arch", "mlp", "--schedule", "cosine"],
+    "classes": ["--classes"],
+}
+
+
+@pytest.fixture(scope="module", params=DDPM_RUNS)
+def ddpm_run(request, train, tmp_path_factory):
+    flags = [*SHORT, "--T", 30, "--ema", DECAY, *DDPM_RUNS[request.param]]
+    with narrow_networks():
+        run = train(run_ddpm, *flags, out=tmp_path_factory.mktemp(f"ddpm-{request.param}"))
+    run.T, run.name, run.best = 30, request.param, SamplerConfig("sde-dpm++", 20, 0.5)
+    if request.param == "paper":
+        run.best = SamplerConfig("ddpm", 30)
+    return run
+
+
+def drawn(model, N, config):
+    """N images, 32 at a time, one class after the other if there are any."""
+    shards = []
+    for start in range(0, N, 32):
+        of_shard = {"labels": np.arange(start, start + 32) % 10} if model.config["classes"] else {}
+        shards.append(model.sample(32, rng_for(SEED, SAMPLES, start), config=config, **of_shard))
+    return levels(np.concatenate(shards)[:N])
+
+
+def test_the_images_that_a_diffusion_model_shows_are_drawn_with_the_average_of_its_weights(ddpm_run, images):
+    run, model = ddpm_run, load_run(ddpm_run.folder)
+    arrays, _ = load(run.folder / "checkpoint.npz")
+    for name, weights in zip(tree.names(model.params), tree.leaves(model.params), strict=True):
+        np.testing.assert_array_equal(weights, arrays[f"ema/{name}"])
+    assert any(np.any(arrays[f"ema/{name}"] != arrays[f"params/{name}"]) for name in tree.names(model.params))
+    assert set(run.figures) == {
+        *("loss.png", "preview.png", "forward.png", "trajectory.png", "sampling.gif", "samples.png", "nearest.png"),
+        *["classes.png"] * (run.name == "classes"),
+    }
+    assert all(f"`{name}`" in README for name in run.figures)
+    _, axes = only(run, "samples.png")
+    expected = drawn(model, 100, run.best)
+    np.testing.assert_array_equal(tiles(axes, 0, 255, columns=8), expected[:64])
+    assert axes.get_title() == f"diffusion model, {model.config['arch']}: {run.best}"
+    if run.name == "classes":
+        _, axes = only(run, "classes.png")
+        np.testing.assert_array_equal(tiles(axes, 0, 255, columns=10)[:96], expected[:96])
+        assert axes.get_title() == f"by class: {run.best}" and tick_labels(axes.xaxis) == list(CLASSES)
+
+    _, axes = only(run, "nearest.png")
+    assert tick_labels(axes.yaxis) == ["sample", "nearest 1", "nearest 2", "nearest 3"]
+    assert axes.get_title() == "samples, and the training images nearest to them, by pixels"
+    sample, *rows = tiles(axes, 0, 255, columns=10).reshape(4, 10, 1, 784)
+    np.testing.assert_array_equal(sample.reshape(10, 28, 28), expected[:10])
+    to_train = np.sort(((sample - images[0][:40].reshape(40, 784)) ** 2).sum(axis=2), axis=1)
+    np.testing.assert_array_equal([((sample - row) ** 2).sum(axis=(1, 2)) for row in rows], to_train[:, :3].T)
+
+    unguided = SamplerConfig(run.best.sampler, run.best.steps)
+    first, both = (figure.axes[0] for figure in run.figures["preview.png"])
+    assert (tick_labels(first.yaxis), tick_labels(both.yaxis)) == (["epoch 1"], ["epoch 1", "epoch 2"])
+    np.testing.assert_array_equal(tiles(both, 0, 255)[:10], tiles(first, 0, 255, columns=10))
+    np.testing.assert_array_equal(tiles(both, 0, 255, columns=10)[10:], drawn(model, 10, unguided))
+    assert both.get_title() == f"previews: {unguided}" and np.any(tiles(both, 0, 255)[:10] != tiles(both, 0, 255)[10:])
+
+
+def test_the_way_to_noise_and_the_way_back(ddpm_run, images):
+    run, model, rng = ddpm_run, load_run(ddpm_run.folder), rng_for(SEED, SAMPLES)
+    x_0 = images[1][:1] / 127.5 - 1
+    eps = rng.standard_normal((1, 28, 28, 1), dtype=np.float32)
+    x_T = rng.standard_normal((16, 28, 28, 1), dtype=np.float32)
+    path = {30: x_T} | dict(model.trajectory(x_T, rng, config=SamplerConfig("ddpm", 30)))
+    times = [30, 15, 8, 3, 2, 0]
+    forward, _ = only(run, "forward.png")
+    reverse, _ = only(run, "trajectory.png")
+    assert (forward.get_suptitle(), reverse.get_suptitle()) == (plots.FORWARD, plots.REVERSE)
+    assert [axes.get_title() for axes in forward.axes] == [f"t = {t}" for t in times[::-1]]
+    assert [axes.get_title() for axes in reverse.axes] == [f"t = {t}" for t in times]
+    for t, to_noise, back in zip(times, forward.axes[::-1], reverse.axes, strict=True):
+        a = model.schedule["alpha_bar"][t]
+        np.testing.assert_allclose(tiles(to_noise, -1, 1), (np.sqrt(a) * x_0 + np.sqrt(1 - a) * eps)[..., 0], atol=1e-5)
+        np.testing.assert_allclose(tiles(back, -1, 1), path[t][:1, ..., 0], atol=1e-5)
+    ((frames, columns, _),) = run.figures["sampling.gif"]
+    assert columns == 4 and list(frames) == list(range(30, -1, -1))
+    for t, shown in frames.items():
+        np.testing.assert_allclose(shown, path[t], atol=1e-5)
+
+
+def test_the_losses_of_the_diffusion_model_by_epoch_and_by_t(ddpm_run, images, labels):
+    run, model = ddpm_run, load_run(ddpm_run.folder)
+    figure, left = only(run, "loss.png")
+    assert [line.get_ydata().tolist() for line in left.lines] == [
+        [row[f"{part}_loss"] for row in run.log] for part in ("train", "test")
+    ]
+    x_0, t = np.float32(images[1] / 127.5 - 1), 1 + np.arange(40) * 30 // 40
+    eps = rng_for(SEED, TEST).standard_normal(x_0.shape, dtype=np.float32)
+    groups = model.groups_of(x_0, labels[1] if run.name == "classes" else None)
+    x_t = diffusion.q_sample(model.schedule, x_0, t, eps)
+    errors = ((eps - model.eps_theta(x_t, t, groups)) ** 2).mean(axis=(1, 2, 3))
+    assert run.metrics["test_loss"] == pytest.approx(errors.mean(), rel=1e-5)
+    shown_t, shown = figure.axes[1].lines[0].get_data()
+    np.testing.assert_allclose(shown_t, [part.mean() for part in np.array_split(t, 30)])
+    np.testing.assert_allclose(shown, [part.mean() for part in np.array_split(errors, 30)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 200])
+def test_the_times_of_the_strips_and_the_frames_of_the_animation(T, train, monkeypatch, tmp_path):
+    monkeypatch.setitem(run_ddpm.DENOISERS, "mlp", constant_network(0.1))
+    flags = ["--T", T, "--arch", "mlp", "--additions", "none", "--epochs", 1, "--train-images", 16]
+    run = train(run_ddpm, *flags, out=tmp_path)
+    times = [200, 100, 50, 20, 10, 0] if T == 200 else list(range(T, -1, -1))  # those of the sheet
+    found = [axes.get_title() for axes in only(run, "trajectory.png")[0].axes]
+    assert found == [f"t = {t}" for t in times]
+    assert [axes.get_title() for axes in only(run, "forward.png")[0].axes] == found[::-1]
+    ((frames, _, _),) = run.figures["sampling.gif"]
+    assert list(frames) == (list(range(200, -1, -4)) if T == 200 else times)
+
+
+def test_previews_are_of_the_last_twelve_epochs_and_one_that_cannot_be_written_ends_no_training(
+    narrow, train, monkeypatch, tmp_path
+):
+    def grid(images, columns, title, *rest, real=plots.grid):
+        if title.startswith("previews: ") and len(images) == 40:  # of the fourth epoch: a viewer keeps the file open
+            raise PermissionError(13, "Permission denied", "preview.png")
+        return real(images, columns, title, *rest)
+
+    monkeypatch.setattr(plots, "grid", grid)
+    flags = ["--T", 2, "--arch", "mlp", "--epochs", 14, "--train-images", 16]
     with pytest.warns(UserWarning, match="preview.png: Permission denied, and so it stays as it is"):
-        model = call(run_ddpm, *flags)
-    assert len(model.log) == 2 and (tmp_path / "samples.png").exists()
+        run = train(run_ddpm, *flags, out=tmp_path)
+    shown = [figure.axes[0] for figure in run.figures["preview.png"]]
+    assert [len(tick_labels(axes.yaxis)) for axes in shown] == [1, 2, 3, *range(5, 13), 12, 12]
+    assert tick_labels(shown[-1].yaxis) == [f"epoch {n}" for n in range(3, 15)]
+    before, last = (tiles(axes, 0, 255, columns=10) for axes in shown[-2:])
+    np.testing.assert_array_equal(last[:110], before[10:])
+    previews = load(tmp_path / "checkpoint.npz")[0]["previews"]  # for a run that resumes
+    assert previews.shape == (12, 10, 28, 28, 1)
+    np.testing.assert_array_equal(previews[14 % 12, ..., 0], last[-10:])
 
 
-def test_a_rank_that_dies_while_a_preview_is_drawn_is_no_preview_that_cannot_be_written(call, tmp_path, monkeypatch):
+def test_a_rank_that_dies_while_a_preview_is_drawn_is_no_preview_that_cannot_be_written(
+    narrow, call, tmp_path, monkeypatch
+):
     """ChildProcessError is an OSError, too."""
 
     def killed(*args, **options):
@@ -349,87 +599,124 @@ def test_a_rank_that_dies_while_a_preview_is_drawn_is_no_preview_that_cannot_be_
         call(run_ddpm, "--T", 2, "--arch", "mlp", "--epochs", 1, "--train-images", 16, "--out", tmp_path)
 
 
-def test_the_guide_is_the_average_as_it_was_after_a_quarter_of_the_steps(record, call, tmp_path):
-    averages = record(run_ddpm, "ema_step")
-    flags = ["--T", 5, "--arch", "mlp", "--batch-size", 4, "--train-images", 40, "--workers", 1, "--out", tmp_path]
-    call(run_ddpm, *flags, "--epochs", 2)
-    arrays, _ = load(tmp_path / "checkpoint.npz")
-    after = averages[5][0]  # the average that the sixth step changes, as it was before: after 5 of 20
-    assert [args[2] for args in averages] == list(range(1, 21))
-    np.testing.assert_array_equal(arrays["early/mlp/0/w"], after["mlp"][0]["w"])
-    before_and_next = (averages[step][0]["mlp"][0]["w"] for step in (4, 6))
-    assert all(np.any(arrays["early/mlp/0/w"] != other) for other in before_and_next)
-    call(run_ddpm, *flags, "--epochs", 1, "--additions", "v")
-    assert not any(name.startswith("early/") for name in load(tmp_path / "checkpoint.npz")[0])
+def test_a_test_set_smaller_than_the_figures(small_data, images, narrow, train, tmp_path):
+    for path in small_data.iterdir():
+        content = path.read_bytes()
+        if path.name.startswith("t10k"):  # 7 of the 40
+            head, size = (16, 784) if "images" in path.name else (8, 1)
+            content = content[:4] + (7).to_bytes(4, "big") + content[8 : head + 7 * size]
+        (tmp_path / path.name).write_bytes(content)
+    flags = ["--epochs", 1, "--train-images", 16, "--workers", 1]
+    of_vae = train(run_vae, *flags, data=tmp_path, out=tmp_path / "vae")
+    x = images[1][np.arange(40) % 7, ..., 0] / 255  # they come again
+    shown = tiles(only(of_vae, "reconstructions.png")[1], 0, 1).reshape(4, 2, 10, 28, 28)
+    np.testing.assert_allclose(shown[:, 0].reshape(40, 28, 28), x, atol=1e-6)
+    shown = tiles(only(of_vae, "interpolation.png")[1], 0, 1, columns=12)
+    np.testing.assert_allclose([shown[::12], shown[11::12]], [x[:8], x[8:16]], atol=1e-6)
+    of_ddpm = train(run_ddpm, *flags, "--T", 30, "--arch", "mlp", data=tmp_path, out=tmp_path / "ddpm")
+    t, _ = only(of_ddpm, "loss.png")[0].axes[1].lines[0].get_data()
+    assert t.tolist() == [1, 5, 9, 13, 18, 22, 26]
 
 
-def test_with_classes_the_network_is_told_the_labels_but_for_a_tenth(record, call, small_data, tmp_path):
-    told = record(denoisers, "label_embedding")
-    flags = ["--T", 5, "--batch-size", 16, "--train-images", 100, "--epochs", 3, "--workers", 1, "--classes"]
-    call(run_ddpm, *flags, "--out", tmp_path)
-    config = load(tmp_path / "checkpoint.npz")[1]["config"]
-    assert config["classes"] is True
-    labels = load_idx(small_data / "train-labels-idx1-ubyte")[:100]
-    first = np.concatenate([args[1] for args in told])[:100]  # of the first epoch, in the order of its minibatches
-    order = rng_for(0, ORDER, 0).permutation(100)
-    dropped = first == -1
-    assert 1 <= dropped.sum() <= 25
-    np.testing.assert_array_equal(first[~dropped], labels[order][~dropped])
+# --------------------------------------------------------------------------------------------------- labels and groups
 
 
-def test_the_network_sees_the_group_whose_mean_is_nearest_to_each_image(record, call, small_data, tmp_path):
-    told = record(improved.Groups, "means_of")
-    flags = ["--T", 5, "--arch", "mlp", "--batch-size", 16, "--train-images", 100, "--epochs", 1, "--workers", 1]
-    call(run_ddpm, *flags, "--out", tmp_path)
-    first = np.concatenate([args[1] for args in told])[:100]  # in the order of the minibatches
-    means = load(tmp_path / "checkpoint.npz")[0]["groups/means"].reshape(1, -1, 784).astype(float)
-    images = load_idx(small_data / "train-images-idx3-ubyte")[:100].reshape(100, 1, 784) / 127.5 - 1
-    squares = ((images - means) ** 2).sum(axis=2)[rng_for(0, ORDER, 0).permutation(100)]
-    dropped = first == -1
-    assert 1 <= dropped.sum() <= 25 and len(np.unique(first)) > 20
-    # Of so few images several means are equal, and rounding decides between them.
-    of_first = squares[np.arange(100), first]
-    np.testing.assert_allclose(of_first[~dropped], squares.min(axis=1)[~dropped], rtol=1e-4, atol=1e-3)
+def painter(T):
+    """A network that takes x_t for noise upon an image of one grey, which its label says: from -0.4 to -0.2."""
+    schedule = diffusion.make_schedule("linear", T)
+
+    def network(params, x_t, t, labels):
+        x_0 = (labels / 50 - 0.38).astype(np.float32).reshape(-1, 1, 1, 1)
+        a, b = (diffusion.at(schedule[name], t) for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
+        return (x_t - a * x_0) / b + params["w"]
+
+    return (lambda rng, inputs, classes: {"w": np.zeros(1, np.float32)}), network
 
 
-def test_classes_need_labels_and_a_network_that_knows_of_them(call, small_data, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run_ddpm.main(["--classes", "--arch", "mlp", "--out", str(tmp_path)])
-    assert "--classes is for --arch unet, not mlp" in capsys.readouterr().err
+def test_labels_reach_the_network_in_training_in_the_test_loss_and_in_each_figure(
+    train, images, labels, monkeypatch, tmp_path
+):
+    """Its answer is its label, so that each number and each image says which label it was."""
+    T = 30
+    monkeypatch.setitem(run_ddpm.DENOISERS, "unet", painter(T))
+    flags = [*SHORT, "--lr", 1e-9, "--T", T, "--classes", "--additions", "none"]
+    run = train(run_ddpm, *flags, out=tmp_path)
+    alpha_bar = run.model.schedule["alpha_bar"][1:]
+
+    def errors(x_0, t, labels):  # eps_theta = eps + a / b (x_0 - grey)
+        greys = (labels / 50 - 0.38).reshape(-1, 1, 1, 1)
+        return (alpha_bar / (1 - alpha_bar))[t - 1] * ((x_0 - greys) ** 2).mean(axis=(1, 2, 3))
+
+    x_train, x_test = (part / 127.5 - 1 for part in images)
+    rng, batches, losses = rng_for(SEED, NOISE), [], []
+    for n in orders(40, 16, 2):
+        t = rng.integers(1, T + 1, size=len(n))
+        rng.standard_normal((len(n), 28, 28, 1), dtype=np.float32)
+        without = rng.random(len(n)) < 0.1  # others at each step
+        batches.append((n,))
+        losses.append(errors(x_train[n], t, np.where(without, -1, labels[0][n])).mean())
+    by_image = errors(x_test, 1 + np.arange(40) * T // 40, labels[1])
+    for row, mean in zip(run.log, of_epochs(losses, batches), strict=True):
+        assert (row["train_loss"], row["test_loss"]) == pytest.approx((mean, by_image[::5].mean()), rel=1e-4)
+    assert run.metrics["test_loss"] == pytest.approx(by_image.mean(), rel=1e-4)
+    greys = np.round(255 * (np.arange(100) % 10 / 100 + 0.31))
+    for name, count in {"classes.png": 100, "samples.png": 64}.items():
+        shown = tiles(only(run, name)[1], 0, 255)
+        np.testing.assert_allclose(shown, greys[:count].reshape(-1, 1, 1) + 0 * shown, atol=1)
+    preview = tiles(run.figures["preview.png"][-1].axes[0], 0, 255)
+    np.testing.assert_allclose(preview[:, 14, 14], [*greys[:10]] * 2, atol=1)
+    ((frames, _, _),) = run.figures["sampling.gif"]
+    np.testing.assert_allclose(255 * (frames[0][:, 14, 14, 0] + 1) / 2, greys[:16], atol=1)
+
+
+def test_classes_need_labels(small_data, tmp_path):
     for path in small_data.glob("*images*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(data.DataError, match="labels"):
         run_ddpm.main(["--classes", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
-@pytest.mark.skipif(not parallel.CAN_FORK, reason="workers are threads here")
-@pytest.mark.parametrize(
-    "flags", [(run_vae,), (run_ddpm, "--T", 5), (run_ddpm, "--T", 5, "--classes")], ids=["vae", "ddpm", "classes"]
-)
-def test_a_run_forks_each_rank_once_and_no_step_does(flags, record, call, tmp_path):
-    forks, (module, *more) = record(parallel.Ranks, "fork"), flags
-    more += ["--batch-size", 16, "--epochs", 1, "--workers", 2, "--out", tmp_path]
-    for images in (32, 128):
-        call(module, *more, "--train-images", images)
-        assert len(forks) == 1
-        forks.clear()
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def call(small_data):
+    return lambda module, *flags: main_of(module, *flags, "--data", small_data)
+
+
+@pytest.mark.parametrize("additions", ["none", "all"])
+@pytest.mark.parametrize("arch", denoisers.DENOISERS)
+def test_every_network_learns_with_the_default_rate(arch, additions, train, draws_nothing, tmp_path):
+    """Without a skip the MLP alone learned nothing but to predict 0, which has a loss of 1."""
+    flags = ["--arch", arch, "--additions", additions, "--T", 20, "--batch-size", 8, "--epochs", 2, "--workers", 1]
+    run = train(run_ddpm, *flags, "--train-images", 128, out=tmp_path)
+    assert run.log[-1]["test_loss"] < 0.5 and run.log[-1]["train_loss"] < 0.5
+
+
+@pytest.mark.parametrize("arch", vae.VAES)
+def test_every_vae_learns_with_the_default_rate(arch, train, tmp_path):
+    flags = ["--arch", arch, "--latent-dim", 4, "--batch-size", 16, "--epochs", 4, "--workers", 1]
+    assert train(run_vae, *flags, out=tmp_path).log[-1]["test_elbo"] > -400  # 543 are those of grey 1/2
 
 
 RUNS = {
     "vae": (run_vae, "adam_step", ["--latent-dim", 2]),
     "vae, Muon": (run_vae, "muon_step", ["--latent-dim", 2, "--arch", "gated"]),
     "ddpm": (run_ddpm, "adam_step", ["--T", 5, "--arch", "mlp", "--additions", "none"]),
-    "ddpm, Muon": (run_ddpm, "muon_step", ["--T", 5, "--arch", "mlp"]),
+    "ddpm, Muon": (run_ddpm, "muon_step", ["--T", 5, "--classes", "--additions", "muon"]),
 }
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("run", RUNS)
-def test_every_hundredth_step_begins_without_denormal_moments(run, workers, call, monkeypatch, tmp_path):
+def test_every_hundredth_step_begins_without_denormal_moments_and_none_forks(
+    run, workers, narrow, train, monkeypatch, tmp_path
+):
     """After every step one is put into each leaf of the moments, and before the next it is looked for: by the rank that
-    owns the leaf, whose mistakes come to rank 0."""
-    (module, name, flags), steps, denormal = RUNS[run], [], np.float32(1e-40)
-    step_of = getattr(module, name)
+    owns the leaf, whose mistakes come to rank 0. A rank is forked once, at the start."""
+    (module, name, flags), steps, denormal, forks = RUNS[run], [], np.float32(1e-40), []
+    step_of, fork = getattr(module, name), parallel.Ranks.fork
+    monkeypatch.setattr(parallel.Ranks, "fork", lambda *args: forks.append(args) or fork(*args))
 
     def planting(params, gradient, moments, step, *rest, **more):
         def look(g, *both):
@@ -446,58 +733,9 @@ def test_every_hundredth_step_begins_without_denormal_moments(run, workers, call
         steps.append(step)
 
     monkeypatch.setattr(module, name, planting)
-    small = partial(denoisers.init_mlp_denoiser, hidden=16), denoisers.mlp_denoiser
-    monkeypatch.setitem(denoisers.DENOISERS, "mlp", small)
     flags = [*flags, "--batch-size", 2, "--train-images", 104, "--epochs", 2, "--workers", workers]
-    call(module, *flags, "--out", tmp_path)
-    assert steps == list(range(1, 105))
-
-
-@pytest.mark.parametrize("additions", [[], ["v"], ["weights"], ["muon"], ["v", "black", "weights", "muon"]])
-def test_the_additions_decide_on_loss_and_optimiser(additions, record, call, tmp_path):
-    losses = record(diffusion, "simple_loss")
-    steps = {name: record(run_ddpm, name) for name in ("adam_step", "muon_step")}
-    flags = ["--T", 5, "--arch", "mlp", "--batch-size", 16, "--train-images", 40, "--workers", 1, "--out", tmp_path]
-    call(run_ddpm, *flags, "--epochs", 2, "--lr", 0.01, "--additions", *(additions or ["none"]))
-    assert sum(len(args[2][0]) for args in losses) == 40 * 2  # of each step's shards, and of nothing else
-    weights = [args[3] for args in losses]
-    if "weights" in additions:
-        expected = improved.step_weights(diffusion.make_schedule("linear", 5))
-        assert all(np.array_equal(found, expected) for found in weights)
-    else:
-        assert weights == [None] * len(losses)
-    taken = steps.pop("muon_step" if "muon" in additions else "adam_step")
-    assert [args[3:] for args in taken] == [(step, cosine_decay(step, 6, 0.01)) for step in range(1, 7)]
-    assert list(steps.values()) == [[]]
-
-
-def test_an_image_that_cannot_become_noise_is_warned_of(call, monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(diffusion.SCHEDULES, "linear", lambda T: np.full(T, 0.01))
-    call(run_ddpm, "--T", 5, "--epochs", 1, "--train-images", 16, "--arch", "mlp", "--out", tmp_path)
-    assert "warning" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("module", "T"), [(run_ddpm, 1), (run_ddpm, 3)])
-def test_very_few_steps_work_too(module, T, record, call, tmp_path):
-    rows = record(plots, "row_of_times")
-    call(module, "--T", T, "--epochs", 1, "--train-images", 16, "--arch", "mlp", "--out", tmp_path)
-    times = rows[1][1]
-    assert len(times) == min(6, T + 1) and times[0] == T and times[-1] == 0 and times == sorted(times, reverse=True)
-
-
-def test_a_test_set_smaller_than_the_figures(small_data, tmp_path):
-    for path in small_data.iterdir():
-        content = path.read_bytes()
-        if path.name.startswith("t10k"):  # 7 of the 40
-            size = 784 if "images" in path.name else 1
-            head = 16 if "images" in path.name else 8
-            content = content[:4] + (7).to_bytes(4, "big") + content[8:head] + content[head : head + 7 * size]
-        (tmp_path / path.name).write_bytes(content)
-    flags = ["--data", tmp_path, "--epochs", 1, "--train-images", 16]
-    for module, more in ((run_vae, []), (run_ddpm, ["--T", 30, "--arch", "mlp"])):
-        main_of(module, *flags, *more, "--out", tmp_path / module.__name__)
-    for figure in ("run_vae/reconstructions.png", "run_ddpm/trajectory.png"):
-        assert (tmp_path / figure).exists()
+    train(module, *flags, out=tmp_path)
+    assert steps == list(range(1, 105)) and len(forks) == (workers == 2 and parallel.CAN_FORK)
 
 
 # ------------------------------------------------------------------------------------------ each row of the ablation
@@ -506,11 +744,12 @@ ROWS = [list(improved.ADDITIONS)[:count] for count in range(len(improved.ADDITIO
 
 
 @pytest.mark.parametrize("additions", ROWS, ids=[" ".join(row) or "none" for row in ROWS])
-def test_every_row_stops_resumes_and_is_measured_alike(additions, call, finish, monkeypatch, capsys, tmp_path):
+def test_every_row_stops_resumes_and_is_measured_alike(additions, narrow, train, call, monkeypatch, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    monkeypatch.setattr(plots, "save", lambda figure, path: None)
     flags = ["--T", 5, "--train-images", 48, "--batch-size", 16, "--epochs", 2, "--workers", 1]
     chosen = ["--additions", *(additions or ["none"])]
-    call(run_ddpm, *flags, *chosen, "--out", whole)
+    runs = [train(run_ddpm, *flags, *chosen, out=whole)]
 
     asked, calls = Run.stop_if_asked, itertools.count(1)
 
@@ -526,24 +765,21 @@ def test_every_row_stops_resumes_and_is_measured_alike(additions, call, finish, 
     assert half["step"] == 4 and len(half["log"]) == 1 and half["config"]["additions"] == additions
 
     others = ROWS[(ROWS.index(additions) + 1) % len(ROWS)]
-    before, other_flags = (stopped / "checkpoint.npz").read_bytes(), ["--additions", *(others or ["none"])]
-    capsys.readouterr()
-    status, stderr = finish(lambda: call(run_ddpm, *flags, *other_flags, "--out", stopped, "--resume"))
-    assert status == 2 and len(stderr.splitlines()) == 1 and (stopped / "checkpoint.npz").read_bytes() == before
-    expected = f"made with additions {list(additions)}, this run has additions {list(others)};"
-    assert expected in " ".join(stderr.split())
+    with pytest.raises(checkpoint.CheckpointError, match=re.escape(f"this run has additions {others};")):
+        call(run_ddpm, *flags, "--additions", *(others or ["none"]), "--out", stopped, "--resume")
 
-    call(run_ddpm, *flags, *chosen, "--out", stopped, "--resume")
+    runs.append(train(run_ddpm, *flags, *chosen, "--resume", out=stopped))
     (a, state_a), (b, state_b) = (load(folder / "checkpoint.npz") for folder in (whole, stopped))
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in state["log"]] for state in (state_a, state_b)]
-    assert logs[0] == logs[1] and (whole / "samples.png").read_bytes() == (stopped / "samples.png").read_bytes()
+    assert logs[0] == logs[1]
+    np.testing.assert_array_equal(*(tiles(only(run, "samples.png")[1], 0, 255) for run in runs))
 
     for folder in (whole, stopped):
         call(evaluate, folder, "--workers", 1, "--bound", 2)
-    measured = [metrics(folder)["evaluation"] for folder in (whole, stopped)]
+    measured = [json.loads((folder / "metrics.json").read_text())["evaluation"] for folder in (whole, stopped)]
     assert measured[0] == measured[1] and measured[0].keys() == {"bound_estimate", "bound_exact_2"}
     assert 0 < measured[0]["bound_exact_2"]["bits_per_dimension"] < 100
 

@@ -64,8 +64,38 @@ def test_a_network_without_global_blocks_is_drawn_without_them(rng):
     assert sum(box.size for box in found.values()) == tree.size(params)
 
 
-def test_the_program_writes_the_figure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(unet, "FIGURE", tmp_path / "unet.png")
+def test_the_figure_names_each_box_with_its_size_and_shape(params, boxes, monkeypatch, capsys):
+    figures = {}
+    monkeypatch.setattr(unet.plots, "save", lambda figure, path: figures.update({path: figure}))
     unet.main([])
-    assert (tmp_path / "unet.png").read_bytes().startswith(b"\x89PNG")
-    assert "unet.png" in capsys.readouterr().out
+    ((path, figure),) = figures.items()
+    assert path == unet.FIGURE and capsys.readouterr().out == f"the figure is in {path}\n"
+    (axes,) = figure.axes
+    images = {name: box for name, box in boxes.items() if len(box.shape) == 4}
+    of_t = tree.size(params) - sum(box.size for box in images.values())
+    assert f" {tree.size(params):,} parameters ({of_t / 1000:.0f}k for t, not drawn)" in axes.get_title()
+    kinds = dict(zip(tick_free_labels(axes), axes.get_legend().get_patches(), strict=False))
+    colours = {label: patch.get_facecolor() for label, patch in kinds.items()}
+    places = {}
+    for column, (text, bar, (name, box)) in enumerate(zip(axes.texts, axes.patches, images.items(), strict=False)):
+        first, shape = text.get_text().split("\n")
+        label = "x_t, black, group mean" if name == "x" else name.split()[0]
+        size = f", {box.size / 1000:.0f}k" if box.size >= 1000 else f", {box.size}" if box.size else ""
+        assert (first, shape) == (label + size, " x ".join(map(str, box.shape[1:])))
+        row = [7, 14, 28].index(box.shape[1])
+        assert text.get_position() == (column, row) and bar.get_y() + bar.get_height() / 2 == pytest.approx(row)
+        kind = "takes t" if "time/1" in box.inputs else "layer" if box.size else "rearranges"
+        (colour,) = (colour for label, colour in colours.items() if label.startswith(kind))
+        assert bar.get_facecolor() == colour and bar.get_x() + bar.get_width() / 2 == pytest.approx(column)
+        places[name] = column
+    skips = {tuple(int(x) for x in line.get_xdata()[[0, -1]]) for line in axes.lines if len(line.get_xdata())}
+    assert skips == {
+        (places[start], places[name])
+        for name, box in images.items()
+        for start in box.inputs & images.keys()
+        if places[start] < places[name] - 1
+    }
+
+
+def tick_free_labels(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts() if text.get_text() != "skip connection"]
