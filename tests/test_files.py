@@ -23,8 +23,11 @@ from scratchgen.machinery.files import FolderInUse
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture
@@ -33,11 +36,9 @@ def path(tmp_path):
     return tmp_path / "c.npz"
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_debris(path, tmp_path):
-    with pytest.raises(ZeroDivisionError), files.replacing(path) as temporary:
-        temporary.write_bytes(b"half a check")
-        raise ZeroDivisionError
-    assert path.read_bytes() == b"the old file" and list(tmp_path.iterdir()) == [path]
+@pytest.fixture
+def params(rng):
+    return {"a": [rng.standard_normal((2, 3), dtype=np.float32)], "b": np.arange(3, dtype=np.float32)}
 
 
 @pytest.fixture
@@ -46,8 +47,8 @@ def calls(monkeypatch):
     recorded, fsync, replace = [], os.fsync, os.replace
 
     def recorded_fsync(descriptor):
-        content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-        recorded.append(("fsync", os.fstat(descriptor).st_ino, content))
+        status = os.fstat(descriptor)
+        recorded.append(("fsync", status.st_ino, os.read(descriptor, status.st_size)))
         fsync(descriptor)
 
     def recorded_replace(source, target):
@@ -60,119 +61,17 @@ def calls(monkeypatch):
 
 
 def test_the_old_file_is_there_until_the_new_one_is_whole_and_flushed(path, tmp_path, calls):
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as temporary:
+        temporary.write_bytes(b"half a check")
+        raise ZeroDivisionError
+    assert contents(tmp_path) == {"c.npz": b"the old file"} and calls == []
     with files.replacing(path) as temporary:
         temporary.write_bytes(b"the new file")
         assert path.read_bytes() == b"the old file" and calls == []
         assert temporary.suffix == ".npz" and temporary.parent == path.parent  # by which np.savez goes; one file system
-    assert path.read_bytes() == b"the new file" and list(tmp_path.iterdir()) == [path]
+    assert contents(tmp_path) == {"c.npz": b"the new file"}
     inode = path.stat().st_ino
     assert calls == [("fsync", inode, b"the new file"), ("replace", inode, b"the new file")]
-
-
-def test_of_a_link_the_target_is_replaced(tmp_path):
-    """It may lie on the disk that is large enough. So with a link to a link, and to what is not there yet."""
-    (tmp_path / "disk").mkdir()
-    for name, there in (("old", True), ("new", False)):
-        target, link, second = tmp_path / "disk" / name, tmp_path / f"{name}.npz", tmp_path / f"{name}-2.npz"
-        if there:
-            target.write_bytes(b"before")
-        link.symlink_to(Path("disk") / name)  # relative to where the link is
-        second.symlink_to(link)
-        for path in (link, second):
-            with files.replacing(path) as temporary:
-                assert temporary.parent == target.parent
-                temporary.write_text(str(path))
-            assert path.is_symlink() and target.read_text() == str(path) and not target.is_symlink()
-    assert len(list((tmp_path / "disk").iterdir())) == 2
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
-def test_what_is_no_file_is_not_replaced_and_said_before_anything_is_written(tmp_path):
-    os.mkfifo(tmp_path / "fifo.png")
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "loop.png").symlink_to("loop.png")
-    (tmp_path / "null.png").symlink_to("/dev/null")
-    for path in (*tmp_path.iterdir(), Path("/dev/null")):
-        with pytest.raises(OSError) as error, files.replacing(path):
-            pytest.fail("it went on")
-        assert error.value.filename == str(path) and error.value.strerror
-        with pytest.raises(OSError):
-            files.check_output(path)
-    assert stat.S_ISFIFO(os.stat(tmp_path / "fifo.png").st_mode) and stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_a_name_may_be_as_long_as_the_file_system_allows_and_no_longer(tmp_path):
-    longest = tmp_path / ("n" * 251 + ".png")
-    with files.replacing(longest) as temporary:
-        temporary.write_bytes(b"x")
-    assert list(tmp_path.iterdir()) == [longest]
-    too_long = tmp_path / ("n" * 252 + ".png")
-    with pytest.raises(OSError) as error:
-        files.check_output(too_long)
-    assert error.value.filename == str(too_long)  # not that of a temporary file
-
-
-def test_two_containers_with_one_process_number_do_not_share_a_temporary_file(path, monkeypatch):
-    monkeypatch.setattr(os, "getpid", lambda: 7)
-    with files.replacing(path) as one, files.replacing(path) as other:
-        assert one != other
-        one.write_bytes(b"one")
-        other.write_bytes(b"other")
-    assert path.read_bytes() == b"one"  # which is renamed last
-
-
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES])
-def test_a_file_system_that_cannot_flush_is_written_to(number, path, monkeypatch):
-    def refuse(descriptor):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with files.replacing(path) as temporary:
-        temporary.write_bytes(b"new")
-    assert path.read_bytes() == b"new"
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_a_flush_that_lost_data_keeps_the_old_file(number, path, monkeypatch):
-    def lose(descriptor):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", lose)
-    with pytest.raises(OSError) as error, files.replacing(path) as temporary:
-        temporary.write_bytes(b"new")
-    assert error.value.errno == number and path.read_bytes() == b"the old file"
-
-
-@pytest.mark.parametrize("refusals", [3, math.inf])
-def test_a_file_that_a_viewer_shows_is_replaced_when_it_is_let_go(refusals, path, monkeypatch):
-    """Windows refuses to replace a file that is open. A second is waited for it, and no longer."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    real, clock, calls = os.replace, [0.0], itertools.count()
-
-    def replace(*paths):
-        if next(calls) < refusals:
-            raise PermissionError(errno.EACCES, "Access is denied")
-        real(*paths)
-
-    monkeypatch.setattr(os, "replace", replace)
-    try:
-        with files.replacing(path) as temporary:
-            temporary.write_bytes(b"new")
-        assert path.read_bytes() == b"new" and refusals == 3
-    except PermissionError as error:
-        assert error.filename == str(path) and path.read_bytes() == b"the old file" and 1 <= clock[0] < 1.2
-
-
-def test_what_can_be_written_is_known_before_it_is_written(path, tmp_path):
-    before = path.read_bytes()
-    files.check_output(path)
-    files.check_output(tmp_path / "new" / "folder" / "x.png")
-    assert path.read_bytes() == before and list((tmp_path / "new" / "folder").iterdir()) == []
-    with pytest.raises(OSError) as error:
-        files.check_output(path / "x.png")  # a file is no folder
-    assert str(path) in error.value.filename
 
 
 def writers(params):
@@ -201,34 +100,135 @@ def test_all_files_are_flushed_whole_before_they_are_renamed(tmp_path, params, c
 def test_nothing_is_written_moved_or_locked_but_by_rank_0(tmp_path, params, monkeypatch):
     (tmp_path / "checkpoint.npz").write_bytes(b"an earlier run")
     for rank in (1, 2, 0):
-        before = {path.name for path in tmp_path.iterdir()}
         monkeypatch.setattr(parallel, "rank", rank)
         with files.holding(tmp_path):
             files.put_aside(tmp_path)
             for name, write in writers(params).items():
                 write(tmp_path / name)
-        after = {path.name for path in tmp_path.iterdir()}
-        assert after == (before if rank else {*writers(params), "earlier-1", files.LOCK})
-        assert (tmp_path / ("earlier-1" * (rank == 0)) / "checkpoint.npz").read_bytes() == b"an earlier run"
-    assert files.write_log.__name__ == "write_log" and "log.csv" in files.write_log.__doc__
+        if rank:
+            assert contents(tmp_path) == {"checkpoint.npz": b"an earlier run"}
+    assert contents(tmp_path).keys() == {*writers(params), files.LOCK}
+    assert contents(tmp_path / "earlier-1") == {"checkpoint.npz": b"an earlier run"}
+
+
+def test_of_a_link_the_target_is_replaced(tmp_path):
+    """It may lie on the disk that is large enough. So with a link to a link, and to what is not there yet."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "old").write_bytes(b"before")
+    for name in ("old", "new"):
+        target, link, second = tmp_path / "disk" / name, tmp_path / f"{name}.npz", tmp_path / f"{name}-2.npz"
+        link.symlink_to(Path("disk") / name)  # relative to where the link is
+        second.symlink_to(link)
+        for path in (link, second):
+            with files.replacing(path) as temporary:
+                assert temporary.parent == target.parent
+                temporary.write_text(str(path))
+            assert path.is_symlink() and target.read_text() == str(path) and not target.is_symlink()
+    assert len(contents(tmp_path / "disk")) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
+def test_what_cannot_be_replaced_is_named_before_anything_is_written(path, tmp_path):
+    files.check_output(path)
+    files.check_output(tmp_path / "new" / "folder" / "x.png")
+    assert path.read_bytes() == b"the old file" and contents(tmp_path / "new" / "folder") == {}
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "null.png").symlink_to("/dev/null")
+    before = sorted(tmp_path.iterdir())
+    wrong = [tmp_path / f"{name}.png" for name in ("fifo", "folder", "loop", "null", "n" * 252)]
+    for each in (*wrong, Path("/dev/null"), path / "x.png"):  # a file is no folder
+        with pytest.raises(OSError) as error:
+            files.check_output(each)
+        assert error.value.filename in (str(each), str(path)) and error.value.strerror  # never the temporary file
+        with pytest.raises(OSError), files.replacing(each) as temporary:
+            temporary.touch()
+            pytest.fail("it went on")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "fifo.png").st_mode) and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert sorted(tmp_path.iterdir()) == before
+    with files.replacing(tmp_path / ("n" * 251 + ".png")) as temporary:  # as long as file systems allow
+        temporary.touch()
+
+
+def test_two_containers_with_one_process_number_do_not_share_a_temporary_file(path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with files.replacing(path) as one, files.replacing(path) as other:
+        assert one != other
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+    assert path.read_bytes() == b"one"  # which is renamed last
+
+
+@pytest.mark.parametrize(
+    ("number", "lost"),
+    [(number, False) for number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES)]
+    + [(number, True) for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT)],
+)
+def test_a_flush_that_lost_data_keeps_the_old_file_and_one_that_cannot_be_is_none(number, lost, path, monkeypatch):
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    expected = pytest.raises(OSError, match=os.strerror(number)) if lost else contextlib.nullcontext()
+    with expected, files.replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert path.read_bytes() == (b"the old file" if lost else b"new")
+
+
+@pytest.mark.parametrize("refusals", [3, math.inf])
+def test_a_file_that_a_viewer_shows_is_replaced_when_it_is_let_go(refusals, path, monkeypatch):
+    """Windows refuses to replace a file that is open. A second is waited for it, and no longer."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    real, clock, calls = os.replace, [0.0], itertools.count()
+
+    def replace(*paths):
+        if next(calls) < refusals:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        real(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
+    try:
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(b"new")
+        assert path.read_bytes() == b"new" and refusals == 3
+    except PermissionError as error:
+        assert error.filename == str(path) and path.read_bytes() == b"the old file" and 1 <= clock[0] < 1.2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the archive that stays open
+def test_an_interrupt_that_zipfile_hides_comes_through(path, tmp_path, monkeypatch):
+    """It arrives as a member of the archive is about to be closed; closing the archive then raises a ValueError."""
+
+    def interrupted(*args):
+        monkeypatch.undo()
+        raise KeyboardInterrupt(15)
+
+    monkeypatch.setattr(zipfile._ZipWriteFile, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt) as interrupt, files.replacing(path) as temporary:
+        np.savez(temporary, a=np.ones(3))
+    assert interrupt.value.args == (15,) and contents(tmp_path) == {"c.npz": b"the old file"}
+    del interrupt
+    gc.collect()  # the archive, within this test
 
 
 # -------------------------------------------------------------------------------------------------------- metrics.json
 
 
-@pytest.fixture
-def params(rng):
-    return {"a": [rng.standard_normal((2, 3), dtype=np.float32)], "b": np.arange(3, dtype=np.float32)}
-
-
-def test_what_was_measured_stays_for_the_same_weights_and_goes_with_other_ones(tmp_path, params):
+def test_what_was_measured_stays_for_the_same_weights_and_seed(tmp_path, params):
     path = tmp_path / "metrics.json"
     files.write_metrics(path, {"elbo": -240.0, "seconds": 9}, params)
-    files.add_evaluation(path, params, "iwae_50", {"log_likelihood": -235.0}, seed=0)
+    for name, value, seed in (("ddim", 1.0, 0), ("ddpm", 2.0, 0)):
+        files.add_evaluation(path, params, "frechet_10", {name: value}, seed)
+    files.add_evaluation(path, params, "bound", {"bits": 4.0}, 0)
     files.write_metrics(path, {"elbo": -239.0}, params)
     kept = json.loads(path.read_text())
     assert kept["elbo"] == -239.0 and "seconds" not in kept and kept["weights"].startswith("CRC-32 ")
-    assert kept["evaluation"] == {"iwae_50": {"log_likelihood": -235.0, "seed": 0}}
+    bound = {"bits": 4.0, "seed": 0}
+    assert kept["evaluation"] == {"frechet_10": {"ddim": 1.0, "ddpm": 2.0, "seed": 0}, "bound": bound}
+    files.add_evaluation(path, params, "frechet_10", {"ddpm": 3.0}, 1)
+    assert json.loads(path.read_text())["evaluation"] == {"frechet_10": {"ddpm": 3.0, "seed": 1}, "bound": bound}
 
     other = tree.map(np.copy, params)
     other["b"][2] += 1
@@ -237,20 +237,7 @@ def test_what_was_measured_stays_for_the_same_weights_and_goes_with_other_ones(t
     assert found.keys() == {"elbo", "weights"} and found["weights"] != kept["weights"]
 
 
-def test_numbers_of_one_seed_come_together_and_those_of_another_replace_them(tmp_path, params):
-    path = tmp_path / "metrics.json"
-    for name, value, seed in (("ddim", 1.0, 0), ("ddpm", 2.0, 0)):
-        files.add_evaluation(path, params, "frechet_10", {name: value}, seed)
-    files.add_evaluation(path, params, "bound", {"bits": 4.0}, 0)
-    assert json.loads(path.read_text())["evaluation"]["frechet_10"] == {"ddim": 1.0, "ddpm": 2.0, "seed": 0}
-    files.add_evaluation(path, params, "frechet_10", {"ddpm": 3.0}, 1)
-    expected = {"frechet_10": {"ddpm": 3.0, "seed": 1}, "bound": {"bits": 4.0, "seed": 0}}
-    assert json.loads(path.read_text())["evaluation"] == expected
-
-
 WEIGHTS = '{"weights": "%s", "evaluation": '
-
-
 NESTED = [f'{{}}, "x": {"[" * depth}{"]" * depth}}}' for depth in (500, 900, 1200, 3000, 200_000)]
 UNREADABLE = ["", "{", "7", "[]", "[1]", "{}", '{"elbo": 1}', '{"weights": [], "a": NaN}', "[" * 100_000]
 UNREADABLE += ["\u00e4".encode("utf-16"), (WEIGHTS % "CRC-32 0") + "{}}", WEIGHTS + NESTED[-1]]
@@ -272,9 +259,8 @@ def test_a_metrics_file_that_says_nothing_of_these_weights_is_kept_beside(tmp_pa
         assert (tmp_path / f"metrics-{number}.json").read_bytes() == content
         assert f"kept as {tmp_path / f'metrics-{number}.json'}" in capsys.readouterr().out
         write(path, params=params)  # what it has written it can read
-    found = json.loads(path.read_text())
-    assert found == weights | {"evaluation": {"bound": {"bits": 4.0, "seed": 0}}}
-    assert len(list(tmp_path.iterdir())) == 3 and capsys.readouterr().out == ""
+    assert json.loads(path.read_text()) == weights | {"evaluation": {"bound": {"bits": 4.0, "seed": 0}}}
+    assert len(contents(tmp_path)) == 3 and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("rest", NESTED[:-1])
@@ -287,25 +273,14 @@ def test_however_deep_a_metrics_file_is_nested_what_is_measured_can_be_added(tmp
 
 
 @pytest.mark.parametrize("change", ["\ufeff{}", "{}\n\n", " {}"])
-def test_a_metrics_file_that_an_editor_has_saved_is_read(tmp_path, params, change):
+def test_a_metrics_file_that_an_editor_has_saved_is_read_and_what_is_no_number_is_null(tmp_path, params, change):
     path = tmp_path / "metrics.json"
-    files.write_metrics(path, {"elbo": -240.0}, params)
+    files.write_metrics(path, {"elbo": float("nan"), "parts": [1.5, float("inf")]}, params)
     path.write_text(change.replace("{}", path.read_text().replace("\n", "\r\n")), encoding="utf-8")
-    files.add_evaluation(path, params, "bound", {"bits": 4.0}, seed=0)
-    assert json.loads(path.read_text())["elbo"] == -240.0 and list(tmp_path.iterdir()) == [path]
-
-
-def test_what_is_no_number_is_null_in_json(tmp_path, params):
-    path = tmp_path / "metrics.json"
-    numbers = {"elbo": float("nan"), "parts": [1.5, float("inf")]}
-    files.write_metrics(path, numbers, params)
-    files.add_evaluation(path, params, "bound", {"bits": -float("inf")}, 0)
-
-    def refuse(constant):
-        raise ValueError(constant)
-
-    found = json.loads(path.read_text(), parse_constant=refuse)
+    files.add_evaluation(path, params, "bound", {"bits": -float("inf")}, seed=0)
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert found["elbo"] is None and found["parts"] == [1.5, None] and found["evaluation"]["bound"]["bits"] is None
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ------------------------------------------------------------------------------------------------------------ the lock
@@ -325,12 +300,17 @@ def is_held(folder):
 
 @needs_locks
 def test_a_folder_is_held_until_the_block_ends(tmp_path):
-    with files.holding(tmp_path):
-        assert is_held(tmp_path) and is_held(tmp_path)  # the refused one has not let it go
-    assert not is_held(tmp_path)
-    with pytest.raises(ZeroDivisionError), files.holding(tmp_path):
-        raise ZeroDivisionError
-    assert not is_held(tmp_path)
+    """The locked file stays: were it made anew, two programs could each lock one of their own."""
+    seen = []
+    for error in (None, ZeroDivisionError):
+        with contextlib.suppress(ZeroDivisionError), files.holding(tmp_path):
+            assert is_held(tmp_path) and is_held(tmp_path)  # the refused one has not let it go
+            seen.append((tmp_path / files.LOCK).stat().st_ino)
+            if error:
+                raise error
+        assert not is_held(tmp_path)
+        seen.append((tmp_path / files.LOCK).stat().st_ino)
+    assert len(set(seen)) == 1 and len(contents(tmp_path)) == 1
 
 
 @needs_locks
@@ -344,24 +324,10 @@ def test_a_folder_that_another_process_holds_is_refused(tmp_path):
         other.kill()
         other.wait()
     assert not is_held(tmp_path)  # a killed one holds nothing
-    assert list(tmp_path.iterdir()) == [tmp_path / files.LOCK]
 
 
-@needs_locks
-def test_the_file_that_is_locked_stays_and_stays_the_same(tmp_path):
-    """Were it removed and made anew, two programs could each lock one of their own."""
-    seen = []
-    for _ in range(2):
-        with files.holding(tmp_path):
-            seen.append((tmp_path / files.LOCK).stat().st_ino)
-        assert list(tmp_path.iterdir()) == [tmp_path / files.LOCK]
-        assert not is_held(tmp_path)
-        seen.append((tmp_path / files.LOCK).stat().st_ino)
-    assert len(set(seen)) == 1
-
-
-@pytest.fixture
-def of_another_user(monkeypatch):
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lock_file_of_another_user_is_locked_and_where_there_is_none_work_goes_on(there, tmp_path, monkeypatch):
     """As if files could only be read. A chmod would not do: root may write everything."""
     opened, modes = os.open, []
 
@@ -371,16 +337,12 @@ def of_another_user(monkeypatch):
         modes.append(flags)
         return opened(path, flags, *rest)
 
+    if there:
+        (tmp_path / files.LOCK).touch()
     monkeypatch.setattr(os, "open", read_only)
-    return modes
-
-
-@needs_locks
-def test_a_lock_file_of_another_user_is_locked_all_the_same(tmp_path, of_another_user):
-    (tmp_path / files.LOCK).write_bytes(b"")
     with files.holding(tmp_path):
-        assert of_another_user == [os.O_RDONLY] and is_held(tmp_path)
-    assert not is_held(tmp_path) and list(tmp_path.iterdir()) == [tmp_path / files.LOCK]
+        assert modes == [os.O_RDONLY] and is_held(tmp_path) == (there and files.fcntl is not None)
+    assert not is_held(tmp_path) and list(tmp_path.iterdir()) == [tmp_path / files.LOCK] * there
 
 
 def test_a_lock_file_that_may_not_even_be_read_is_taken_for_locked(tmp_path, monkeypatch):
@@ -405,22 +367,16 @@ def test_windows_locks_one_byte_and_says_permission_denied(error, tmp_path, monk
 
     monkeypatch.setattr(files, "fcntl", None)
     monkeypatch.setattr(files, "msvcrt", Msvcrt())
-    with files.holding(tmp_path), pytest.raises(FolderInUse, match="at work there"), files.holding(tmp_path):
-        pass
-    assert Msvcrt.locked == [(2, 1)]
-
-
-def test_in_a_folder_of_another_user_without_a_lock_file_work_goes_on(tmp_path, of_another_user):
     with files.holding(tmp_path):
-        assert list(tmp_path.iterdir()) == []
-    assert of_another_user == [os.O_RDONLY]  # it was tried
+        assert is_held(tmp_path)
+    assert Msvcrt.locked == [(2, 1)]
 
 
 def test_what_killed_programs_left_half_written_goes(tmp_path):
     for name in (f"{files.PART}123.png", f"{files.PART}99.npz", "preview.png", ".lock", ".other"):
-        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).touch()
     with files.holding(tmp_path):
-        assert {path.name for path in tmp_path.iterdir()} == {"preview.png", ".lock", ".other"}
+        assert contents(tmp_path).keys() == {"preview.png", ".lock", ".other"}
 
 
 def test_where_nothing_can_be_locked_or_written_work_goes_on(tmp_path, monkeypatch):
@@ -464,23 +420,34 @@ def test_a_folder_is_free_when_the_holder_and_all_that_it_forked_have_ended(tmp_
     assert not is_held(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------- an earlier run
+# ------------------------------------------------------ an earlier run: test_runs.py has all that a finished one leaves
+
+LEFT = ["checkpoint.npz", "log.csv", "metrics.json", "samples.png"]
 
 
-def test_an_earlier_run_is_moved_whole_and_never_overwritten(tmp_path, capsys):
-    for content in (b"first", b"second"):
-        for name in ("checkpoint.npz", "log.csv", "metrics.json", "samples.png"):
-            (tmp_path / name).write_bytes(content)
-        for name in ("notes.txt", "holiday.png", "my samples.png", "cat.gif", "samples.npz"):
-            (tmp_path / name).write_bytes(b"the user's")
-        files.put_aside(tmp_path)
-    files.put_aside(tmp_path)  # nothing there any more
-    mine = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert mine == {"notes.txt", "holiday.png", "my samples.png", "cat.gif", "samples.npz"}
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_earlier_run_is_moved_whole_and_never_overwritten(linked, tmp_path, capsys):
+    """Of a link what it leads to; the link stays for the new run."""
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    out.mkdir()
+    disk.mkdir()
+    (out / "holiday.png").write_bytes(b"the user's")
+    files.put_aside(out)  # no run is there
+    if linked:
+        for name in LEFT:
+            (out / name).symlink_to(Path("../disk") / name)
+        (out / "preview.png").symlink_to("nowhere")
     for number, content in ((1, b"first"), (2, b"second")):
-        found = {path.name: path.read_bytes() for path in (tmp_path / f"earlier-{number}").iterdir()}
-        assert found == dict.fromkeys(("checkpoint.npz", "log.csv", "metrics.json", "samples.png"), content)
-    assert capsys.readouterr().out.count("kept the earlier run") == 2
+        for name in LEFT:
+            with files.replacing(out / name) as temporary:
+                temporary.write_bytes(content)
+        files.put_aside(out)
+        assert capsys.readouterr().out == f"kept the earlier run as {out / f'earlier-{number}'}\n"
+    for number, content in ((1, b"first"), (2, b"second")):
+        assert contents(out / f"earlier-{number}") == dict.fromkeys(LEFT, content)
+        assert not any(path.is_symlink() for path in (out / f"earlier-{number}").iterdir())
+    assert contents(out) == {"holiday.png": b"the user's"} and contents(disk) == {}
+    assert all((out / name).is_symlink() == linked for name in LEFT)
 
 
 def test_a_folder_where_a_figure_is_to_go_is_found_before_the_training(tmp_path):
@@ -493,30 +460,10 @@ def test_a_folder_where_a_figure_is_to_go_is_found_before_the_training(tmp_path)
     files.put_aside(tmp_path)
 
 
-def test_an_earlier_run_takes_along_what_its_links_lead_to(tmp_path):
-    out, disk = tmp_path / "out", tmp_path / "disk"
-    for folder in (out, disk):
-        folder.mkdir()
-    for name in ("checkpoint.npz", "samples.png"):
-        (out / name).symlink_to(Path("../disk") / name)
-    (out / "preview.png").symlink_to("nowhere")
-    for run in (b"first", b"second"):
-        for name in ("checkpoint.npz", "samples.png"):
-            with files.replacing(out / name) as temporary:
-                temporary.write_bytes(run)
-        files.put_aside(out)
-    for number, run in ((1, b"first"), (2, b"second")):
-        found = {path.name: path.read_bytes() for path in (out / f"earlier-{number}").iterdir() if path.is_file()}
-        assert found == dict.fromkeys(("checkpoint.npz", "samples.png"), run)
-        assert not any(path.is_symlink() for path in (out / f"earlier-{number}").iterdir())
-    assert (out / "checkpoint.npz").is_symlink() and list(disk.iterdir()) == []
-
-
 @pytest.mark.parametrize("after", range(5))
 def test_a_move_that_was_killed_goes_on_with_the_same_folder(after, tmp_path, monkeypatch):
-    names = ["checkpoint.npz", "log.csv", "metrics.json", "samples.png"]
-    for name in names:
-        (tmp_path / name).write_bytes(name.encode())
+    for name in LEFT:
+        (tmp_path / name).write_text(name)
     rename, calls = os.rename, itertools.count()
 
     def killed(*paths):
@@ -529,29 +476,4 @@ def test_a_move_that_was_killed_goes_on_with_the_same_folder(after, tmp_path, mo
         files.put_aside(tmp_path)
     files.put_aside(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["earlier-1"]
-    assert {path.name: path.read_text() for path in (tmp_path / "earlier-1").iterdir()} == {n: n for n in names}
-
-
-def test_a_folder_without_a_run_is_left_alone(tmp_path):
-    (tmp_path / "holiday.png").write_bytes(b"the user's")
-    files.put_aside(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["holiday.png"]
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the archive that stays open
-def test_an_interrupt_that_zipfile_hides_comes_through(tmp_path, monkeypatch):
-    """It arrives as a member of the archive is about to be closed; closing the archive then raises a ValueError."""
-    path = tmp_path / "arrays.npz"
-    path.write_text("as it was")
-
-    def interrupted(*args):
-        monkeypatch.undo()
-        raise KeyboardInterrupt(15)
-
-    monkeypatch.setattr(zipfile._ZipWriteFile, "close", interrupted)
-    with pytest.raises(KeyboardInterrupt) as interrupt, files.replacing(path) as temporary:
-        np.savez(temporary, a=np.ones(3))
-    assert interrupt.value.args == (15,)
-    assert path.read_text() == "as it was" and list(tmp_path.iterdir()) == [path]
-    del interrupt
-    gc.collect()  # the archive, within this test
+    assert contents(tmp_path / "earlier-1") == {name: name.encode() for name in LEFT}
