@@ -29,8 +29,7 @@ FLOORS = [  # from the ground up: a module may import from the floors below its 
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in sorted(floor)}
 WINGS = ("machinery", "evaluate")
-MODELS = {"ops", "layers", "vae", "denoisers", "diffusion", "improved", "samplers", "editing", "muon", "optim"}
-MODELS |= {"trained"}
+MODELS = {"ops", "layers", "vae", "denoisers", "diffusion", "improved", "samplers", "editing", "muon", "optim", "trained"}
 
 
 def sources():
@@ -75,12 +74,9 @@ def test_imports_go_to_a_lower_floor(name):
     ("name", "text", "wrong"),
     [
         ("diffusion", "from scratchgen.improved import guided", "improved"),
-        ("layers", "from scratchgen import ops, muon", "muon"),
         ("machinery.files", "def f():\n    import scratchgen.machinery.cli", "machinery.cli"),
-        ("machinery.cli", "from scratchgen.machinery import files, run", "machinery.run"),
         ("machinery.files", "from scratchgen import plots, tree", "plots"),
         ("trained", "from scratchgen.evaluate.metrics import recall", "evaluate.metrics"),
-        ("trained", "import run_vae", "run_vae"),
         ("vae", "from scratchgen import no_such_module", "no_such_module"),
     ],
 )
