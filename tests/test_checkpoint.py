@@ -83,26 +83,19 @@ def test_an_array_of_another_shape_or_name_is_refused_and_nothing_changed(path, 
     assert not any(leaf.any() for leaf in tree.leaves(into))
 
 
-def test_missing_checkpoint(tmp_path, arrays):
+def test_missing_and_damaged_checkpoints_are_one_line(path, arrays):
+    content = path.read_bytes()
+    for damaged in (b"", b"hello", content[: len(content) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="expected a sound checkpoint of this version, found: .+"):
+            checkpoint.resume(path, CONFIG, arrays)
+    path.unlink()
     with pytest.raises(CheckpointError, match="found no such file.*without --resume"):
-        checkpoint.resume(tmp_path / "none.npz", CONFIG, arrays)
-
-
-@pytest.mark.parametrize("damage", ["empty", "half", "text", "byte", "array", "folder"])
-def test_damaged_checkpoint_is_refused_in_one_line(path, arrays, damage):
-    content = bytearray(path.read_bytes())
-    if damage == "folder":
-        path.unlink()
-        path.mkdir()
-    elif damage == "array":
-        with open(path, "wb") as file:
-            np.save(file, np.zeros(3))
-    else:
-        content[content.index(b"NUMPY") + 200] ^= 1
-        path.write_bytes(
-            {"empty": b"", "half": content[: len(content) // 2], "text": b"hello", "byte": content}[damage]
-        )
-    with pytest.raises(CheckpointError) as error:
+        checkpoint.resume(path, CONFIG, arrays)
+    path.mkdir()
+    with pytest.raises(
+        CheckpointError, match="expected a sound checkpoint of this version, found: .*directory"
+    ) as error:
         checkpoint.resume(path, CONFIG, arrays)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
@@ -120,13 +113,6 @@ def test_no_flipped_byte_gets_through(path, arrays):
             continue
         assert state == good_state
         tree.map(np.testing.assert_array_equal, into, arrays)
-
-
-def test_a_failed_write_leaves_the_old_checkpoint(path, arrays, tmp_path):
-    before = path.read_bytes()
-    with pytest.raises(TypeError):
-        checkpoint.save(path, arrays, {"config": object()})  # no JSON
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_fingerprint_tells_images_apart():
@@ -153,17 +139,13 @@ def test_a_checkpoint_of_another_version_is_refused(path, arrays, monkeypatch):
         checkpoint.resume(path, CONFIG, arrays)
 
 
-CHANGES = {  # test_damaged.py makes more of them
+CHANGES = {  # test_damaged.py makes many more
     "nothing": lambda named, state: (named, state),
     "another step": lambda named, state: (named, state | {"step": 6}),
-    "no generator": lambda named, state: (named, {name: value for name, value in state.items() if name != "rng"}),
     "deep JSON": lambda named, state: (named, "[" * 100_000),
-    "not finite": lambda named, state: (named | {"moments/m/b": np.array([0, np.nan, 2], np.float32)}, state),
     "another number": lambda named, state: (named | {"moments/m/b": np.array([0, 1, 3], np.float32)}, state),
-    "another dtype": lambda named, state: (named | {"params/b": np.arange(3, dtype=np.float64)}, state),
     "another name": lambda named, state: ({name.replace("b", "c"): array for name, array in named.items()}, state),
     "another order": lambda named, state: (dict(reversed(named.items())), state),
-    "one more": lambda named, state: (named | {"params/c": np.zeros(3, np.float32)}, state),
     "one less": lambda named, state: ({name: array for name, array in named.items() if name != "params/b"}, state),
 }
 

@@ -198,6 +198,13 @@ def test_missing_folder_and_missing_file(folder):
         load_fashion_mnist(folder)
 
 
+def test_labels_are_the_published_ones():
+    names = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+    for label, (name, ours) in enumerate(zip(names, data.CLASSES, strict=True)):
+        assert ours.lower() in name.lower()
+        assert {data.class_number(word) for word in (name, ours, label, str(label))} == {label}
+
+
 # ------------------------------------------------------------------------------------------------------------ batches
 
 

@@ -29,7 +29,8 @@ FLOORS = [  # from the ground up: a module may import from the floors below its 
 ]
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in sorted(floor)}
 WINGS = ("machinery", "evaluate")
-MODELS = {"ops", "layers", "vae", "denoisers", "diffusion", "improved", "samplers", "editing", "muon", "optim", "trained"}
+MODELS = {"ops", "layers", "vae", "denoisers", "diffusion", "improved", "samplers", "editing", "muon", "optim"}
+MODELS |= {"trained"}
 
 
 def sources():
@@ -70,18 +71,15 @@ def test_imports_go_to_a_lower_floor(name):
     assert upward(name, sources()[name]) == set()
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "wrong"),
-    [
+def test_an_import_that_goes_up_is_noticed():
+    for name, text, wrong in (
         ("diffusion", "from scratchgen.improved import guided", "improved"),
         ("machinery.files", "def f():\n    import scratchgen.machinery.cli", "machinery.cli"),
         ("machinery.files", "from scratchgen import plots, tree", "plots"),
-        ("trained", "from scratchgen.evaluate.metrics import recall", "evaluate.metrics"),
+        ("trained", "import run_vae", "run_vae"),
         ("vae", "from scratchgen import no_such_module", "no_such_module"),
-    ],
-)
-def test_an_import_that_goes_up_is_noticed(name, text, wrong):
-    assert upward(name, text) == {wrong}
+    ):
+        assert upward(name, text) == {wrong}
 
 
 def test_the_paper_does_not_know_what_was_added_to_it():
