@@ -54,9 +54,11 @@ def take_step(run, images):
     stepped by its owner, after all have met, as they do for a gradient."""
     drawn = run.rng.standard_normal(3, dtype=np.float32)
     run.ranks.barrier()
-    for leaf in tree.leaves(run.ranks.own(run.arrays["params"])):
-        leaf *= np.float32(0.9)
-        leaf += drawn[: len(leaf)] + np.float32(images.sum())
+    mine = (run.ranks.own(part) for part in (run.arrays["params"], run.arrays["moments"]["m"], run.arrays["ema"]))
+    for leaf, moment, average in zip(*map(tree.leaves, mine), strict=True):
+        moment += drawn[: len(leaf)] + np.float32(images.sum())
+        leaf += moment - leaf / 10
+        average += leaf
     run.ranks.barrier()
     w = run.arrays["params"]["w"]
     run.record(float(w[0]), {"loss": w[0]})
