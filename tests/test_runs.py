@@ -164,7 +164,7 @@ def at(monkeypatch):
 def test_stopped_in_epoch_2_and_resumed_elsewhere_it_is_the_same_run(whole, at, small_data, tmp_path, monkeypatch):
     model, folder, _ = whole
     at(5, lambda run: parallel.rank or os.kill(os.getpid(), signal.SIGINT))
-    status, stdout, err = program(model, data=small_data, out=tmp_path, workers=2)
+    status, stdout, err = program(model, data=small_data, out=tmp_path, workers=3)
     assert status == 130 and err == [f"run_{model}.py: {cli.STOPPED}"] and stdout.count("epoch ") == 1
     assert load(tmp_path / "checkpoint.npz")[1]["step"] == 5  # the step was done first
     monkeypatch.undo()
