@@ -237,12 +237,25 @@ def test_it_saves_at_once_a_minute_after_the_last_save_and_after_each_epoch(make
     assert run_module.SAVE_SECONDS == 60  # as docs/reliability.md promises
     # step, epochs, seconds: the start; 3 steps of 25 s are more than a minute; the epoch; and so on; the stop
     assert saves == [(0, 0, 0.0), (3, 0, 95.0), (5, 1, 172.0), (8, 1, 267.0), (9, 1, 312.0)]
+    assert whole.count(False) == 9  # of the parameters alone, which all need after each step
     clock.seconds += 86_400
     saves.clear()
     run = make(batch_size=8, resume=True)
     train_slowly(run)
     assert saves == [(10, 2, 312.0 + 25 + 7)]  # steps are skipped, not taken, and nothing is saved at the start
     assert [row["seconds"] for row in run.log] == [172.0, 344.0]
+
+
+def test_what_rank_0_says_decides_and_not_a_ranks_own_clock(make, clock):
+    run, steps = make(), []
+    run.ranks.broadcast = lambda mine: (None, steps[-1:] == [2])  # heard of rank 0: save after step 2
+    with run:
+        for step, _images in run.minibatches():
+            steps.append(step)
+            clock.seconds += 100
+            if step == 3:
+                assert step_of(run.path) == 2
+    assert step_of(run.path) == 2
 
 
 def test_the_folder_is_free_when_the_run_has_ended_or_could_not_begin(make):
