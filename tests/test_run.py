@@ -141,11 +141,10 @@ def test_an_epoch_is_a_row_of_log_csv_and_a_line_on_the_screen_and_the_run_is_me
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     assert list(rows[0]) == ["epoch", "step", "train_loss", "test_loss", "seconds"] and rows == run.log
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 6)]
-    seconds = [f"{row['seconds']:.0f}" for row in rows]
-    assert capsys.readouterr().out == "".join(f"epoch {n}/2  summary  {s} s\n" for n, s in enumerate(seconds, 1))
+    assert re.fullmatch(r"epoch 1/2  summary  \d+ s\nepoch 2/2  summary  \d+ s\n", capsys.readouterr().out)
     run.write_metrics({"elbo": -240.0}, run.arrays["params"])
     found = json.loads((run.args.out / "metrics.json").read_text())
-    assert found.pop("weights").startswith("CRC-32 ") and found.pop("seconds") == round(rows[-1]["seconds"], 1)
+    assert found.pop("weights").startswith("CRC-32 ") and found.pop("seconds") >= 0
     assert found == {"elbo": -240.0, "epochs": 2, "seed": 3, "parameters": 5, "command": "python run_toy.py"}
 
 
@@ -208,7 +207,7 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_it_saves_at_once_a_minute_after_the_last_save_and_after_each_epoch(make, clock, monkeypatch, workers):
+def test_it_saves_at_once_a_minute_after_the_last_save_and_after_each_epoch(make, clock, monkeypatch, workers, capsys):
     """Steps take 25 s, a save takes 20 s, and an evaluation 7 s; the time between two sittings does not count."""
     saves, save, whole = [], checkpoint.save, [True]  # whether what was last collected from the ranks was all arrays
 
@@ -244,6 +243,9 @@ def test_it_saves_at_once_a_minute_after_the_last_save_and_after_each_epoch(make
     train_slowly(run)
     assert saves == [(10, 2, 312.0 + 25 + 7)]  # steps are skipped, not taken, and nothing is saved at the start
     assert [row["seconds"] for row in run.log] == [172.0, 344.0]
+    run.write_metrics({}, run.arrays["params"])
+    assert json.loads((run.args.out / "metrics.json").read_text())["seconds"] == 344.0
+    assert re.findall(r"  (\d+) s\n", capsys.readouterr().out) == ["172", "344"]
 
 
 def test_what_rank_0_says_decides_and_not_a_ranks_own_clock(make, clock):
