@@ -19,6 +19,9 @@ from scratchgen.machinery import blas, cli, parallel
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+settings.register_profile("thorough", max_examples=20_000, deadline=None)  # pytest --hypothesis-profile=thorough
 
 ROOT = Path(__file__).parent.parent
 T = 6  # of the diffusion model in ``runs``

@@ -1,14 +1,15 @@
 """Flags, and one-line errors."""
 
 import errno
+import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import warnings
-from functools import partial
 from pathlib import Path
 
 import run_ddpm
@@ -20,61 +21,25 @@ from scratchgen.machinery import cli, parallel
 from scratchgen.machinery.checkpoint import CheckpointError
 from scratchgen.machinery.files import FolderInUse
 
-import matplotlib
 import pytest
 import tqdm
-from conftest import ROOT
+from conftest import ROOT, script
 
-MODULES = {"vae": run_vae, "ddpm": run_ddpm}
-
-BAD_FLAGS = [
-    ("--epochs", "0"),
-    ("--epochs", "many"),
-    ("--batch-size", "-1"),
-    ("--lr", "0"),
-    ("--lr", "nan"),
-    ("--lr", "inf"),
-    ("--seed", "-1"),
-    ("--workers", "0"),
-    ("--train-images", "0"),
-    ("--train-images", "60001"),
-    ("--arch", "transformer"),
-    ("--no-such-flag",),
-]
-BAD_FLAGS_OF = {
-    "vae": [
-        ("--latent-dim", "1"),
-        ("--latent-dim", str(10**19)),
-        ("--beta", "-1"),
-        ("--latents", "0", "20"),
-        ("--latents", "3", "3"),
-        ("--latents", "1"),
-    ],
-    "ddpm": [
-        ("--T", "0"),
-        ("--T", "2.5"),
-        ("--T", str(10**19)),
-        ("--schedule", "square"),
-        ("--ema", "1.5"),
-        ("--ema", "-0.1"),
-        ("--additions",),
-        ("--additions", "vv"),
-        ("--additions", "none", "v"),
-        ("--additions", "muon", "all"),
-        ("--additions", "global", "--arch", "mlp"),
-    ],
-}
+MODULES = {"run_vae.py": run_vae, "run_ddpm.py": run_ddpm, "scratchgen.draw": draw, "scratchgen.evaluate": evaluate}
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.py"))
 
 
-@pytest.mark.parametrize(("model", "flags"), [(m, f) for m in MODULES for f in BAD_FLAGS + BAD_FLAGS_OF[m]])
-def test_a_flag_out_of_range_is_one_line(model, flags, finish, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", [f"run_{model}.py", "--out", str(tmp_path / "out"), *flags])
-    status, stderr = finish(MODULES[model].main)  # with the command line of the process, as a user's
-    assert status == 2 and len(stderr.splitlines()) == 1 and flags[0] in stderr
-    assert not (tmp_path / "out").exists()
+def module_of(program):
+    return MODULES[program] if program in MODULES else script(program)
 
 
-RUN, OUT = "RUN", "OUT"
+RUN, OUT, BROKEN = "RUN", "OUT", "BROKEN"
+OF_BOTH = [
+    ["--epochs", "0"], ["--epochs", "many"], ["--batch-size", "-1"], ["--lr", "0"], ["--lr", "nan"], ["--lr", "inf"],
+    ["--seed", "-1"], ["--workers", "0"], ["--train-images", "0"], ["--train-images", "60001"], ["--lrr", "3"],
+    ["--arch", "transformer"], ["--data", "nowhere"], ["--data", BROKEN], ["--resume", "--out", OUT],
+    ["--out", "/dev/null"],
+]  # fmt: skip
 WRONG = {
     "scratchgen.draw": [
         ["--modle", "vae"], ["--class", "hat"], ["--class"], ["--class", "10"], ["--class", "boot", "runs/none"],
@@ -88,52 +53,71 @@ WRONG = {
         [RUN, "--frechet", "3"], [RUN, "--frechet", "1000000"], [RUN, "--frechet", "10", "--steps", "5"],
         [RUN, "--vae", "x"], [RUN, "--data", "nowhere"], [RUN, "--frechte", "10"],
     ],
-    "run_vae.py": [
-        ["--latent-dims", "3", "4"], ["--latents", "1", "1"], ["--beta", "-1"], ["--epochs", "0"], ["--arch", "unet"],
-        ["--data", "nowhere"], ["--train-images", "99999999"], ["--resume", "--out", OUT], ["--out", "/dev/null"],
+    "run_vae.py": OF_BOTH + [
+        ["--latent-dim", "1"], ["--latent-dim", "1e3"], ["--latentdim", "3"], ["7"], ["--beta", "-1"],
+        ["--latent-dim", str(10**19)], ["--latents", "0", "20"], ["--latents", "3", "3"], ["--latents", "1"],
     ],
-    "run_ddpm.py": [
-        ["--T", "0"], ["--additions", "all", "v"], ["--additions", "w"], ["--classes", "--arch", "mlp"],
-        ["--emma", "1"], ["--ema", "2"], ["--schedule", "square"], ["--resume", "--out", OUT],
+    "run_ddpm.py": OF_BOTH + [
+        ["--T", "0"], ["--T", "2.5"], ["--T", str(10**19)], ["--schedule", "square"], ["--emma", "1"], ["--ema", "1.5"],
+        ["--ema", "-0.1"], ["--additions"], ["--additions", "vv"], ["--additions", "none", "v"],
+        ["--additions", "muon", "all"], ["--additions", "global", "--arch", "mlp"], ["--classes", "--arch", "mlp"],
     ],
+    "docs/train_classifier.py": [["--data", "nowhere", "--out", OUT]],
+    "docs/published_protocol.py": [["--data", "nowhere", "--out", OUT]],
+    "docs/ablation.py": [["--runs", OUT], ["--seeds", "-1"]],
+    "docs/sweeps.py": [["runs/none"], []],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("program", WRONG)
-def test_fifty_wrong_command_lines_are_one_line_each(program, runs, small_data, tmp_path, finish, monkeypatch):
-    mains = {"scratchgen.draw": draw, "scratchgen.evaluate": evaluate, "run_vae.py": run_vae, "run_ddpm.py": run_ddpm}
+def test_a_wrong_command_line_is_one_line_and_makes_nothing(program, runs, small_data, tmp_path, finish, monkeypatch):
+    broken, main = tmp_path / "broken", module_of(program).main
+    shutil.copytree(small_data, broken)
+    images = broken / "t10k-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-1])
     monkeypatch.chdir(tmp_path)
     warnings.simplefilter("ignore")  # of the small data
+    must_name = {"nowhere": "nowhere", "/dev/null": "/dev/null", BROKEN: images.name, "--resume": "no such file"}
+    must_name |= {"--runs": "out", "7": "unknown: 7 (", "--lrr": "unknown: --lrr 3; did you mean --lr?"}
+    must_name |= {"--latentdim": "did you mean --latent-dim?"}
     for flags in WRONG[program]:
-        flags = [{RUN: str(runs / "vae"), OUT: str(tmp_path / "out")}.get(flag, flag) for flag in flags]
-        if program != "scratchgen.draw" and "nowhere" not in flags:
+        named = next((words for flag, words in must_name.items() if flag in flags), [*flags, ""][0])
+        flags = [{RUN: f"{runs / 'vae'}", OUT: f"{tmp_path / 'out'}", BROKEN: f"{broken}"}.get(f, f) for f in flags]
+        if program in ("run_vae.py", "run_ddpm.py", "scratchgen.evaluate") and "--data" not in flags:
             flags += ["--data", str(small_data)]
-        status, stderr = finish(partial(mains[program].main, flags))
+        monkeypatch.setattr(sys, "argv", [program, *flags])
+        status, stderr = finish(main)  # with the command line of the process, as a user's
         where = program if program.endswith(".py") else f"python -m {program}"
-        assert status in (1, 2) and stderr.count("\n") == 1 and stderr.startswith(f"{where}: "), (flags, stderr)
-        assert list(tmp_path.glob("*.*")) == []
+        assert status == (1 if "/dev/null" in flags else 2), (flags, stderr)
+        assert stderr.count("\n") == 1 and stderr.startswith(f"{where}: "), (flags, stderr)
+        assert named in stderr or program.startswith("scratchgen"), (flags, stderr)
+        if "--resume" in flags:  # which looks there
+            shutil.rmtree(tmp_path / "out")
+        assert list(tmp_path.iterdir()) == [broken]
 
 
-@pytest.mark.parametrize(
-    ("flags", "meant"),
-    [(["--latentdim", "3"], "--latent-dim"), (["--epoch-s", "3"], "--epochs"), (["--lrr", "3"], "--lr"), (["7"], None)],
-)
-def test_a_flag_that_is_nearly_one_is_answered_with_the_one_that_was_meant(flags, meant, capsys):
-    with pytest.raises(SystemExit):
-        run_vae.main(flags)
-    error = capsys.readouterr().err
-    assert f"unknown: {' '.join(flags)}" in error and ("did you mean" in error) == (meant is not None)
-    assert meant is None or f"did you mean {meant}?" in error
-
-
-@pytest.mark.parametrize("program", ["run_vae.py", "run_ddpm.py", "draw", "evaluate", *(ROOT / "docs").glob("*.py")])
-def test_help_fits_a_terminal_of_80_columns(program):
-    command = ["-m", f"scratchgen.{program}"] if program in ("draw", "evaluate") else [str(program)]
-    environment = os.environ | {"COLUMNS": "80"}
-    done = subprocess.run(
-        [sys.executable, *command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and max(map(len, done.stdout.splitlines())) <= 80, done.stderr
+@pytest.mark.parametrize("program", [*MODULES, *DOCS])
+def test_help_fits_a_terminal_of_80_columns_and_says_each_default_once(program, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        module_of(program).main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and max(map(len, text.splitlines())) <= 80
+    if program.startswith("run_"):
+        assert f"  python {program} --" in text  # an example
+        args = vars(MODULES[program].parse_arguments([]))
+        flags = {flag.split()[0]: " ".join(flag.split()) for flag in re.split(r"\n  --", text)[1:]}
+        assert {name.replace("-", "_") for name in flags} == args.keys() - {"command"}
+        for name, words in flags.items():
+            default = args[name.replace("-", "_")]
+            assert words.count("(default: ") == (0 if name in ("resume", "classes") else 1), words
+            if name not in ("resume", "classes", "data", "epochs", "train-images", "latents", "additions"):
+                assert f"(default: {default})" in words or f", here {default};" in words
+        for arch in MODULES[program].EPOCHS:
+            args = MODULES[program].parse_arguments(["--arch", arch])
+            assert re.search(rf"\b{args.epochs} for {arch}\b", flags["epochs"])
+    elif program == "scratchgen.evaluate":
+        assert "examples:" in text and "--iwae K" in text
 
 
 def raising(error):
@@ -149,7 +133,7 @@ def raising(error):
         (DataError("a"), 2),
         (CheckpointError("a"), 2),
         (FolderInUse("a"), 2),
-        (cli.UsageError("a"), 2),
+        (cli.UsageError("a folder\nnamed\r\nso"), 2),
         (cli.Diverged("a"), 1),
         (cli.Stopped(signal.SIGINT), 130),
         (cli.Stopped(signal.SIGTERM), 143),
@@ -160,9 +144,9 @@ def raising(error):
 )
 def test_what_a_user_can_mend_is_one_line(error, status, finish):
     found, stderr = finish(raising(error))
-    assert found == status and len(stderr.splitlines()) == 1
-    if isinstance(error, OSError):
-        assert "x/loss.png: No space left on device" in stderr
+    assert found == status and stderr.count("\n") == 1
+    said = {OSError: "x/loss.png: No space left on device", cli.UsageError: "a folder named so"}
+    assert said.get(type(error), "") in stderr
 
 
 def test_a_mistake_of_ours_is_not_hidden():
@@ -170,9 +154,20 @@ def test_a_mistake_of_ours_is_not_hidden():
         cli.run(raising(ZeroDivisionError()))
 
 
-def test_a_warning_is_one_line(finish):
-    finish(lambda: None)
-    assert warnings.formatwarning("mind", UserWarning, "file", 1) == "warning: mind\n"
+def test_a_line_arrives_when_it_is_printed_in_a_pipe_too_and_whatever_it_says(monkeypatch):
+    """What a pipe has got shows at once how far a run is, and a path may have letters that it cannot show."""
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe, encoding="ascii"))
+
+    def main():
+        print("epoch 1")
+        assert pipe.getvalue() == b"epoch 1\n"
+        print("runs/\u65e5 \udcff")
+        assert pipe.getvalue().endswith(b"\nruns/\\u65e5 \\udcff\n")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == 0 and not sys.stdout.write_through
 
 
 def test_closed_output_streams_are_borne(monkeypatch):
@@ -193,57 +188,32 @@ def test_numbers_are_checked_at_their_bounds():
             parse(text)
 
 
-def test_default_data_lies_beside_the_scripts():
-    args = cli.run_parser("run_x.py", "", {"mlp": 1}, 1, 1.0, "runs/x").parse_args([])
-    assert args.data.resolve() == Path(__file__).parent.parent / "data"
-
-
 def test_flags_come_from_a_list_or_from_the_command_line_and_are_kept_as_a_command(monkeypatch):
     parser = cli.run_parser("run_x.py", "", {"mlp": 3, "unet": 2}, 1, 1.0, "runs/x")
     monkeypatch.setattr(sys, "argv", ["/somewhere/run_x.py", "--seed", "7"])
     args = parser.parse_args()
-    assert args.seed == 7 and args.command == "python run_x.py --seed 7"
+    assert args.seed == 7 and args.arch == "mlp" and args.command == "python run_x.py --seed 7"
+    assert args.data.resolve() == ROOT / "data"
     args = parser.parse_args(["--out", "a folder", "--arch", "unet"])
     assert args.seed == 0 and args.arch == "unet" and args.command == "python run_x.py --out 'a folder' --arch unet"
 
 
-@pytest.mark.parametrize("module", MODULES.values())
-def test_the_help_of_every_flag_says_its_default_once(module, capsys):
-    with pytest.raises(SystemExit) as stop:
-        module.main(["--help"])
-    assert stop.value.code == 0
-    _, *flags = (" ".join(flag.split()) for flag in re.split(r"\n  --", capsys.readouterr().out))
-    assert len(flags) >= 13
-    for flag in flags:
-        expected = 0 if flag.startswith(("resume", "classes")) else 1
-        assert flag.count("(default: ") == expected, flag
-    assert any(flag.startswith("seed") and "(default: 0)" in flag for flag in flags)
-
-
-def test_a_bar_starts_no_thread_that_a_fork_would_lose(monkeypatch):
-    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
+def test_a_bar_says_what_it_counts_and_goes_on_from_what_is_done(capsys, monkeypatch):
+    assert list(cli.progress(3, "bound", " steps", "abc")) == ["a", "b", "c"] and capsys.readouterr().err == ""
+    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)  # in a log there is no bar
     before = threading.active_count()
-    with cli.progress(10, "drawn", " images") as bar:
-        bar.update(5)
-        assert threading.active_count() == before and cli.tqdm.monitor_interval == 0
-
-
-def test_only_rank_0_shows_a_bar(monkeypatch):
-    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
-    for rank in (0, 1):
-        monkeypatch.setattr(parallel, "rank", rank)
-        with cli.progress(10, "drawn", " images") as bar:
-            assert bar.disable == (rank > 0)
-
-
-def test_a_bar_says_what_it_counts_and_goes_on_from_what_is_done(monkeypatch, capsys):
-    monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: True, raising=False)
     assert list(cli.progress(3, "bound", " steps", "abc")) == ["a", "b", "c"]  # over these
     shown = capsys.readouterr().err
     assert "bound" in shown and "3/3" in shown and "steps/s" in shown
     with cli.progress(10, None, " steps", done=4) as bar:
+        assert "4/10" in capsys.readouterr().err
         bar.update()
-        assert (bar.n, bar.total) == (5, 10)
+        assert (bar.n, bar.total, bar.disable) == (5, 10, False)
+        # A thread of its own would be lost by a fork.
+        assert threading.active_count() == before and cli.tqdm.monitor_interval == 0
+    monkeypatch.setattr(parallel, "rank", 1)  # which is quiet
+    with cli.progress(10, None, " steps") as bar:
+        assert bar.disable
 
 
 @pytest.mark.skipif(int(tqdm.__version__.split(".")[1]) < 66, reason="it had no such switch yet")
@@ -251,10 +221,9 @@ def test_tqdms_own_switch_turns_the_bar_off():
     """TQDM_DISABLE is read when tqdm is imported."""
     code = "from scratchgen.machinery import cli\ncli.sys.stderr.isatty = lambda: True\n"
     code += "print(list(cli.progress(3, 'bound', ' steps', 'abc')))"
-    for variables, shown in (({"TQDM_DISABLE": "1"}, False), ({}, True)):
-        environment = os.environ | variables
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.stdout == "['a', 'b', 'c']\n" and ("3/3" in done.stderr) == shown
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("['a', 'b', 'c']\n", "")
 
 
 @pytest.mark.parametrize("flags", [["--guidance", "0", "0.5"], ["--sampler", "ddim", "ddpm"], ["--guide", "early"]])
@@ -278,62 +247,11 @@ def test_what_is_no_folder_is_no_value_either(capsys):
     assert args.run is None and getattr(args, "class") == [0, 9]
 
 
-@pytest.mark.parametrize("program", [["run_vae.py"], ["run_ddpm.py"], ["-m", "scratchgen.draw"]])
-def test_a_matplotlib_that_cannot_be_imported_is_one_line(program, tmp_path):
-    """It writes a cache, and reads settings: where nothing may be written, or these are damaged, its import fails."""
-    (tmp_path / "matplotlib").mkdir()
-    (tmp_path / "matplotlib" / "__init__.py").write_text("raise OSError('requires access to a writable\\ncache')")
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, *program, "--out", str(tmp_path / "out.png")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "matplotlib cannot be imported: requires access to a writable cache" in done.stderr
-    assert not (tmp_path / "out.png").exists()
-
-
-@pytest.mark.parametrize("switch", [["-W", "error"], ["-OO"], ["-bb"], ["-X", "dev"], ["-I"]])
-def test_pythons_own_switches(switch, small_data, tmp_path):
-    if switch[0] in ("-W", "-X") and matplotlib.__version_info__ < (3, 10):
-        pytest.skip("packages as old as that warn of each other")
-    flags = ["--data", small_data, "--epochs", 1, "--train-images", 16, "--workers", 2, "--out", tmp_path / "out"]
-    command = [sys.executable, *switch, ROOT / "run_vae.py", *flags]
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
-    assert done.stderr.count("\n") == 1 and "not the published FashionMNIST" in done.stderr
-    assert done.returncode == ("error" in switch) and (tmp_path / "out" / "loss.png").exists() != ("error" in switch)
-    command = [sys.executable, *switch, "-m", "scratchgen.draw", "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "9 boot" in done.stdout
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGXCPU"), reason="no such signal here")
-def test_a_limit_on_the_time_which_speaks_each_second_is_heard_once():
-    stop = cli.Stop()
-    with pytest.raises(cli.Stopped), stop:
-        stop(signal.SIGXCPU, None)
-        stop(signal.SIGXCPU, None)
-    with pytest.raises(KeyboardInterrupt):
-        stop(signal.SIGINT, None)
-
-
-def test_in_a_log_there_is_no_bar(capsys):
-    assert list(cli.progress(3, "bound", " steps", "abc")) == ["a", "b", "c"]
-    assert capsys.readouterr().err == ""
-
-
-def test_a_message_with_line_ends_in_it_is_one_line_still(finish):
-    status, stderr = finish(raising(cli.UsageError("a folder\nnamed\r\nso: found nothing")))
-    assert status == 2 and stderr.count("\n") == 1 and "a folder named so: found nothing" in stderr
-
-
 @pytest.mark.parametrize("number", parallel.STOP_SIGNALS)
 def test_a_handler_has_the_signals_until_the_block_ends(number):
     before = [signal.getsignal(each) for each in parallel.STOP_SIGNALS]
     received = []
-
-    def handler(signal_number, frame):
-        received.append(signal_number)
-
-    with pytest.raises(ZeroDivisionError), cli.on_stop(handler):
+    with pytest.raises(ZeroDivisionError), cli.on_stop(lambda number, frame: received.append(number)):
         os.kill(os.getpid(), number)
         with cli.on_stop(lambda *_: received.append("inner")):
             os.kill(os.getpid(), number)
@@ -343,24 +261,18 @@ def test_a_handler_has_the_signals_until_the_block_ends(number):
     assert [signal.getsignal(each) for each in parallel.STOP_SIGNALS] == before
 
 
-def test_a_signal_that_is_ignored_stays_so_and_a_thread_asks_for_none(finish):
+@pytest.mark.parametrize("handler", [cli.interrupt, cli.Stop()])
+def test_a_signal_that_is_ignored_stays_so(handler):
+    """As nohup, or a shell's &, has asked for."""
     number = parallel.STOP_SIGNALS[-1]
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        status, stderr = finish(lambda: os.kill(os.getpid(), number))
-        assert (status, stderr) == (0, "") and signal.getsignal(number) == signal.SIG_IGN
+        with cli.on_stop(handler):
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is handler
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, before)
-    handlers = []
-
-    def in_a_thread():
-        with cli.on_stop(cli.interrupt):
-            handlers.extend(signal.getsignal(each) for each in parallel.STOP_SIGNALS)
-
-    thread = threading.Thread(target=in_a_thread)
-    thread.start()
-    thread.join()
-    assert len(handlers) == len(parallel.STOP_SIGNALS) and cli.interrupt not in handlers
 
 
 @pytest.mark.parametrize("number", parallel.STOP_SIGNALS)
@@ -375,5 +287,17 @@ def test_every_program_ends_in_one_line_when_it_is_told_to_and_cleans_up(number,
             cleaned.append(True)
 
     status, stderr = finish(main)
-    assert status == 128 + number and len(stderr.splitlines()) == 1 and cleaned == [True]
-    assert signal.signal(number, before) == usual
+    assert status == 128 + number and stderr.endswith(f": {cli.RESUMABLE}\n") and stderr.count("\n") == 1
+    assert cleaned == [True] and signal.signal(number, before) == usual
+
+
+@pytest.mark.parametrize("first", parallel.STOP_SIGNALS)
+def test_a_second_signal_stops_at_once_but_for_a_limit_on_the_time_which_speaks_each_second(first):
+    stop = cli.Stop()
+    with pytest.raises(KeyboardInterrupt) as interrupt, cli.on_stop(stop), stop:
+        os.kill(os.getpid(), first)
+        if hasattr(signal, "SIGXCPU"):
+            os.kill(os.getpid(), signal.SIGXCPU)
+        assert stop.received == first
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert interrupt.value.args == (signal.SIGTERM,)

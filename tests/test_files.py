@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fnmatch
 import gc
 import itertools
 import json
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 from scratchgen import draw, plots, tree
@@ -23,8 +23,11 @@ from scratchgen.machinery.files import FolderInUse
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture
@@ -33,36 +36,75 @@ def path(tmp_path):
     return tmp_path / "c.npz"
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_debris(path, tmp_path):
-    before = path.read_bytes()
+@pytest.fixture
+def params(rng):
+    return {"a": [rng.standard_normal((2, 3), dtype=np.float32)], "b": np.arange(3, dtype=np.float32)}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What was flushed and what was renamed, in this order: ("fsync" or "replace", file, its bytes)."""
+    recorded, fsync, replace = [], os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        status = os.fstat(descriptor)
+        recorded.append(("fsync", status.st_ino, os.read(descriptor, status.st_size)))
+        fsync(descriptor)
+
+    def recorded_replace(source, target):
+        recorded.append(("replace", os.stat(source).st_ino, source.read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    return recorded
+
+
+def test_the_old_file_is_there_until_the_new_one_is_whole_and_flushed(path, tmp_path, calls):
     with pytest.raises(ZeroDivisionError), files.replacing(path) as temporary:
         temporary.write_bytes(b"half a check")
         raise ZeroDivisionError
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_failed_write_names_the_file_that_was_asked_for(tmp_path):
-    (tmp_path / "x.png").mkdir()
-    with pytest.raises(OSError) as error, files.replacing(tmp_path / "x.png") as temporary:
-        temporary.write_bytes(b"x")
-    assert error.value.filename == str(tmp_path / "x.png")
-
-
-def test_the_old_file_is_there_until_the_new_one_is_whole(path, tmp_path):
+    assert contents(tmp_path) == {"c.npz": b"the old file"} and calls == []
     with files.replacing(path) as temporary:
         temporary.write_bytes(b"the new file")
-        assert path.read_bytes() == b"the old file"
+        assert path.read_bytes() == b"the old file" and calls == []
         assert temporary.suffix == ".npz" and temporary.parent == path.parent  # by which np.savez goes; one file system
-    assert path.read_bytes() == b"the new file" and list(tmp_path.iterdir()) == [path]
+    assert contents(tmp_path) == {"c.npz": b"the new file"}
+    inode = path.stat().st_ino
+    assert calls == [("fsync", inode, b"the new file"), ("replace", inode, b"the new file")]
+
+
+def test_nothing_is_written_moved_or_locked_but_by_rank_0(tmp_path, params, monkeypatch):
+    image = np.zeros((4, 28, 28, 1), np.float32)
+    writers = {
+        "log.csv": lambda path: files.write_log(path, [{"epoch": 1, "elbo": -240.25}, {"epoch": 2, "elbo": -239.5}]),
+        "metrics.json": lambda path: files.write_metrics(path, {"elbo": -240.0}, params),
+        "evaluation.json": lambda path: files.add_evaluation(path, params, "bound", {"bits": 4.0}, 0),
+        "checkpoint.npz": lambda path: checkpoint.save(path, params, {}),
+        "grid.png": lambda path: plots.save(plots.grid(image, 2, "grid"), path),
+        "sampling.gif": lambda path: plots.save_gif({1: image, 0: image}, 2, path),
+        "drawn.npz": lambda path: draw.save_images(path, image),
+    }
+    (tmp_path / "checkpoint.npz").write_bytes(b"an earlier run")
+    for rank in (1, 2, 0):
+        monkeypatch.setattr(parallel, "rank", rank)
+        with files.holding(tmp_path):
+            files.put_aside(tmp_path)
+            for name, write in writers.items():
+                write(tmp_path / name)
+        if rank:
+            assert contents(tmp_path) == {"checkpoint.npz": b"an earlier run"}
+    assert contents(tmp_path).keys() == {*writers, files.LOCK}
+    assert contents(tmp_path)["log.csv"] == b"epoch,elbo\n1,-240.25\n2,-239.5\n"
+    assert contents(tmp_path / "earlier-1") == {"checkpoint.npz": b"an earlier run"}
 
 
 def test_of_a_link_the_target_is_replaced(tmp_path):
     """It may lie on the disk that is large enough. So with a link to a link, and to what is not there yet."""
     (tmp_path / "disk").mkdir()
-    for name, there in (("old", True), ("new", False)):
+    (tmp_path / "disk" / "old").write_bytes(b"before")
+    for name in ("old", "new"):
         target, link, second = tmp_path / "disk" / name, tmp_path / f"{name}.npz", tmp_path / f"{name}-2.npz"
-        if there:
-            target.write_bytes(b"before")
         link.symlink_to(Path("disk") / name)  # relative to where the link is
         second.symlink_to(link)
         for path in (link, second):
@@ -70,34 +112,31 @@ def test_of_a_link_the_target_is_replaced(tmp_path):
                 assert temporary.parent == target.parent
                 temporary.write_text(str(path))
             assert path.is_symlink() and target.read_text() == str(path) and not target.is_symlink()
-    assert len(list((tmp_path / "disk").iterdir())) == 2
+    assert len(contents(tmp_path / "disk")) == 2
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
-def test_what_is_no_file_is_not_replaced_and_said_before_anything_is_written(tmp_path):
+def test_what_cannot_be_replaced_is_named_before_anything_is_written(path, tmp_path):
+    files.check_output(path)
+    files.check_output(tmp_path / "new" / "folder" / "x.png")
+    assert path.read_bytes() == b"the old file" and contents(tmp_path / "new" / "folder") == {}
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "loop.png").symlink_to("loop.png")
     (tmp_path / "null.png").symlink_to("/dev/null")
-    for path in (*tmp_path.iterdir(), Path("/dev/null")):
-        with pytest.raises(OSError) as error, files.replacing(path):
+    before = sorted(tmp_path.iterdir())
+    wrong = [tmp_path / f"{name}.png" for name in ("fifo", "folder", "loop", "null", "n" * 252)]
+    for each in (*wrong, Path("/dev/null"), path / "x.png"):  # a file is no folder
+        with pytest.raises(OSError) as error:
+            files.check_output(each)
+        assert error.value.filename in (str(each), str(path)) and error.value.strerror  # never the temporary file
+        with pytest.raises(OSError), files.replacing(each) as temporary:
+            temporary.touch()
             pytest.fail("it went on")
-        assert error.value.filename == str(path) and error.value.strerror
-        with pytest.raises(OSError):
-            files.check_output(path)
     assert stat.S_ISFIFO(os.stat(tmp_path / "fifo.png").st_mode) and stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_a_name_may_be_as_long_as_the_file_system_allows_and_no_longer(tmp_path):
-    longest = tmp_path / ("n" * 251 + ".png")
-    with files.replacing(longest) as temporary:
-        temporary.write_bytes(b"x")
-    assert list(tmp_path.iterdir()) == [longest]
-    too_long = tmp_path / ("n" * 252 + ".png")
-    with pytest.raises(OSError) as error:
-        files.check_output(too_long)
-    assert error.value.filename == str(too_long)  # not that of a temporary file
+    assert sorted(tmp_path.iterdir()) == before
+    with files.replacing(tmp_path / ("n" * 251 + ".png")) as temporary:  # as long as file systems allow
+        temporary.touch()
 
 
 def test_two_containers_with_one_process_number_do_not_share_a_temporary_file(path, monkeypatch):
@@ -109,26 +148,20 @@ def test_two_containers_with_one_process_number_do_not_share_a_temporary_file(pa
     assert path.read_bytes() == b"one"  # which is renamed last
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES])
-def test_a_file_system_that_cannot_flush_is_written_to(number, path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "lost"),
+    [(number, False) for number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES)]
+    + [(number, True) for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT)],
+)
+def test_a_flush_that_lost_data_keeps_the_old_file_and_one_that_cannot_be_is_none(number, lost, path, monkeypatch):
     def refuse(descriptor):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with files.replacing(path) as temporary:
+    expected = pytest.raises(OSError, match=os.strerror(number)) if lost else contextlib.nullcontext()
+    with expected, files.replacing(path) as temporary:
         temporary.write_bytes(b"new")
-    assert path.read_bytes() == b"new"
-
-
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_a_flush_that_lost_data_keeps_the_old_file(number, path, monkeypatch):
-    def lose(descriptor):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", lose)
-    with pytest.raises(OSError) as error, files.replacing(path) as temporary:
-        temporary.write_bytes(b"new")
-    assert error.value.errno == number and path.read_bytes() == b"the old file"
+    assert path.read_bytes() == (b"the old file" if lost else b"new")
 
 
 @pytest.mark.parametrize("refusals", [3, math.inf])
@@ -152,80 +185,38 @@ def test_a_file_that_a_viewer_shows_is_replaced_when_it_is_let_go(refusals, path
         assert error.filename == str(path) and path.read_bytes() == b"the old file" and 1 <= clock[0] < 1.2
 
 
-def test_what_can_be_written_is_known_before_it_is_written(path, tmp_path):
-    before = path.read_bytes()
-    files.check_output(path)
-    files.check_output(tmp_path / "new" / "folder" / "x.png")
-    assert path.read_bytes() == before and list((tmp_path / "new" / "folder").iterdir()) == []
-    with pytest.raises(OSError) as error:
-        files.check_output(path / "x.png")  # a file is no folder
-    assert str(path) in error.value.filename
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the archive that stays open
+def test_an_interrupt_that_zipfile_hides_comes_through(path, tmp_path, monkeypatch):
+    """It arrives as a member of the archive is about to be closed; closing the archive then raises a ValueError."""
 
+    def interrupted(*args):
+        monkeypatch.undo()
+        raise KeyboardInterrupt(15)
 
-def test_the_log_is_one_row_an_epoch(tmp_path):
-    rows = [{"epoch": 1, "test_elbo": -240.25}, {"epoch": 2, "test_elbo": -239.5}]
-    files.write_log(tmp_path / "log.csv", rows)
-    assert (tmp_path / "log.csv").read_bytes() == b"epoch,test_elbo\n1,-240.25\n2,-239.5\n"
-
-
-def test_the_other_ranks_leave_it_to_rank_0_to_write(monkeypatch):
-    written = []
-
-    @files.by_rank_0
-    def write(name, number):
-        """A docstring."""
-        written.append((name, number))
-
-    for rank in (1, 0, 2):
-        monkeypatch.setattr(parallel, "rank", rank)
-        write("log", rank)
-    assert written == [("log", 0)] and write.__name__ == "write" and write.__doc__ == "A docstring."
-
-
-def test_nothing_is_written_moved_or_locked_but_by_rank_0(tmp_path, params, monkeypatch):
-    image = np.zeros((4, 28, 28, 1), np.float32)
-    writers = {
-        "log.csv": lambda path: files.write_log(path, [{"epoch": 1}]),
-        "metrics.json": lambda path: files.write_metrics(path, {"elbo": -240.0}, params),
-        "evaluation.json": lambda path: files.add_evaluation(path, params, "bound", {"bits": 4.0}, 0),
-        "checkpoint.npz": lambda path: checkpoint.save(path, params, {}),
-        "grid.png": lambda path: plots.save(plots.grid(image, 2, "grid"), path),
-        "sampling.gif": lambda path: plots.save_gif({1: image, 0: image}, 2, path),
-        "drawn.npz": lambda path: draw.save_images(path, image),
-    }
-    (tmp_path / "checkpoint.npz").write_bytes(b"an earlier run")
-    monkeypatch.setattr(parallel, "rank", 1)
-    with files.holding(tmp_path):
-        for name, write in writers.items():
-            write(tmp_path / name)
-        files.put_aside(tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.npz"]
-    assert (tmp_path / "checkpoint.npz").read_bytes() == b"an earlier run"
-
-    monkeypatch.setattr(parallel, "rank", 0)
-    with files.holding(tmp_path):
-        files.put_aside(tmp_path)
-        for name, write in writers.items():
-            write(tmp_path / name)
-    assert {path.name for path in tmp_path.iterdir()} == {*writers, "earlier-1", files.LOCK}
+    monkeypatch.setattr(zipfile._ZipWriteFile, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt) as interrupt, files.replacing(path) as temporary:
+        np.savez(temporary, a=np.ones(3))
+    assert interrupt.value.args == (15,) and contents(tmp_path) == {"c.npz": b"the old file"}
+    del interrupt
+    gc.collect()  # the archive, within this test
 
 
 # -------------------------------------------------------------------------------------------------------- metrics.json
 
 
-@pytest.fixture
-def params(rng):
-    return {"a": [rng.standard_normal((2, 3), dtype=np.float32)], "b": np.arange(3, dtype=np.float32)}
-
-
-def test_what_was_measured_stays_for_the_same_weights_and_goes_with_other_ones(tmp_path, params):
+def test_what_was_measured_stays_for_the_same_weights_and_seed(tmp_path, params):
     path = tmp_path / "metrics.json"
     files.write_metrics(path, {"elbo": -240.0, "seconds": 9}, params)
-    files.add_evaluation(path, params, "iwae_50", {"log_likelihood": -235.0}, seed=0)
+    for name, value, seed in (("ddim", 1.0, 0), ("ddpm", 2.0, 0)):
+        files.add_evaluation(path, params, "frechet_10", {name: value}, seed)
+    files.add_evaluation(path, params, "bound", {"bits": 4.0}, 0)
     files.write_metrics(path, {"elbo": -239.0}, params)
     kept = json.loads(path.read_text())
     assert kept["elbo"] == -239.0 and "seconds" not in kept and kept["weights"].startswith("CRC-32 ")
-    assert kept["evaluation"] == {"iwae_50": {"log_likelihood": -235.0, "seed": 0}}
+    bound = {"bits": 4.0, "seed": 0}
+    assert kept["evaluation"] == {"frechet_10": {"ddim": 1.0, "ddpm": 2.0, "seed": 0}, "bound": bound}
+    files.add_evaluation(path, params, "frechet_10", {"ddpm": 3.0}, 1)
+    assert json.loads(path.read_text())["evaluation"] == {"frechet_10": {"ddpm": 3.0, "seed": 1}, "bound": bound}
 
     other = tree.map(np.copy, params)
     other["b"][2] += 1
@@ -234,135 +225,97 @@ def test_what_was_measured_stays_for_the_same_weights_and_goes_with_other_ones(t
     assert found.keys() == {"elbo", "weights"} and found["weights"] != kept["weights"]
 
 
-def test_numbers_of_one_seed_come_together_and_those_of_another_replace_them(tmp_path, params):
-    path = tmp_path / "metrics.json"
-    for name, value, seed in (("ddim", 1.0, 0), ("ddpm", 2.0, 0)):
-        files.add_evaluation(path, params, "frechet_10", {name: value}, seed)
-    files.add_evaluation(path, params, "bound", {"bits": 4.0}, 0)
-    assert json.loads(path.read_text())["evaluation"]["frechet_10"] == {"ddim": 1.0, "ddpm": 2.0, "seed": 0}
-    files.add_evaluation(path, params, "frechet_10", {"ddpm": 3.0}, 1)
-    expected = {"frechet_10": {"ddpm": 3.0, "seed": 1}, "bound": {"bits": 4.0, "seed": 0}}
-    assert json.loads(path.read_text())["evaluation"] == expected
-
-
 WEIGHTS = '{"weights": "%s", "evaluation": '
+NESTED = [f'{{}}, "x": {"[" * depth}{"]" * depth}}}' for depth in (500, 900, 1200, 3000, 200_000)]
+UNREADABLE = ["", "{", "7", "[]", "[1]", "{}", '{"elbo": 1}', '{"weights": [], "a": NaN}', "[" * 100_000]
+UNREADABLE += ["\u00e4".encode("utf-16"), (WEIGHTS % "CRC-32 0") + "{}}", WEIGHTS + NESTED[-1]]
+UNREADABLE += [WEIGHTS + value for value in ("[]}", "7}", "null}", '{"iwae_50": []}}', '{"iwae_50": 7}}')]
+WRITERS = [partial(files.write_metrics, numbers={"elbo": -240.0})]
+WRITERS += [partial(files.add_evaluation, entry="bound", numbers={"bits": 4.0}, seed=0)]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [None, "", "[1]", "{}", '{"weights": "CRC-32 00000000"}', "7", "[" * 100_000, '{"weights": [], "a": NaN}']
-    + [WEIGHTS + '{}, "x": ' + "[" * 200_000 + "]" * 200_000 + "}"]
-    + [WEIGHTS + value for value in ("[]}", "7}", "null}", '{"iwae_50": []}}', '{"iwae_50": 7}}')],
-)
-def test_a_metrics_file_that_is_not_ours_counts_as_none(tmp_path, params, content):
-    path = tmp_path / "metrics.json"
-    if content is not None:
-        path.write_text(content.replace("%s", files.read_metrics(path, params)["weights"]))
-    assert files.read_metrics(path, params).keys() == {"weights"}
-    files.add_evaluation(path, params, "iwae_50", {"log_likelihood": -235.0}, seed=0)
-    assert json.loads(path.read_text())["evaluation"]["iwae_50"] == {"log_likelihood": -235.0, "seed": 0}
-
-
-@pytest.mark.parametrize("depth", [500, 900, 1200, 3000])
-def test_however_deep_a_metrics_file_is_nested_what_is_measured_can_be_added(tmp_path, params, depth):
-    """Which depth can be read, and which of these be written, depends on Python: 3.12 reads 1200 and writes 900."""
-    path = tmp_path / "metrics.json"
-    text = WEIGHTS + '{}, "x": ' + "[" * depth + "]" * depth + "}"
-    path.write_text(text.replace("%s", files.read_metrics(path, params)["weights"]))
-    files.add_evaluation(path, params, "iwae_50", {"log_likelihood": -235.0}, seed=0)
-    assert json.loads(path.read_text())["evaluation"]["iwae_50"] == {"log_likelihood": -235.0, "seed": 0}
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"elbo": 1}', "\u00e4".encode("utf-16"), WEIGHTS % "CRC-32 0" + "{}}"])
+@pytest.mark.parametrize("content", UNREADABLE)
 def test_a_metrics_file_that_says_nothing_of_these_weights_is_kept_beside(tmp_path, params, content, capsys):
     path = tmp_path / "metrics.json"
-    content = content if isinstance(content, bytes) else content.encode()
-    writers = [
-        lambda: files.write_metrics(path, {"elbo": -240.0}, params),
-        lambda: files.add_evaluation(path, params, "bound", {"bits": 4.0}, seed=0),
-    ]
-    for number, write in enumerate(writers, 1):
+    weights = files.read_metrics(path, params)  # of what is not there
+    assert weights.keys() == {"weights"}
+    content = content if isinstance(content, bytes) else content.replace("%s", weights["weights"]).encode()
+    for number, write in enumerate(WRITERS, 1):
         path.write_bytes(content)
-        assert files.read_metrics(path, params).keys() == {"weights"} and path.exists()  # reading moves nothing
-        write()
+        assert files.read_metrics(path, params) == weights and path.exists()  # reading moves nothing
+        write(path, params=params)
         assert (tmp_path / f"metrics-{number}.json").read_bytes() == content
         assert f"kept as {tmp_path / f'metrics-{number}.json'}" in capsys.readouterr().out
-        write()  # what it has written it can read
-    assert len(list(tmp_path.iterdir())) == 3 and capsys.readouterr().out == ""
+        write(path, params=params)  # what it has written it can read
+    assert json.loads(path.read_text()) == weights | {"evaluation": {"bound": {"bits": 4.0, "seed": 0}}}
+    assert len(contents(tmp_path)) == 3 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("rest", NESTED[:-1])
+def test_however_deep_a_metrics_file_is_nested_what_is_measured_can_be_added(tmp_path, params, rest):
+    """Which depth can be read, and which of these be written, depends on Python: 3.12 reads 1200 and writes 900."""
+    path = tmp_path / "metrics.json"
+    path.write_text((WEIGHTS + rest).replace("%s", files.read_metrics(path, params)["weights"]))
+    files.add_evaluation(path, params, "iwae_50", {"log_likelihood": -235.0}, seed=0)
+    assert json.loads(path.read_text())["evaluation"]["iwae_50"] == {"log_likelihood": -235.0, "seed": 0}
 
 
 @pytest.mark.parametrize("change", ["\ufeff{}", "{}\n\n", " {}"])
-def test_a_metrics_file_that_an_editor_has_saved_is_read(tmp_path, params, change):
+def test_a_metrics_file_that_an_editor_has_saved_is_read_and_what_is_no_number_is_null(tmp_path, params, change):
     path = tmp_path / "metrics.json"
-    files.write_metrics(path, {"elbo": -240.0}, params)
+    files.write_metrics(path, {"elbo": float("nan"), "parts": [1.5, float("inf")]}, params)
     path.write_text(change.replace("{}", path.read_text().replace("\n", "\r\n")), encoding="utf-8")
-    files.add_evaluation(path, params, "bound", {"bits": 4.0}, seed=0)
-    assert json.loads(path.read_text())["elbo"] == -240.0 and list(tmp_path.iterdir()) == [path]
-
-
-def test_what_is_no_number_is_null_in_json(tmp_path, params):
-    path = tmp_path / "metrics.json"
-    numbers = {"elbo": float("nan"), "parts": [1.5, float("inf")]}
-    files.write_metrics(path, numbers, params)
-    files.add_evaluation(path, params, "bound", {"bits": -float("inf")}, 0)
-
-    def refuse(constant):
-        raise ValueError(constant)
-
-    found = json.loads(path.read_text(), parse_constant=refuse)
+    files.add_evaluation(path, params, "bound", {"bits": -float("inf")}, seed=0)
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert found["elbo"] is None and found["parts"] == [1.5, None] and found["evaluation"]["bound"]["bits"] is None
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ------------------------------------------------------------------------------------------------------------ the lock
 
 needs_locks = pytest.mark.skipif(files.fcntl is None, reason="no locks on folders here")
-OTHER = """
-import sys
-from scratchgen.machinery import files
-try:
-    with files.holding(sys.argv[1]):
-        pass
-except files.FolderInUse as error:
-    sys.exit(f"refused: {error}")
-"""
 
 
-def another_process_holds(folder):
-    """Let another process try for the folder; its complaint, or nothing."""
-    command = [sys.executable, "-c", OTHER, str(folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stderr.strip()
+def is_held(folder):
+    """Whether a program that came now would be refused: a lock is of an open file, and not of a process."""
+    try:
+        with files.holding(folder):
+            return False
+    except FolderInUse as error:
+        assert str(error).startswith(f"{folder}: another program of scratchgen is at work there; wait, or take another")
+        return True
 
 
 @needs_locks
 def test_a_folder_is_held_until_the_block_ends(tmp_path):
-    words = "another program of scratchgen is at work there; wait"
-    with files.holding(tmp_path):
-        complaint = another_process_holds(tmp_path)
-        assert complaint.startswith(f"refused: {tmp_path}: {words}") and "\n" not in complaint
-        with pytest.raises(FolderInUse), files.holding(tmp_path):  # another thread, a second cell of a notebook
-            pass
-        assert "refused" in another_process_holds(tmp_path)  # which the refused one has not let go
-    assert another_process_holds(tmp_path) == ""
-    with pytest.raises(ZeroDivisionError), files.holding(tmp_path):
-        raise ZeroDivisionError
-    assert another_process_holds(tmp_path) == ""
+    """The locked file stays: were it made anew, two programs could each lock one of their own."""
+    seen = []
+    for error in (None, ZeroDivisionError):
+        with contextlib.suppress(ZeroDivisionError), files.holding(tmp_path):
+            assert is_held(tmp_path) and is_held(tmp_path)  # the refused one has not let it go
+            seen.append((tmp_path / files.LOCK).stat().st_ino)
+            if error:
+                raise error
+        assert not is_held(tmp_path)
+        seen.append((tmp_path / files.LOCK).stat().st_ino)
+    assert len(set(seen)) == 1 and len(contents(tmp_path)) == 1
 
 
 @needs_locks
-def test_the_file_that_is_locked_stays_and_stays_the_same(tmp_path):
-    """Were it removed and made anew, two programs could each lock one of their own."""
-    seen = []
-    for _ in range(2):
-        with files.holding(tmp_path):
-            seen.append((tmp_path / files.LOCK).stat().st_ino)
-        assert list(tmp_path.iterdir()) == [tmp_path / files.LOCK]
-        assert another_process_holds(tmp_path) == ""
-        seen.append((tmp_path / files.LOCK).stat().st_ino)
-    assert len(set(seen)) == 1
+def test_a_folder_that_another_process_holds_is_refused(tmp_path):
+    code = "import sys; from scratchgen.machinery import files\nwith files.holding(sys.argv[1]): "
+    code += "print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        assert is_held(tmp_path)
+        other.kill()
+        other.wait()
+    assert not is_held(tmp_path)  # a killed one holds nothing
 
 
-@pytest.fixture
-def of_another_user(monkeypatch):
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lock_file_of_another_user_is_locked_and_where_there_is_none_work_goes_on(there, tmp_path, monkeypatch):
     """As if files could only be read. A chmod would not do: root may write everything."""
     opened, modes = os.open, []
 
@@ -372,18 +325,12 @@ def of_another_user(monkeypatch):
         modes.append(flags)
         return opened(path, flags, *rest)
 
+    if there:
+        (tmp_path / files.LOCK).touch()
     monkeypatch.setattr(os, "open", read_only)
-    return modes
-
-
-@needs_locks
-def test_a_lock_file_of_another_user_is_locked_all_the_same(tmp_path, of_another_user):
-    (tmp_path / files.LOCK).write_bytes(b"")
     with files.holding(tmp_path):
-        assert of_another_user == [os.O_RDONLY] and "refused" in another_process_holds(tmp_path)
-        with pytest.raises(FolderInUse), files.holding(tmp_path):
-            pass
-    assert another_process_holds(tmp_path) == "" and list(tmp_path.iterdir()) == [tmp_path / files.LOCK]
+        assert modes == [os.O_RDONLY] and is_held(tmp_path) == (there and files.fcntl is not None)
+    assert not is_held(tmp_path) and list(tmp_path.iterdir()) == [tmp_path / files.LOCK] * there
 
 
 def test_a_lock_file_that_may_not_even_be_read_is_taken_for_locked(tmp_path, monkeypatch):
@@ -408,22 +355,16 @@ def test_windows_locks_one_byte_and_says_permission_denied(error, tmp_path, monk
 
     monkeypatch.setattr(files, "fcntl", None)
     monkeypatch.setattr(files, "msvcrt", Msvcrt())
-    with files.holding(tmp_path), pytest.raises(FolderInUse, match="at work there"), files.holding(tmp_path):
-        pass
-    assert Msvcrt.locked == [(2, 1)]
-
-
-def test_in_a_folder_of_another_user_without_a_lock_file_work_goes_on(tmp_path, of_another_user):
     with files.holding(tmp_path):
-        assert list(tmp_path.iterdir()) == []
-    assert of_another_user == [os.O_RDONLY]  # it was tried
+        assert is_held(tmp_path)
+    assert Msvcrt.locked == [(2, 1)]
 
 
 def test_what_killed_programs_left_half_written_goes(tmp_path):
     for name in (f"{files.PART}123.png", f"{files.PART}99.npz", "preview.png", ".lock", ".other"):
-        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).touch()
     with files.holding(tmp_path):
-        assert {path.name for path in tmp_path.iterdir()} == {"preview.png", ".lock", ".other"}
+        assert contents(tmp_path).keys() == {"preview.png", ".lock", ".other"}
 
 
 def test_where_nothing_can_be_locked_or_written_work_goes_on(tmp_path, monkeypatch):
@@ -440,23 +381,7 @@ def test_where_nothing_can_be_locked_or_written_work_goes_on(tmp_path, monkeypat
         assert (tmp_path / f"{files.PART}7.csv").exists()  # who knows whose it is
     monkeypatch.setattr(files, "fcntl", None)  # as on a system with neither
     with files.holding(tmp_path):
-        assert another_process_holds(tmp_path) == ""
-
-
-@needs_locks
-def test_a_folder_that_another_process_holds_is_refused(tmp_path):
-    code = f"import sys; from scratchgen.machinery import files\nwith files.holding({str(tmp_path)!r}): "
-    code += "print('held', flush=True); sys.stdin.read()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as other:
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(FolderInUse, match="at work there"), files.holding(tmp_path):
-            pass
-        other.kill()
-        other.wait()
-        with files.holding(tmp_path):  # a killed one holds nothing
-            pass
-    assert list(tmp_path.iterdir()) == [tmp_path / files.LOCK]
+        assert not is_held(tmp_path)
 
 
 @needs_locks
@@ -468,38 +393,49 @@ def test_a_folder_is_free_when_the_holder_and_all_that_it_forked_have_ended(tmp_
         if os.fork() == 0:
             os._exit(0)
         os.wait()
-        assert "refused" in another_process_holds(tmp_path)
+        assert is_held(tmp_path)
         pid = os.fork()
         if pid == 0:
             os.close(writer)
             os.read(reader, 1)
             os._exit(0)
     try:
-        assert "refused" in another_process_holds(tmp_path)
+        assert is_held(tmp_path)
     finally:
         os.close(writer)
         os.close(reader)
         os.waitpid(pid, 0)
-    assert another_process_holds(tmp_path) == ""
+    assert not is_held(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------- an earlier run
+# ------------------------------------------------------ an earlier run: test_runs.py has all that a finished one leaves
+
+LEFT = ["checkpoint.npz", "log.csv", "metrics.json", "samples.png"]
 
 
-def test_an_earlier_run_is_moved_whole_and_never_overwritten(tmp_path, capsys):
-    for content in (b"first", b"second"):
-        for name in ("checkpoint.npz", "log.csv", "metrics.json", "samples.png"):
-            (tmp_path / name).write_bytes(content)
-        for name in ("notes.txt", "holiday.png", "my samples.png", "cat.gif", "samples.npz"):
-            (tmp_path / name).write_bytes(b"the user's")
-        files.put_aside(tmp_path)
-    files.put_aside(tmp_path)  # nothing there any more
-    mine = {path.name for path in tmp_path.iterdir() if path.is_file()}
-    assert mine == {"notes.txt", "holiday.png", "my samples.png", "cat.gif", "samples.npz"}
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_earlier_run_is_moved_whole_and_never_overwritten(linked, tmp_path, capsys):
+    """Of a link what it leads to; the link stays for the new run."""
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    out.mkdir()
+    disk.mkdir()
+    (out / "holiday.png").write_bytes(b"the user's")
+    files.put_aside(out)  # no run is there
+    if linked:
+        for name in LEFT:
+            (out / name).symlink_to(Path("../disk") / name)
+        (out / "preview.png").symlink_to("nowhere")
     for number, content in ((1, b"first"), (2, b"second")):
-        found = {path.name: path.read_bytes() for path in (tmp_path / f"earlier-{number}").iterdir()}
-        assert found == dict.fromkeys(("checkpoint.npz", "log.csv", "metrics.json", "samples.png"), content)
-    assert capsys.readouterr().out.count("kept the earlier run") == 2
+        for name in LEFT:
+            with files.replacing(out / name) as temporary:
+                temporary.write_bytes(content)
+        files.put_aside(out)
+        assert capsys.readouterr().out == f"kept the earlier run as {out / f'earlier-{number}'}\n"
+    for number, content in ((1, b"first"), (2, b"second")):
+        assert contents(out / f"earlier-{number}") == dict.fromkeys(LEFT, content)
+        assert not any(path.is_symlink() for path in (out / f"earlier-{number}").iterdir())
+    assert contents(out) == {"holiday.png": b"the user's"} and contents(disk) == {}
+    assert all((out / name).is_symlink() == linked for name in LEFT)
 
 
 def test_a_folder_where_a_figure_is_to_go_is_found_before_the_training(tmp_path):
@@ -512,43 +448,10 @@ def test_a_folder_where_a_figure_is_to_go_is_found_before_the_training(tmp_path)
     files.put_aside(tmp_path)
 
 
-def test_an_earlier_run_takes_along_what_its_links_lead_to(tmp_path):
-    out, disk = tmp_path / "out", tmp_path / "disk"
-    for folder in (out, disk):
-        folder.mkdir()
-    for name in ("checkpoint.npz", "samples.png"):
-        (out / name).symlink_to(Path("../disk") / name)
-    (out / "preview.png").symlink_to("nowhere")
-    for run in (b"first", b"second"):
-        for name in ("checkpoint.npz", "samples.png"):
-            with files.replacing(out / name) as temporary:
-                temporary.write_bytes(run)
-        files.put_aside(out)
-    for number, run in ((1, b"first"), (2, b"second")):
-        found = {path.name: path.read_bytes() for path in (out / f"earlier-{number}").iterdir() if path.is_file()}
-        assert found == dict.fromkeys(("checkpoint.npz", "samples.png"), run)
-        assert not any(path.is_symlink() for path in (out / f"earlier-{number}").iterdir())
-    assert (out / "checkpoint.npz").is_symlink() and list(disk.iterdir()) == []
-
-
-def test_the_names_of_figures_are_those_that_are_made(folder):
-    """What is not in MADE would be taken for the user's, and stay when the run is moved."""
-    for name in ("vae", "ddpm"):
-        made = {path.name for path in (folder / name).iterdir()} - {files.LOCK}
-        known = {path.name for pattern in files.MADE for path in (folder / name).glob(pattern)}
-        assert made == known and len(known) >= 8
-    sources = [ROOT / "run_vae.py", ROOT / "run_ddpm.py", *(ROOT / "scratchgen" / "evaluate").glob("*.py")]
-    named = {name for path in sources for name in re.findall(r"([\w{}]+)\.(?:png|gif)\b", path.read_text())}
-    patterns = [re.sub(r"\{\w\}|[A-Z]", "0", name) for name in named]  # latents_{i}_{j}, latents_I_J
-    for name in patterns:
-        assert any(fnmatch.fnmatch(f"{name}.{kind}", each) for each in files.MADE for kind in ("png", "gif")), name
-
-
 @pytest.mark.parametrize("after", range(5))
 def test_a_move_that_was_killed_goes_on_with_the_same_folder(after, tmp_path, monkeypatch):
-    names = ["checkpoint.npz", "log.csv", "metrics.json", "samples.png"]
-    for name in names:
-        (tmp_path / name).write_bytes(name.encode())
+    for name in LEFT:
+        (tmp_path / name).write_text(name)
     rename, calls = os.rename, itertools.count()
 
     def killed(*paths):
@@ -561,29 +464,4 @@ def test_a_move_that_was_killed_goes_on_with_the_same_folder(after, tmp_path, mo
         files.put_aside(tmp_path)
     files.put_aside(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["earlier-1"]
-    assert {path.name: path.read_text() for path in (tmp_path / "earlier-1").iterdir()} == {n: n for n in names}
-
-
-def test_a_folder_without_a_run_is_left_alone(tmp_path):
-    (tmp_path / "holiday.png").write_bytes(b"the user's")
-    files.put_aside(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["holiday.png"]
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of the archive that stays open
-def test_an_interrupt_that_zipfile_hides_comes_through(tmp_path, monkeypatch):
-    """It arrives as a member of the archive is about to be closed; closing the archive then raises a ValueError."""
-    path = tmp_path / "arrays.npz"
-    path.write_text("as it was")
-
-    def interrupted(*args):
-        monkeypatch.undo()
-        raise KeyboardInterrupt(15)
-
-    monkeypatch.setattr(zipfile._ZipWriteFile, "close", interrupted)
-    with pytest.raises(KeyboardInterrupt) as interrupt, files.replacing(path) as temporary:
-        np.savez(temporary, a=np.ones(3))
-    assert interrupt.value.args == (15,)
-    assert path.read_text() == "as it was" and list(tmp_path.iterdir()) == [path]
-    del interrupt
-    gc.collect()  # the archive, within this test
+    assert contents(tmp_path / "earlier-1") == {name: name.encode() for name in LEFT}

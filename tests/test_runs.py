@@ -1,382 +1,395 @@
 """The two scripts as a user runs them: what they make, what they refuse, and that nothing is lost when they stop."""
 
 import csv
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+import warnings
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 
-from scratchgen.machinery import parallel
+import run_ddpm
+import run_vae
+from scratchgen import draw, plots
+from scratchgen.evaluate import __main__ as evaluate
+from scratchgen.machinery import checkpoint, cli, files, parallel
+from scratchgen.machinery import run as run_module
+from scratchgen.machinery.run import Run
 
+import matplotlib
 import numpy as np
 import pytest
+from conftest import ROOT, load
 
 with suppress(ImportError):  # Windows has none
     import resource
 needs_limits = pytest.mark.skipif("resource" not in globals(), reason="no limits on the size of files here")
-ROOT = Path(__file__).parent.parent
-MODELS = ["vae", "ddpm"]
-FLAGS = {  # small runs of a few seconds
-    "vae": ["--latent-dim", "5", "--batch-size", "16"],
-    "ddpm": ["--T", "5", "--batch-size", "16"],
+
+PROGRAMS = {"vae": run_vae, "ddpm": run_ddpm, "draw": draw, "evaluate": evaluate}
+SMALL = {"train_images": 48, "batch_size": 16, "epochs": 2, "workers": 1}  # three steps an epoch
+FLAGS = {"vae": SMALL | {"latent_dim": 5}, "ddpm": SMALL | {"T": 5, "classes": True}, "draw": {}, "evaluate": {}}
+# Each flag of a script either is a setting in the checkpoint, with here another value than that of the run above,
+# or may differ when the run is resumed.
+SETTINGS = {"epochs": 3, "batch_size": 8, "lr": 0.02, "seed": 1, "train_images": 47}
+SETTINGS = {
+    "vae": SETTINGS | {"arch": "conv", "latent_dim": 6, "beta": 2},
+    "ddpm": SETTINGS | {"arch": "mlp", "T": 6, "schedule": "cosine", "additions": "muon", "classes": 0, "ema": 0.9},
 }
+MAY_DIFFER = {"workers", "data", "out", "resume"}
+MAY_DIFFER = {"vae": MAY_DIFFER | {"latents"}, "ddpm": MAY_DIFFER}
 FIGURES = {
-    "vae": {"loss.png", "reconstructions.png", "samples.png", "interpolation.png"},
-    "ddpm": {"loss.png", "forward.png", "trajectory.png", "samples.png", "sampling.gif", "preview.png"},
+    "vae": "loss reconstructions samples interpolation codes latents_0_0",
+    "ddpm": "loss forward trajectory samples preview nearest classes",
 }
-NUMBERS = {
-    "vae": {"elbo", "reconstruction", "kl", "entropy_floor"},
-    "ddpm": {"test_loss", "alpha_bar_T", "prior_kl"},
-}
+NUMBERS = {"vae": ["elbo", "reconstruction", "kl", "entropy_floor"], "ddpm": ["test_loss", "alpha_bar_T", "prior_kl"]}
+ODD_SETTINGS = {"text.usetex": True, "font.family": "No Such Font", "savefig.bbox": "tight", "savefig.dpi": 30}
+ODD_SETTINGS |= {"axes.grid": True, "image.cmap": "jet"}  # of matplotlib
+SMALL_DATA = r"warning: .*: not the published FashionMNIST \(plain MNIST\?\): .*\n"
 
 
-def finish(command, **options):
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-    return result.returncode, result.stdout, result.stderr
+def words(flags):
+    """{"latent_dim": 5, "classes": True} as a command line; None and False are left out."""
+    found = []
+    for name, value in flags.items():
+        if value not in (None, False):
+            values = () if value is True else value if isinstance(value, list) else [value]
+            found += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return found
 
 
-# The script as a program, but with shards so small that a minibatch of 16 has work for two ranks.
-PROGRAM = """
-import itertools, os, sys
-sys.path.insert(0, {root!r})
-from scratchgen.machinery import cli, files, parallel
-from scratchgen.machinery import run as run_module
-import run_{model} as script
-
-script.SHARD = 8
-sys.argv[0] = "run_{model}.py"
-{change}
-cli.run(script.main)
-"""
-
-
-def run(model, *flags, change="", **options):
-    code = PROGRAM.format(root=str(ROOT), model=model, change=change)
-    return finish([sys.executable, "-c", code, *map(str, flags)], **options)
-
-
-def arrays_in(folder):
-    with np.load(folder / "checkpoint.npz", allow_pickle=False) as file:
-        return {name: file[name] for name in file.files if name != "state"}
-
-
-def state_in(folder):
-    with np.load(folder / "checkpoint.npz", allow_pickle=False) as file:
-        return json.loads(str(file["state"]))
-
-
-def assert_same_arrays(a, b):
-    a, b = arrays_in(a), arrays_in(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+def program(name, *more, **flags):
+    """Run a program in this process as `python` does: its exit status, what it prints, and the lines of its errors."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.filterwarnings("default", message=".*not the published")
+        warnings.showwarning = lambda *warned: err.write(warnings.formatwarning(*warned))  # pytest would keep it
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which `cli.run` changes
+        patch.setattr(PROGRAMS[name], "SHARD", 8, raising=False)  # so that two ranks have work
+        with pytest.raises(SystemExit) as stop:
+            cli.run(partial(PROGRAMS[name].main, [*map(str, more), *words(FLAGS[name] | flags)]))
+    return stop.value.code, out.getvalue(), re.sub(SMALL_DATA, "", err.getvalue()).splitlines()
 
 
 @pytest.fixture(scope="session", params=["vae", "ddpm"])
-def whole_run(request, small_data, tmp_path_factory):
-    """(model, flags, folder) of a run of three epochs that was left alone, with one worker."""
+def whole(request, small_data, tmp_path_factory):
+    """(model, folder, stdout) of a run of two epochs that was left alone, with one worker."""
     model, out = request.param, tmp_path_factory.mktemp(request.param)
-    flags = [*FLAGS[model], "--data", small_data, "--epochs", 3]
-    status, stdout, stderr = run(model, *flags, "--workers", 1, "--out", out)
-    assert status == 0, stderr
-    return model, flags, out, stdout, stderr
+    status, stdout, err = program(model, data=small_data, out=out)
+    assert status == 0 and err == [], err
+    return model, out, stdout
 
 
-def test_a_run_makes_all_its_figures_and_numbers(whole_run):
-    model, _, out, stdout, stderr = whole_run
-    made = {path.name for path in out.iterdir()}
-    assert made >= FIGURES[model] | {"log.csv", "metrics.json", "checkpoint.npz"}
-    if model == "vae":
-        assert len([name for name in made if name.startswith("latents_")]) == 1
+@pytest.fixture
+def copy(whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def metrics_in(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def assert_same_run(one, other):
+    """All that two runs have left but times: arrays, state, log, numbers and figures."""
+    assert names_in(one) == names_in(other)
+    (a, state_a), (b, state_b) = (load(folder / "checkpoint.npz") for folder in (one, other))
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    for row in (state_a, state_b, *state_a["log"], *state_b["log"]):
+        del row["seconds"]
+    assert state_a == state_b
+    for name in ("weights", *NUMBERS[state_a["config"]["model"]]):
+        assert metrics_in(one)[name] == metrics_in(other)[name]
+    for name in names_in(one):
+        if name.endswith((".png", ".gif")):
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_what_a_run_leaves_and_prints(whole):
+    model, out, stdout = whole
+    figures = [f"{name}.png" for name in FIGURES[model].split()] + ["sampling.gif"] * (model == "ddpm")
+    made = {re.sub(r"\d+", "0", name) for name in names_in(out)}
+    assert made == {*figures, "log.csv", "metrics.json", "checkpoint.npz", files.LOCK}
+    metrics, (_, state) = metrics_in(out), load(out / "checkpoint.npz")
+    assert set(metrics) == {*NUMBERS[model], "seconds", "epochs", "seed", "parameters", "command", "weights"}
+    assert metrics["epochs"] == 2 and metrics["command"].startswith(f"python run_{model}.py --train-images 48 ")
     with open(out / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics) == NUMBERS[model] | {"seconds", "epochs", "seed", "parameters", "command", "weights"}
-    assert metrics["epochs"] == 3 and metrics["command"].startswith(f"python run_{model}.py ")
-    if model == "vae":
-        assert metrics["elbo"] == metrics["reconstruction"] - metrics["kl"] < -metrics["entropy_floor"]
-    assert stdout.count("epoch ") == 3 and "\r" not in stdout + stderr  # one line an epoch, no bar in a pipe
-    assert stderr.count("\n") == 1 and "not the published FashionMNIST" in stderr
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == state["log"] and [row["step"] for row in rows] == [3, 6]
 
-
-def test_training_lowers_the_loss(whole_run):
-    model, _, out, _, _ = whole_run
-    log = state_in(out)["log"]
-    losses = [-row["test_elbo"] if model == "vae" else row["test_loss"] for row in log]
-    assert losses[-1] < losses[0]
-    for row in log:  # the training loss is the mean of its own epoch: near the test loss, not a sum over epochs
+    assert "\r" not in stdout  # no bar in a pipe
+    first, *epochs = (line for line in stdout.splitlines() if "epoch" in line or "parameters" in line)
+    assert f"{metrics['parameters']:,} parameters, 48 training images" in first and len(epochs) == 2
+    for number, (line, row) in enumerate(zip(epochs, rows, strict=True), 1):
+        if model == "vae":
+            said = "ELBO: train {train_elbo:.2f}, test {test_elbo:.2f} = {test_reconstruction:.2f} - {test_kl:.2f} nats"
+        else:
+            said = "loss: train {train_loss:.5f}, test {test_loss:.5f}"
+        assert re.fullmatch(re.escape(f"epoch {number}/2  {said}".format(**row)) + r"  \d+ s", line)
+        # The training loss is the mean of its own epoch: near the test loss, not a sum over epochs.
         train, test = (row[f"{part}_{'elbo' if model == 'vae' else 'loss'}"] for part in ("train", "test"))
         assert 0.5 < train / test < 2
+    if model == "vae":
+        assert metrics["elbo"] == metrics["reconstruction"] - metrics["kl"] < -metrics["entropy_floor"]
+        said = "test ELBO {elbo:.2f} = {reconstruction:.2f} - {kl:.2f} nats per image; no model gets above "
+        assert f"{said}-{{entropy_floor:.2f}}, ".format(**metrics) in stdout
+        assert metrics["elbo"] == rows[-1]["test_elbo"] > rows[0]["test_elbo"]
+    else:
+        assert "T = 5, alpha_bar_T = {alpha_bar_T:.2e}, prior KL = {prior_kl:.3g} nats".format(**metrics) in stdout
+        assert f"test loss {metrics['test_loss']:.5f}: " in stdout and rows[-1]["train_loss"] < rows[0]["train_loss"]
 
 
-def test_same_seed_same_bits_with_any_number_of_workers(whole_run, tmp_path):
-    model, flags, out, _, _ = whole_run
-    assert run(model, *flags, "--workers", 2, "--out", tmp_path)[0] == 0
-    assert_same_arrays(out, tmp_path)
-    # Not the weights alone: what is evaluated and drawn with them, too.
-    numbers = [json.loads((folder / "metrics.json").read_text()) for folder in (out, tmp_path)]
-    assert [numbers[0][name] for name in NUMBERS[model]] == [numbers[1][name] for name in NUMBERS[model]]
-    assert (out / "samples.png").read_bytes() == (tmp_path / "samples.png").read_bytes()
+@pytest.fixture
+def at(monkeypatch):
+    """Have each rank call ``act(run)`` inside the step that is given."""
+
+    def plan(step, act):
+        record = Run.record
+        monkeypatch.setattr(Run, "record", lambda run, *_: (run.step + 1 == step and act(run), record(run, *_)))
+
+    return plan
 
 
-def test_another_seed_gives_another_run(whole_run, tmp_path):
-    model, flags, out, _, _ = whole_run
-    assert run(model, *flags, "--epochs", 1, "--seed", 1, "--out", tmp_path)[0] == 0
-    a, b = arrays_in(out), arrays_in(tmp_path)
-    weights = [name for name in a if name.endswith("/w") and not name.startswith("moments/v/")]  # Muon leaves v zero
-    assert all(np.any(a[name] != b[name]) for name in weights)
+def test_stopped_in_epoch_2_and_resumed_elsewhere_it_is_the_same_run(whole, at, small_data, tmp_path, monkeypatch):
+    model, folder, _ = whole
+    at(5, lambda run: parallel.rank or os.kill(os.getpid(), signal.SIGINT))
+    status, stdout, err = program(model, data=small_data, out=tmp_path, workers=3)
+    assert status == 130 and err == [f"run_{model}.py: {cli.STOPPED}"] and stdout.count("epoch ") == 1
+    assert load(tmp_path / "checkpoint.npz")[1]["step"] == 5  # the step was done first
+    monkeypatch.undo()
+
+    # With five cores a fresh run would have other shards, and so other bits.
+    monkeypatch.setattr(run_module.blas, "available_cores", lambda: 5)
+    status, stdout, err = program(model, data=small_data, out=tmp_path, resume=True)
+    assert (status, err) == (0, []) and stdout.count("epoch ") == 1
+    assert_same_run(folder, tmp_path)
 
 
-# A signal in the middle of epoch 2, between its steps 18 and 19; an epoch has 13.
-STEPS, STOP = 13, 18
-INTERRUPTED = """
-calls, stop_if_asked = itertools.count(1), run_module.Run.stop_if_asked
-
-def interrupt(self):  # of all ranks rank 0 does it
-    if next(calls) == {step} and parallel.rank == 0:
-        os.kill({whom}, {how})
-    stop_if_asked(self)
-
-run_module.Run.stop_if_asked = interrupt
-"""
+def other_data(folder, small_data, name, byte):
+    """A copy of the data in which one byte of one file is another."""
+    shutil.copytree(small_data, folder)
+    content = bytearray((folder / name).read_bytes())
+    content[byte] ^= 1
+    (folder / name).write_bytes(content)
+    return folder
 
 
-def interrupt(how, model, *flags, whom="os.getpid()"):
-    change = INTERRUPTED.format(step=STOP, how=int(how), whom=whom)
-    return run(model, *flags, "--workers", 2, change=change, start_new_session=True)
+def test_each_flag_is_a_setting_that_cannot_be_changed_or_may_differ(whole, copy, small_data, tmp_path):
+    model = whole[0]
+    flags = vars(PROGRAMS[model].parse_arguments([])).keys() - {"command"}
+    assert flags == SETTINGS[model].keys() | MAY_DIFFER[model]  # of a new flag one of the two must be said
+    before, (_, state) = (copy / "checkpoint.npz").read_bytes(), load(copy / "checkpoint.npz")
+    assert state["config"].keys() == SETTINGS[model].keys() | {"model", "test_images"}
+    changes = {name: {name: value} for name, value in SETTINGS[model].items()}
+    first = {"train_images": "train-images-idx3-ubyte", "test_images": "t10k-images-idx3-ubyte"}
+    changes |= {"images": {"data": other_data(tmp_path / "train", small_data, first["train_images"], 5000)}}
+    changes |= {"test_images": {"data": other_data(tmp_path / "test", small_data, first["test_images"], -1)}}
+    if model == "ddpm":
+        changes["arch"]["classes"] = False  # which the other network cannot have
+        for part, key in (("train", "labels"), ("t10k", "test_images")):
+            name = f"{part}-labels-idx1-ubyte"
+            changes |= {key: {"data": other_data(tmp_path / name, small_data, name, 9)}}
+    for key, change in changes.items():
+        key = key if key in state["config"] else "train_images"
+        status, _, err = program(model, **{"data": small_data, "out": copy, "resume": True} | change)
+        refused = f"made with {key} {state['config'][key]}, this run has {key} "
+        assert status == 2 and len(err) == 1 and f": {copy / 'checkpoint.npz'}: {refused}" in err[0], (change, err)
+    other = "ddpm" if model == "vae" else "vae"
+    status, _, err = program(other, data=small_data, out=copy, resume=True)
+    assert status == 2 and len(err) == 1 and f"made with model {model}, this run has model {other};" in err[0]
+    assert (copy / "checkpoint.npz").read_bytes() == before and names_in(copy) == names_in(whole[1])
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])  # test_run.py has SIGTERM
-def test_stopped_in_the_middle_of_epoch_2_and_resumed_gives_the_same_bits(how, whole_run, tmp_path):
-    model, flags, whole, _, _ = whole_run
-    # Ctrl-C on a terminal goes to the whole group of processes, which is what 0 means to kill(2).
-    whom = "0" if how == signal.SIGINT else "os.getpid()"
-    status, _, err = interrupt(how, model, *flags, "--out", tmp_path, whom=whom)
-    assert status == (-9 if how == signal.SIGKILL else 128 + how)
-    assert state_in(tmp_path)["step"] == (STEPS if how == signal.SIGKILL else STOP)
-    if how != signal.SIGKILL:
-        assert "--resume" in err.splitlines()[-1] and "Traceback" not in err
+def test_a_finished_run_is_drawn_again_and_flushes_each_file_before_its_rename(
+    whole, small_data, tmp_path, monkeypatch
+):
+    """With what may differ: ranks, the place of the data, and the settings of matplotlib."""
+    model, folder, _ = whole
+    out, data = tmp_path / "out", shutil.copytree(small_data, tmp_path / "data")
+    out.mkdir()
+    before = Path(shutil.copy(folder / "checkpoint.npz", out)).read_bytes()
+    flushed, renamed = set(), []
+    fsync, replace = os.fsync, os.replace
 
-    # Elsewhere, too: with five cores a fresh run would have other shards, and so other bits.
-    change = "run_module.blas.available_cores = lambda: 5"
-    status, out, err = run(model, *flags, "--out", tmp_path, "--resume", "--workers", 1, change=change)
-    assert status == 0, err
-    assert_same_arrays(whole, tmp_path)
-    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in state_in(f)["log"]] for f in (whole, tmp_path)]
-    assert logs[0] == logs[1]
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
+    def whole_content(status):
+        return status.st_ino, status.st_size
 
+    def recorded_fsync(descriptor):
+        fsync(descriptor)
+        flushed.add(whole_content(os.fstat(descriptor)))
 
-@pytest.mark.skipif(not parallel.CAN_FORK, reason="workers are threads here")
-def test_a_killed_rank_is_one_line_and_nothing_is_lost(whole_run, tmp_path):
-    model, flags, whole, _, _ = whole_run
-    status, _, err = interrupt(signal.SIGKILL, model, *flags, "--out", tmp_path, whom="self.ranks.children[-1]")
-    assert "Traceback" not in err and "was killed, for want of memory? Try fewer --workers" in err.splitlines()[-1]
-    assert status == 1  # the world was at fault
-    assert state_in(tmp_path)["step"] == STEPS
-    assert run(model, *flags, "--out", tmp_path, "--resume")[0] == 0
-    assert_same_arrays(whole, tmp_path)
+    def recorded_replace(source, target):
+        assert whole_content(os.stat(source)) in flushed, target
+        renamed.append(Path(target).name)
+        replace(source, target)
 
-
-def test_resuming_a_finished_run_draws_again_and_changes_nothing(whole_run):
-    model, flags, out, _, _ = whole_run
-    before = (out / "checkpoint.npz").read_bytes()
-    (out / "samples.png").unlink()
-    status, stdout, _ = run(model, *flags, "--out", out, "--resume")
-    assert status == 0 and "epoch " not in stdout
-    assert (out / "samples.png").exists() and (out / "checkpoint.npz").read_bytes() == before
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    with matplotlib.rc_context(ODD_SETTINGS):
+        status, stdout, err = program(model, data=data, out=out, workers=2, resume=True)
+    assert (status, err) == (0, []) and "epoch " not in stdout
+    assert (out / "checkpoint.npz").read_bytes() == before
+    assert {*renamed, "checkpoint.npz", files.LOCK} == names_in(out)
+    if model == "ddpm":  # of which all rows were drawn
+        shutil.copy(folder / "preview.png", out)
+    assert_same_run(folder, out)
+    if model == "vae":
+        assert program(model, data=data, out=out, latents=[0, 1], resume=True)[0] == 0
+        assert (out / "latents_0_1.png").exists()
 
 
-def test_a_new_run_in_the_same_folder_keeps_the_old_checkpoint(whole_run, tmp_path):
-    model, flags, out, _, _ = whole_run
-    first = (out / "checkpoint.npz").read_bytes()
-    (tmp_path / "checkpoint.npz").write_bytes(first)
-    status, stdout, _ = run(model, *flags, "--epochs", 1, "--out", tmp_path)
-    assert status == 0 and "kept" in stdout
-    assert (tmp_path / "earlier-1" / "checkpoint.npz").read_bytes() == first
-    assert (tmp_path / "checkpoint.npz").read_bytes() != first
+def test_a_new_run_puts_all_aside_that_a_run_and_its_evaluation_have_made(whole, copy, small_data):
+    model = whole[0]
+    measure = {"vae": {"iwae": 2}, "ddpm": {"bound": 2}}[model]
+    status, _, err = program("evaluate", copy, data=small_data, workers=1, **measure)
+    assert (status, err) == (0, [])
+    made = names_in(copy) - {files.LOCK}
+    named = set(re.findall(r'"(\w+\.(?:png|gif))"', (ROOT / f"run_{model}.py").read_text(encoding="utf-8")))
+    assert made > names_in(whole[1]) - {files.LOCK} and made >= named  # no other flag makes another figure
+    mine = {"notes.txt", "holiday.png", "my samples.png", "cat.gif", "samples.npz"}
+    for name in mine:
+        (copy / name).write_bytes(b"the user's")
+    with redirect_stdout(io.StringIO()):
+        files.put_aside(copy)
+    assert names_in(copy / "earlier-1") == made
+    assert names_in(copy) == mine | {files.LOCK, "earlier-1"}
 
 
-def test_a_second_run_in_the_folder_of_a_running_one_is_refused(whole_run, tmp_path):
-    model, flags, whole, _, _ = whole_run
-    second = [sys.executable, f"run_{model}.py", *map(str, flags), "--workers", "1", "--out", str(tmp_path)]
-    change = f"""
-import subprocess
-write_log = files.write_log
-def and_start_another(*args):
-    if parallel.rank == 0:
-        result = subprocess.run({second!r}, cwd={str(ROOT)!r}, capture_output=True, text=True)
-        print("second", result.returncode, result.stderr.splitlines()[-1])
-    write_log(*args)
-files.write_log = and_start_another
-"""
-    status, stdout, _ = run(model, *flags, "--workers", 2, "--out", tmp_path, change=change)
-    refused = f"second 2 run_{model}.py: {tmp_path}: another program of scratchgen is at work there; wait"
-    assert status == 0 and stdout.count(refused) == 4  # once an epoch, and at the end
-    assert_same_arrays(whole, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
+@pytest.mark.skipif(files.fcntl is None, reason="no locks on folders here")
+def test_a_second_run_in_the_folder_of_a_running_one_is_refused(small_data, tmp_path, monkeypatch):
+    first, second = {"data": small_data, "out": tmp_path / "out", "epochs": 1}, []
+
+    def and_start_another(f):
+        def started(*args):
+            if parallel.rank == 0:
+                second.append(program("vae", **first))
+            return f(*args)
+
+        return started
+
+    monkeypatch.setattr(files, "write_log", and_start_another(files.write_log))
+    monkeypatch.setattr(plots, "codes_by_class", and_start_another(plots.codes_by_class))
+    status, _, err = program("vae", **first, workers=2)
+    refused = (
+        f"run_vae.py: {first['out']}: another program of scratchgen is at work there; wait, or take another folder"
+    )
+    assert (status, err) == (0, []) and second == [(2, "", [refused])] * 3  # at the epoch's end, and among the figures
+    assert {"checkpoint.npz", "samples.png"} < names_in(tmp_path / "out")
+
+
+@pytest.fixture
+def full_disk():
+    """A function after which no file may have more bytes: writing fails half-way, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
 
 
 @needs_limits
-def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(whole_run, tmp_path):
-    """A limit on the size of files stands in for the full disk: writing fails half-way in the same manner."""
-    model, flags, _, _, _ = whole_run
-    interrupt(signal.SIGKILL, model, *flags, "--out", tmp_path)
-    before = (tmp_path / "checkpoint.npz").read_bytes()
+def test_a_full_disk_is_one_line_and_what_was_there_stays(at, full_disk, small_data, runs, tmp_path):
+    at(1, lambda run: full_disk(300_000))  # the checkpoint of the start is written
+    status, _, err = program("vae", data=small_data, out=tmp_path / "run")
+    assert status == 1 and err == [f"run_vae.py: {tmp_path / 'run' / 'checkpoint.npz'}: File too large"]
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.npz")[1]["step"] == 0
+    assert names_in(tmp_path / "run") == {"checkpoint.npz", "log.csv", files.LOCK}
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-
-    status, _, stderr = run(model, *flags, "--out", tmp_path, "--resume", preexec_fn=limit)
-    assert status == 1 and "Traceback" not in stderr
-    assert len(stderr.splitlines()) == 2  # the first says that these are not the published files
-    assert "checkpoint.npz" in stderr.splitlines()[1]
-    assert (tmp_path / "checkpoint.npz").read_bytes() == before
-    assert list(tmp_path.glob(".*")) == [tmp_path / ".lock"]
+    drawn = tmp_path / "drawn.png"
+    drawn.write_bytes(b"an earlier figure")
+    full_disk(2000)
+    status, _, err = program("draw", runs / "vae", out=drawn, workers=1)
+    assert status == 1 and err == [f"python -m scratchgen.draw: {drawn}: File too large"]
+    assert drawn.read_bytes() == b"an earlier figure" and names_in(tmp_path) == {"run", "drawn.png"}
 
 
-def one_line_error(model, *flags):
-    status, _, stderr = run(model, *flags)
-    assert status == 2, stderr
-    assert len(stderr.splitlines()) == 1 and "Traceback" not in stderr
-    return stderr
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_missing_and_broken_data_are_one_line(model, small_data, tmp_path):
-    assert "nowhere" in one_line_error(model, "--data", "nowhere", "--out", tmp_path / "out")
-    names = sorted(os.listdir(small_data))
-    for name in names:
-        (tmp_path / name).write_bytes((small_data / name).read_bytes())
-    victim = tmp_path / names[0]
-    victim.write_bytes(victim.read_bytes()[:-1])
-    assert names[0] in one_line_error(model, "--data", tmp_path, "--out", tmp_path / "out")
-
-
-def test_a_checkpoint_of_another_model_or_T_is_one_line(whole_run, small_data, tmp_path):
-    model, flags, out, _, _ = whole_run
-    other = {"vae": "ddpm", "ddpm": "vae"}[model]
-    assert f"model {model}" in one_line_error(other, "--data", ROOT / "data", "--out", out, "--resume")
-    key, flag = {"vae": ("latent_dim", "--latent-dim"), "ddpm": ("T", "--T")}[model]
-    assert f"{key} 5" in run(model, *flags, "--out", out, flag, 6, "--resume")[2]
-    assert "found no such file" in run(model, *flags, "--out", tmp_path, "--resume")[2]
-
-
-LAST_STEP = ("--lr", 1e12, "--epochs", 1, "--batch-size", 200)
+LAST_STEP = {"lr": 1e12, "epochs": 1, "batch_size": 200}
 
 
 @pytest.mark.parametrize(
-    ("model", "flags"), [("vae", ("--lr", 1e6)), ("vae", LAST_STEP), ("ddpm", ("--arch", "mlp", *LAST_STEP))]
+    ("model", "flags"), [("vae", {"lr": 1e6}), ("vae", LAST_STEP), ("ddpm", LAST_STEP | {"arch": "mlp", "classes": 0})]
 )
-def test_divergence_says_so_and_keeps_the_last_checkpoint(model, flags, small_data, tmp_path):
+def test_divergence_says_so_keeps_the_last_checkpoint_and_its_advice_helps(model, flags, small_data, tmp_path):
     """Also in the very last step, after which no training loss shows it."""
-    status, _, stderr = run(model, *FLAGS[model], "--data", small_data, "--out", tmp_path, *flags)
-    assert status == 1 and "--lr" in stderr.splitlines()[-1] and "Traceback" not in stderr
-    assert all(np.isfinite(a).all() for a in arrays_in(tmp_path).values())
-    assert not (tmp_path / "metrics.json").exists()
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_help_names_every_flag_and_shows_examples(model):
-    status, stdout, _ = run(model, "--help")
-    assert status == 0 and f"python run_{model}.py" in stdout
-    for flag in ("epochs", "batch-size", "lr", "seed", "workers", "data", "out", "train-images", "resume", "arch"):
-        assert f"--{flag}" in stdout
-
-
-# ------------------------------------------------------------------------------------------------------------ evaluate
-
-
-def test_measuring_what_is_not_there_is_one_line(tmp_path):
-    evaluate, no_data = ["-m", "scratchgen.evaluate"], ["--data", tmp_path / "none"]
-    for program, flags in (
-        (["-m", "scratchgen.draw"], [tmp_path]),
-        (evaluate, [tmp_path]),
-        (evaluate, []),
-        (["docs/train_classifier.py"], [*no_data, "--out", tmp_path / "weights"]),
-        (["docs/published_protocol.py"], [*no_data, "--out", tmp_path / "protocol"]),
-        (["docs/ablation.py"], [*no_data, "--runs", tmp_path / "runs"]),
-        (["docs/sweeps.py"], [tmp_path]),
-    ):
-        status, stdout, stderr = finish([sys.executable, *program, *map(str, flags)], cwd=ROOT)
-        assert status == 2 and stdout == "" and stderr.count("\n") == 1 and "Traceback" not in stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_help_of_evaluate_teaches():
-    status, stdout, _ = finish([sys.executable, "-m", "scratchgen.evaluate", "--help"], cwd=ROOT)
-    assert status == 0 and "examples:" in stdout and "--iwae K" in stdout
-
-
-@needs_limits
-def test_drawn_images_on_a_full_disk_leave_what_was_there(whole_run, tmp_path):
-    """The limit on file size stands in for the disk: 20 images have room in it, 400 have not."""
-    model, _, out, _, _ = whole_run
-    command = [
-        sys.executable,
-        "-m",
-        "scratchgen.draw",
-        str(out),
-        "--out",
-        str(tmp_path / "drawn.png"),
-        "--workers",
-        "1",
-    ]
-    status, _, stderr = finish([*command, "-n", "20"], cwd=ROOT)
-    assert status == 0, stderr
-    before = (tmp_path / "drawn.png").read_bytes()
-
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    status, _, stderr = finish([*command, "-n", "400"], cwd=ROOT, preexec_fn=small_files)
-    assert status == 1 and "drawn.png" in stderr.splitlines()[-1] and "Traceback" not in stderr
-    assert (tmp_path / "drawn.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    first = {"data": small_data, "out": tmp_path}
+    status, _, err = program(model, **first | flags)
+    assert status == 1 and len(err) == 1 and "start again, without --resume, with a smaller --lr" in err[0]
+    assert all(np.isfinite(array).all() for array in load(tmp_path / "checkpoint.npz")[0].values())
+    assert "metrics.json" not in names_in(tmp_path)
+    if flags == {"lr": 1e6}:
+        assert program(model, **first)[0] == 0 and metrics_in(tmp_path)["epochs"] == 2
 
 
 # --------------------------------------------------------------------------------------------- the user's environment
 
 
-def test_neither_a_notebooks_backend_nor_a_matplotlibrc_changes_a_figure(whole_run, tmp_path):
-    model, flags, out, _, _ = whole_run
-    settings = "text.usetex: True\nfont.family: No Such Font\nsavefig.bbox: tight\nsavefig.dpi: 30\naxes.grid: True\n"
+def python(*words, **variables):
+    """Run a Python command; its exit status, stdout and stderr."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("switches", [["-OO", "-bb", "-X", "dev"], ["-W", "error"]])
+def test_pythons_own_switches_and_a_poor_environment(switches, small_data, tmp_path):
+    """Without docstrings and asserts, with all warnings, on a terminal that cannot show the path."""
+    if matplotlib.__version_info__ < (3, 10):
+        pytest.skip("packages as old as that warn of each other")
+    settings = "".join(f"{name}: {value}\n" for name, value in ODD_SETTINGS.items())
     (tmp_path / "matplotlibrc").write_text(settings)
-    environment = os.environ | {
-        "MPLBACKEND": "module://no_such_backend",
-        "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"),
-    }
-    status, _, err = run(model, *flags, "--out", tmp_path / "out", env=environment)
-    assert status == 0 and "Traceback" not in err
-    for name in ("loss.png", "samples.png"):
-        assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_path_that_cannot_be_shown_is_no_reason_to_stop(encoding, small_data, tmp_path):
-    flags = ["--data", small_data, "--epochs", 1, "--train-images", 16, "--out", tmp_path / "π 日本"]
-    status, out, err = run("vae", *flags, env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert (
-        status == 0 and "\\u65e5" in out and "Traceback" not in err and (tmp_path / "π 日本" / "samples.png").exists()
-    )
+    poor = {"PYTHONIOENCODING": "ascii", "MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://no_such_backend"}
+    flags = {"data": small_data, "epochs": 1, "train_images": 16, "workers": 2, "out": tmp_path / "π 日本"}
+    status, out, err = python(*switches, ROOT / "run_vae.py", *words(flags), **poor)
+    assert err.count("\n") == 1 and "not the published FashionMNIST" in err
+    goes_on = "-W" not in switches
+    assert status == (0 if goes_on else 1) and (tmp_path / "π 日本" / "samples.png").exists() == goes_on
+    assert ("\\u65e5" in out) == goes_on
+    for more in [], ["-I"]:
+        status, out, err = python(*switches, *more, "-m", "scratchgen.draw", "--help", **poor)
+        assert (status, err) == (0, "") and "9 boot" in out
 
 
 def test_a_ctrl_c_during_the_imports_is_one_line():
-    code = "import os, signal, sys, builtins\nload = builtins.__import__\ndef interrupted(name, *rest, **more):\n"
-    code += (
-        "    if name == 'autograd.numpy': os.kill(os.getpid(), signal.SIGINT)\n    return load(name, *rest, **more)\n"
-    )
-    code += "builtins.__import__ = interrupted\nimport scratchgen.vae"
-    status, out, err = finish([sys.executable, "-c", code], cwd=ROOT)
+    code = """
+import builtins, os, signal
+load = builtins.__import__
+def interrupted(name, *rest, **more):
+    if name == "autograd.numpy":
+        os.kill(os.getpid(), signal.SIGINT)
+    return load(name, *rest, **more)
+builtins.__import__ = interrupted
+import scratchgen.vae
+"""
+    status, out, err = python("-c", code)
     assert status in (-signal.SIGINT, 130) and out == "" and err == "stopped before it began\n"
 
 
-def test_advice_after_a_divergence_leads_somewhere(small_data, tmp_path):
-    flags = [*FLAGS["vae"], "--data", small_data, "--epochs", 1, "--out", tmp_path]
-    status, _, err = run("vae", *flags, "--lr", 1e6)
-    assert status == 1 and "start again, without --resume, with a smaller --lr" in err and len(err.splitlines()) == 2
-    assert run("vae", *flags)[0] == 0 and (tmp_path / "metrics.json").exists()
+def test_a_matplotlib_that_cannot_be_imported_is_one_line_of_each_program(tmp_path):
+    """It writes a cache, and reads settings: where nothing may be written, or these are damaged, its import fails."""
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text("raise OSError('requires access to a writable\\ncache')")
+    code = """
+import run_ddpm, run_vae, sys
+from scratchgen import draw
+from scratchgen.machinery import cli
+for program in run_vae, run_ddpm, draw:
+    try:
+        cli.run(program.main)
+    except SystemExit as stop:
+        print(stop.code)
+"""
+    status, out, err = python("-c", code, "--out", tmp_path / "out.png", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert (status, out) == (0, "2\n" * 3) and err.count("\n") == 3
+    assert err.count("matplotlib cannot be imported: requires access to a writable cache") == 3
+    assert names_in(tmp_path) == {"matplotlib"}

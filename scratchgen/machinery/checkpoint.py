@@ -57,7 +57,7 @@ def load(path):
                 raise ValueError("it was changed, or is of another version")
             named = {m.removesuffix(".npy"): np.load(io.BytesIO(archive.read(m))) for m in archive.namelist()}
     except Exception as error:  # zipfile, zlib and NumPy raise many kinds for a damaged file
-        words = str(error) or type(error).__name__
+        words = str(error)[:200] or type(error).__name__  # zipfile quotes a damaged name, of up to 64 KiB
         raise CheckpointError(f"{path}: expected a sound checkpoint of this version, found: {words}") from None
     parallel.ranks_for(workers=1).agree(path, found)
     return named, json.loads(str(named.pop("state")))
