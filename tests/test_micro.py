@@ -153,7 +153,7 @@ def test_the_last_step_is_the_predicted_image():
 
 
 def test_adam_by_its_first_two_steps():
-    """The first step is lr in size, whatever the gradient; the second by hand, for 1 and 3. A gradient of 0 moves nothing."""
+    """The first step is lr in size, whatever the gradient; the second by hand, for 1 and 3. And 0 moves nothing."""
     params, moments = [(np.zeros(3),)], [[(np.zeros(3), np.zeros(3))]]
     micro.adam_step(params, [(np.array([1.0, -0.01, 0.0]),)], moments, 1, lr=0.1)
     np.testing.assert_allclose(params[0][0], [-0.1, 0.1, 0], rtol=1e-5)
