@@ -219,7 +219,14 @@ def test_question_4_mlp_encode_has_two_heads(rng):
         mu, log_var = vae.mlp_encode(params, np.full((1, 28, 28, 1), 0.5, np.float32))
         return (log_var[0, 0] - log_var[0, 1] + 1) ** 2 + (log_var[0, 1] + 1) ** 2 + 0 * mu[0, 0]
 
-    reached = any(both(trained(value_and_grad(both), params, 200, lr)) < 0.1 for lr in (3e-3, 3e-4))
+    def reaches(params, lr):
+        for _ in range(4):
+            params = trained(value_and_grad(both), params, 50, lr)
+            if both(params) < 0.1:
+                return True
+        return False
+
+    reached = reaches(params, 3e-3) or reaches(params, 3e-4)
     expect(reached, "mlp_encode: log_var has to be free to be below zero, and another in each dimension")
 
 
