@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from functools import partial
+from types import ModuleType
 
 from scratchgen import diffusion, gradients, micro, ops, tree, vae
 from scratchgen.data import load_fashion_mnist, load_idx, scale
@@ -219,12 +220,56 @@ SMALLER = {  # what makes the training longer than a test may be -> less of it, 
 }
 
 
-def test_copied_anywhere_it_draws(folder, images, tmp_path):
+def smaller_page():
     text = (ROOT / "scratchgen" / "micro.py").read_text()
     for much, (less, count) in SMALLER.items():
         assert text.count(much) == count, much
         text = text.replace(much, less)
-    result = run_alone(tmp_path, folder, text=text)
+    return text
+
+
+def test_its_training_draws_what_the_algorithms_say_and_the_vaes_images_are_above(folder, tmp_path, monkeypatch):
+    """A dry run: the losses, the step, the networks and the sampler only note what they are given."""
+    page = ModuleType("page")
+    exec(smaller_page().replace("range(1, 2001)", "range(1, 201)"), vars(page))
+    of_vae, of_ddpm, steps, codes = [], [], [], []
+    page.vae_loss = lambda encoder, decoder, *batch: of_vae.append(batch) or (1.0, 2.0, None)
+    page.ddpm_loss = lambda network, *batch: of_ddpm.append(batch) or (1.0, None)
+    page.adam_step = lambda params, gradient, moments, step, lr: steps.append((step, lr))
+    page.mlp = lambda params, z: (codes.append(z) or np.zeros((len(z), 784)), None)
+    page.sample = lambda network, N: np.full((N, 784), 0.5)
+    monkeypatch.chdir(tmp_path)
+    page.main(folder)
+    for batches, low in ((of_vae, 0), (of_ddpm, -1)):
+        x, eps = (np.stack([batch[part] for batch in batches]) for part in (0, -1))
+        assert (x.min(), x.max()) == (low, 1) and x.shape[1:] == (32, 784)
+        assert len({images.tobytes() for images in x}) == len(x)  # others at each step
+        assert len(np.unique(eps[:, 0, 0])) > 0.99 * len(eps) and len(np.unique(eps[0, :, 0])) == 32
+        assert eps.mean() == pytest.approx(0, abs=0.01) and eps.std() == pytest.approx(1, abs=0.01)
+    t = np.concatenate([batch[1] for batch in of_ddpm])
+    assert t.shape == (500 * 32, 1) and set(t.ravel()) == set(range(1, 201))
+    lr = [(step, 2e-3 * (1 - step / of)) for of, last in ((3500, 200), (4500, 500)) for step in range(1, last + 1)]
+    np.testing.assert_allclose(steps, lr)
+    (z,) = codes
+    assert z.shape == (64, micro.D) and z.std() == pytest.approx(1, abs=0.1)
+    upper, lower = np.split(imread(tmp_path / "micro.png"), 2)
+    assert np.unique(upper) == pytest.approx(127 / 255) and np.unique(lower) == pytest.approx(191 / 255)
+
+
+def test_sample_takes_each_step_with_fresh_noise(monkeypatch):
+    seen = []
+    monkeypatch.setattr(micro, "p_sample", lambda network, x, t, z: seen.append((t, x, z)) or x / 2)
+    micro.sample(None, 5)
+    times, xs, zs = zip(*seen, strict=True)
+    assert times == tuple(range(micro.T, 0, -1)) and xs[0].std() == pytest.approx(1, abs=0.05)
+    assert all(np.array_equal(after, before / 2) for before, after in zip(xs, xs[1:], strict=False))
+    z = np.array(zs)
+    assert z.shape == (micro.T, 5, 784) and z.std() == pytest.approx(1, abs=0.01)
+    assert len(np.unique(z)) == z.size  # no two are equal
+
+
+def test_copied_anywhere_it_draws(folder, images, tmp_path):
+    result = run_alone(tmp_path, folder, text=smaller_page())
     assert (result.returncode, result.stderr) == (0, "")
     said = [line.split(":")[0] for line in result.stdout.splitlines()]
     steps = [f"VAE, step {step} of 3500" for step in range(500, 2001, 500)]
