@@ -384,13 +384,14 @@ def bernoulli_log_likelihood(logits, x):
     terms = -x * np.logaddexp(0, -logits) - (1 - x) * np.logaddexp(0, logits)
     return np.sum(terms, axis=tuple(range(1, len(x.shape))))""",
         """
-def init_mlp_vae(rng, latent_dim):  # one hidden layer, one matrix for both heads, float64
+def init_mlp_vae(rng, latent_dim):  # one hidden layer, one matrix for both heads, log_var softly bounded, float64
     sizes = ((784, 64), (64, 2 * latent_dim), (latent_dim, 64), (64, 784))
     return [(rng.standard_normal((i, o)) / np.sqrt(i), np.zeros(o)) for i, o in sizes]
 def mlp_encode(params, x):
     (W, b), (V, c), _, _ = params
     h = np.tanh(np.reshape(x, (-1, 784)) @ W + b) @ V + c
-    return np.split(h, 2, axis=1)
+    mu, log_var = np.split(h, 2, axis=1)
+    return mu, 6 * np.tanh(log_var)
 def mlp_decode(params, z):
     _, _, (W, b), (V, c) = params
     return np.reshape(np.tanh(z @ W + b) @ V + c, (-1, 28, 28, 1))""",
@@ -533,17 +534,6 @@ def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):  # another colour 
     axes.imshow(np.concatenate(rows), cmap="gray_r", extent=(-extent, extent, -extent, extent))
     axes.set(xlabel=f"z_{i}", ylabel=f"z_{j}", title="latents")
     return figure""",
-    ],
-    "log_var softly bounded": [
-        """
-def mlp_encode(params, x):
-    h = mlp(params["encoder"], x.reshape((len(x), -1)))
-    D = h.shape[1] // 2
-    return h[:, :D], 6 * np.tanh(h[:, D:])
-def init_mlp_vae(rng, latent_dim):
-    return {"encoder": init_mlp(rng, [784, 100, 2 * latent_dim]), "decoder": init_mlp(rng, [latent_dim, 100, 784])}
-def mlp_decode(params, z):
-    return mlp(params["decoder"], z).reshape((len(z), 28, 28, 1))""",
     ],
 }
 
