@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from functools import cache
 
@@ -538,7 +539,9 @@ def test_an_endless_loop_costs_its_question(answered, tmp_path, monkeypatch):
     shutil.copytree(answered / "scratchgen", tmp_path / "scratchgen")
     solve(tmp_path, prior_kl="def prior_kl(*args):\n    import threading\n    threading.Event().wait()")
     monkeypatch.setattr(handout, "LIMIT", 4)
+    began = time.monotonic()
     assert handout.grade(tmp_path, (8,)) == {8: {"prior_kl": (0, "crashed, or took longer than 4 seconds")}}
+    assert time.monotonic() - began < 60
 
 
 def test_the_command_prints_a_table_of_the_folders(tmp_path, monkeypatch, capsys):

@@ -256,6 +256,12 @@ def test_its_training_draws_what_the_algorithms_say_and_the_vaes_images_are_abov
     assert np.unique(upper) == pytest.approx(127 / 255) and np.unique(lower) == pytest.approx(191 / 255)
 
 
+def test_the_weights_begin_with_the_variance_that_it_names():
+    (W, b), (V, c) = micro.init_mlp(400, 300, 500)
+    assert not b.any() and not c.any() and W.dtype == b.dtype == np.float32
+    assert [W.var() * 400, V.var() * 300] == pytest.approx([2, 2], rel=0.03)
+
+
 def test_sample_takes_each_step_with_fresh_noise(monkeypatch):
     seen = []
     monkeypatch.setattr(micro, "p_sample", lambda network, x, t, z: seen.append((t, x, z)) or x / 2)
