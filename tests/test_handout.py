@@ -188,6 +188,7 @@ import json, runpy, sys
 import pytest
 from matplotlib.figure import Figure
 import run_ddpm, run_vae
+from scratchgen import vae
 print([int(pytest.main(["-vvk", k])) for k in ("question_1", "question_2 or question_12 or question_8")])
 shown = {}
 def savefig(figure, path):
@@ -197,9 +198,12 @@ def savefig(figure, path):
     shown[path.name] = lines, images, [axes.get_title() for axes in figure.axes]
 Figure.savefig = savefig
 run_ddpm.T, run_ddpm.TIMES = 6, [6, 2, 0]
+generate, codes = vae.generate, []
+vae.generate = lambda decode, z: codes.append(z) or generate(decode, z)
 for module, flags in ((run_vae, SEED_4), (run_vae, SEED_3), (run_ddpm, SEED_3)):
     module.main(flags)
-    shown[f"{module.__name__} {flags[-1]}"] = shown["samples.png"]
+    shown[f"{module.__name__} {flags[-1]}"] = shown["samples.png"], shown["loss.png"][0]
+shown["codes"] = [float(z.std()) for z in codes if len(z) == 100 and z[0].all()]
 json.dump(shown, open("shown.json", "w"))
 for name in ("run_vae.py", "run_ddpm.py"):
     sys.argv = [name, "--help"]
@@ -226,12 +230,16 @@ def test_in_its_own_folder_k_chooses_questions_and_their_tests_pass(printed):
 
 def test_the_run_scripts_train_and_draw_what_they_print(printed, answered, small_data):
     shown = json.loads((answered / "shown.json").read_text())
-    losses = re.findall(r"^epoch (\d): loss ([\d.]+) in training, ([\d.]+) on test images", printed, re.M)
-    lines, _, _ = shown["loss.png"]  # of the diffusion model, which ran last
-    assert [(f"{a:.5f}", f"{b:.5f}") for a, b in zip(lines["train"], lines["test"], strict=True)] == [
-        (train, test) for _, train, test in losses
-    ]
-    assert [epoch for epoch, _, _ in losses] == ["1", "2"] and printed.count("test ELBO") == 4
+    losses = re.findall(r"^epoch \d: loss ([\d.]+) in training, ([\d.]+) on test images", printed, re.M)
+    lines = shown["run_ddpm 3"][1]
+    assert [(f"{a:.5f}", f"{b:.5f}") for a, b in zip(lines["train"], lines["test"], strict=True)] == losses
+    bounds = re.findall(r"^epoch \d: test ELBO (-[\d.]+) = (-[\d.]+) - ([\d.]+) nats", printed, re.M)
+    assert len(losses) == 2 and len(bounds) == 4  # two epochs, and of two seeds
+    assert all(float(bound) == pytest.approx(float(a) - float(b), abs=0.02) for bound, a, b in bounds)
+    lines = shown["run_vae 3"][1]
+    assert [f"{bound:.2f}" for bound in lines["test"]] == [bound for bound, _, _ in bounds[2:]]
+    assert lines["train"] == pytest.approx(lines["test"], rel=0.4)
+    assert shown["codes"] == pytest.approx([1, 1], abs=0.05)  # what samples are decoded from
     _, ((picture, low, high),), _ = shown["reconstructions.png"]
     with pytest.warns(UserWarning, match="not the published"):
         x_test = load_fashion_mnist(small_data)["test_images"][..., 0] / 255
@@ -239,8 +247,8 @@ def test_the_run_scripts_train_and_draw_what_they_print(printed, answered, small
     assert (low, high) == (0, 1) and picture.shape == (8 * 29 - 1, 10 * 29 - 1)
     np.testing.assert_allclose(picture[58:86, 29:57], x_test[11], atol=1e-6)  # a row of images, and a row decoded
     assert np.abs(picture[29:57, 29:57] - x_test[1]).mean() > 0.05
-    assert [shown[name][1][0][1:] for name in ("run_vae 3", "run_ddpm 3")] == [[0, 1], [-1, 1]]
-    assert shown["run_vae 3"] != shown["run_vae 4"]
+    assert [shown[name][0][1][0][1:] for name in ("run_vae 3", "run_ddpm 3")] == [[0, 1], [-1, 1]]
+    assert shown["run_vae 3"][0] != shown["run_vae 4"][0]
     assert shown["trajectory.png"][2] == ["t = 6", "t = 2", "t = 0"]
     named = [re.fullmatch(r"latents_(\d+)_(\d+).png", name) for name in shown]
     assert all(int(name[1]) < int(name[2]) < 20 for name in named if name) and any(named)
