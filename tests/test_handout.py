@@ -200,10 +200,13 @@ Figure.savefig = savefig
 run_ddpm.T, run_ddpm.TIMES = 6, [6, 2, 0]
 generate, codes = vae.generate, []
 vae.generate = lambda decode, z: codes.append(z) or generate(decode, z)
+eps_theta_of, weights = run_ddpm.eps_theta_of, []
+run_ddpm.eps_theta_of = lambda params: weights.append(params) or eps_theta_of(params)
 for module, flags in ((run_vae, SEED_4), (run_vae, SEED_3), (run_ddpm, SEED_3)):
     module.main(flags)
     shown[f"{module.__name__} {flags[-1]}"] = shown["samples.png"], shown["loss.png"][0]
 shown["codes"] = [float(z.std()) for z in codes if len(z) == 100 and z[0].all()]
+shown["as in the test"] = all(params is weights[-1] for params in weights[-5:])
 json.dump(shown, open("shown.json", "w"))
 for name in ("run_vae.py", "run_ddpm.py"):
     sys.argv = [name, "--help"]
@@ -239,6 +242,7 @@ def test_the_run_scripts_train_and_draw_what_they_print(printed, answered, small
     lines = shown["run_vae 3"][1]
     assert [f"{bound:.2f}" for bound in lines["test"]] == [bound for bound, _, _ in bounds[2:]]
     assert lines["train"] == pytest.approx(lines["test"], rel=0.4)
+    assert shown["as in the test"]  # four quarters of the test images, and the samples: by the averaged weights
     assert shown["codes"] == pytest.approx([1, 1], abs=0.05)  # what samples are decoded from
     _, ((picture, low, high),), _ = shown["reconstructions.png"]
     with pytest.warns(UserWarning, match="not the published"):
