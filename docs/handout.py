@@ -264,9 +264,9 @@ def table(grades):
     }
 
     def row(name, numbers):
-        return f"{name:{width}}" + "".join(f"{number:>6.4g}" for number in (*numbers, sum(numbers)))
+        return f"{name:{width}}" + "".join(f"{number:>7.4g}" for number in (*numbers, sum(numbers)))
 
-    lines = [f"{'question':{width}}" + "".join(f"{question:>6}" for question in FUNCTIONS) + "   all"]
+    lines = [f"{'question':{width}}" + "".join(f"{question:>7}" for question in FUNCTIONS) + "    all"]
     lines += [row("points for code", of_code.values()), *(row(student, numbers) for student, numbers in earned.items())]
     lines += [row("mean", [sum(column) / len(grades) for column in zip(*earned.values(), strict=True)]), ""]
     rest = ", ".join(f"{q} ({POINTS[q] - of_code.get(q, 0):g})" for q in by_hand)

@@ -219,8 +219,15 @@ def test_question_4_mlp_encode_has_two_heads(rng):
         mu, log_var = vae.mlp_encode(params, np.full((1, 28, 28, 1), 0.5, np.float32))
         return (log_var[0, 0] - log_var[0, 1] + 1) ** 2 + (log_var[0, 1] + 1) ** 2 + 0 * mu[0, 0]
 
-    reached = min(both(trained(value_and_grad(both), params, 200, lr)) for lr in (3e-4, 3e-3))
-    expect(reached < 0.1, "mlp_encode: log_var has to be free to be below zero, and another in each dimension")
+    def reaches(params, lr):
+        for _ in range(4):
+            params = trained(value_and_grad(both), params, 50, lr)
+            if both(params) < 0.1:
+                return True
+        return False
+
+    reached = reaches(params, 3e-3) or reaches(params, 3e-4)
+    expect(reached, "mlp_encode: log_var has to be free to be below zero, and another in each dimension")
 
 
 def trained(loss_and_gradient, params, steps, lr, batch=()):
@@ -304,19 +311,15 @@ def test_question_5_negative_elbo_is_minus_the_mean_of_the_bound(rng):
         expect(close(loss, second - first), "negative_elbo: expected minus the mean of (first term - KL)")
 
 
-def test_question_5_negative_elbo_can_be_trained_on(rng):
-    """Images that are one of two patterns, so that a code of one bit says everything."""
-    patterns = np.array([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]], np.float32).reshape(2, 1, 6, 1)
-    x = patterns[rng.integers(2, size=64)]
-    params = small_vae_params(rng)
-    moments = init_moments(params)
-    losses = []
-    for step in range(1, 201):
-        batch = x, rng.standard_normal((64, 2), dtype=np.float32)
-        loss, _, gradient = value_and_grad(small_vae)(params, batch)
-        adam_step(params, gradient, moments, step, 0.02)
-        losses.append(float(loss))
-    expect(np.mean(losses[-20:]) < 0.6 * np.mean(losses[:5]), "negative_elbo: 200 steps should lower it by 40 %")
+def test_question_5_negative_elbo_has_the_gradient_of_finite_differences(rng):
+    batch = rng.random((4, 1, 6, 1)), rng.standard_normal((4, 2))
+    params = tree.map(np.float64, small_vae_params(rng))
+
+    def loss(*leaves):
+        return small_vae(dict(zip(params, leaves, strict=True)), batch)[0]
+
+    words = "negative_elbo: expected the gradient of both networks that finite differences give"
+    expect_gradients(loss, list(params.values()), words)
 
 
 def test_question_5_negative_elbo_of_the_networks_falls(rng):
@@ -387,24 +390,32 @@ def test_question_6_plot_latents_decodes_an_even_grid_with_all_other_dimensions_
     expect(len(pairs) == len(ticks) ** 2, f"plot_latents: for {given} expected each pair of values (z_i, z_j) once")
 
 
+def place_of(part, chosen, dark, **options):
+    """Where one sees a part of the images whose z are chosen."""
+
+    def paint(images, z):
+        images[(chosen(z), *part)] = 1
+
+    return place(drawn(paint, **options), dark)
+
+
 @pytest.mark.parametrize(("i", "j"), [(4, 1), (1, 4)])
 def test_question_6_plot_latents_shows_z_i_to_the_right_and_z_j_upwards(i, j):
     options = {"n": 3, "extent": 1.5, "i": i, "j": j}
     dark = drawn(lambda images, z: None, **options)
 
-    def lit(chosen):
-        def paint(images, z):
-            images[chosen(z)] = 1
+    def of_code(z_i, z_j):
+        return place_of((), lambda z: np.isclose(z[:, i], z_i) & np.isclose(z[:, j], z_j), dark, **options)
 
-        return place(drawn(paint, **options), dark)
-
-    for d, axis, sign, way in ((i, 1, 1, "z_i grows to the right"), (j, 0, -1, "z_j grows upwards")):
-        places = [lit(lambda z, d=d, tick=tick: np.isclose(z[:, d], tick)) for tick in (-1.5, 0, 1.5)]
-        steps = np.diff(places, axis=0)
-        across = np.abs(steps[:, 1 - axis]).max()
+    start = of_code(-1.5, -1.5)
+    for code, axis, sign, way in (
+        ((1.5, -1.5), 1, 1, "z_i grows to the right"),
+        ((-1.5, 0), 0, -1, "z_j grows upwards"),
+    ):
+        step = of_code(*code) - start
         words = f"plot_latents: expected that {way}"
-        expect(across < 0.2 * np.abs(steps[:, axis]).max(), words + ", found the other axis to change")
-        expect(sign * steps[:, axis] > 10, words)
+        expect(abs(step[1 - axis]) < 0.2 * abs(step[axis]), words + ", found the other axis to change")
+        expect(sign * step[axis] > 10, words)
 
 
 def test_question_6_plot_latents_shows_0_and_1_as_black_and_white():
@@ -422,19 +433,13 @@ def test_question_6_plot_latents_shows_0_and_1_as_black_and_white():
 
 
 def test_question_6_plot_latents_shows_images_upright():
+    """Two squares: one at the top right of each image, one at the bottom left."""
     options = {"n": 3, "extent": 1.5}
     dark = drawn(lambda images, z: None, **options)
-
-    def lit(part):
-        def paint(images, z):
-            images[part] = 1
-
-        return place(drawn(paint, **options), dark)
-
-    top, bottom = lit(np.s_[:, 4:10]), lit(np.s_[:, 18:24])
-    expect(bottom[0] - top[0] > 5, "plot_latents: expected each image upright, found it turned, mirrored or transposed")
-    left, right = lit(np.s_[:, :, 4:10]), lit(np.s_[:, :, 18:24])
-    expect(right[1] - left[1] > 5, "plot_latents: expected each image upright, found it turned, mirrored or transposed")
+    high, low = np.s_[4:10], np.s_[18:24]
+    above, below = (place_of(part, lambda z: slice(None), dark, **options) for part in ((high, low), (low, high)))
+    words = "plot_latents: expected each image upright, found it turned, mirrored or transposed"
+    expect(below[0] - above[0] > 5 and above[1] - below[1] > 5, words)
 
 
 # ----------------------------------------------------------------------------------------------------- 7: q(x_t | x_0)
@@ -579,7 +584,9 @@ def test_question_9_q_posterior_is_by_bayes_rule_what_the_forward_steps_leave_op
     for schedule in both_schedules():
         x_0 = rng.uniform(-1, 1, (6, 2, 3, 1))
         x_t = rng.standard_normal((6, 2, 3, 1))
-        mean, variance = diffusion.q_posterior(schedule, x_0, x_t, t)
+        pair = diffusion.q_posterior(schedule, x_0, x_t, t)
+        expect(len(pair) == 2, "q_posterior: expected the pair (mean, variance)")
+        mean, variance = pair
         expect(np.shape(mean) == (6, 2, 3, 1), "q_posterior: expected the mean of the shape of x_t, (N, H, W, C)")
         words = "q_posterior: expected the variance as (N, 1, 1, 1), a number for each image"
         expect(np.shape(variance) in [(6, 1, 1, 1), (6, 2, 3, 1)], words)
@@ -771,16 +778,17 @@ def test_question_12_p_sample_draws_from_the_step_to_the_predicted_image(rng):
                 asked.append((np.array(x), np.array(t)))
                 return eps.copy()
 
+            z = rng.standard_normal(x_t.shape, dtype=np.float32)
             mean, above, far = (
-                np.asarray(diffusion.p_sample(eps_theta, schedule, x_t.copy(), t, np.full(x_t.shape, z, np.float32)))
-                for z in (0, 1, -3)
+                np.asarray(diffusion.p_sample(eps_theta, schedule, x_t.copy(), t, z)) for z in (0 * z, 0 * z + 1, z)
             )
             shown, times = asked[0]
             words = "p_sample: expected eps_theta(x_t, t) with x_t as it is given and t as N equal integers"
             expect(close(shown, x_t) and np.shape(times) == (3,) and np.all(times == t), words)
             expect(np.shape(mean) == x_t.shape, "p_sample: expected x_{t-1} of the shape of x_t")
             spread = above - mean
-            expect(close(far - mean, -3 * spread, 1e-2, 1e-3), "p_sample: z is multiplied by a standard deviation")
+            words = "p_sample: expected each pixel's z to be added, times a standard deviation"
+            expect(close(far - mean, z * spread, 1e-2, 1e-3), words)
             expect(np.ptp(spread) < 1e-3 + 1e-2 * spread.max(), "p_sample: expected the same spread for all pixels")
             expect(spread.mean() > 0, "p_sample: for t > 1 expected noise to be added")
             wrong = [

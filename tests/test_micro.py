@@ -9,8 +9,9 @@ import struct
 import subprocess
 import sys
 from functools import partial
+from types import ModuleType
 
-from scratchgen import diffusion, gradients, micro, ops, optim, tree, vae
+from scratchgen import diffusion, gradients, micro, ops, tree, vae
 from scratchgen.data import load_fashion_mnist, load_idx, scale
 from scratchgen.layers import mlp, time_embedding
 
@@ -153,23 +154,27 @@ def test_the_last_step_is_the_predicted_image():
 
 
 def test_adam_by_its_first_two_steps():
-    """The first step is lr in size, whatever the gradient; the second by hand, for gradients 1 and 3."""
-    params, moments = [(np.zeros(2),)], [[(np.zeros(2), np.zeros(2))]]
-    micro.adam_step(params, [(np.array([1.0, -0.01]),)], moments, 1, lr=0.1)
-    np.testing.assert_allclose(params[0][0], [-0.1, 0.1], rtol=1e-5)
-    micro.adam_step(params, [(np.array([3.0, -0.01]),)], moments, 2, lr=0.1)
+    """The first step is lr in size, whatever the gradient; the second by hand, for 1 and 3. And 0 moves nothing."""
+    params, moments = [(np.zeros(3),)], [[(np.zeros(3), np.zeros(3))]]
+    micro.adam_step(params, [(np.array([1.0, -0.01, 0.0]),)], moments, 1, lr=0.1)
+    np.testing.assert_allclose(params[0][0], [-0.1, 0.1, 0], rtol=1e-5)
+    micro.adam_step(params, [(np.array([3.0, -0.01, 0.0]),)], moments, 2, lr=0.1)
     m_hat = (0.9 * 0.1 * 1 + 0.1 * 3) / (1 - 0.9**2)
     v_hat = (0.999 * 0.001 * 1 + 0.001 * 9) / (1 - 0.999**2)
-    np.testing.assert_allclose(params[0][0], [-0.1 - 0.1 * m_hat / math.sqrt(v_hat), 0.2], rtol=1e-5)
+    np.testing.assert_allclose(params[0][0], [-0.1 - 0.1 * m_hat / math.sqrt(v_hat), 0.2, 0], rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------ the whole page
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def images():
+    return load_fashion_mnist(labels=False)["train_images"][:600]
+
+
+@pytest.fixture(scope="module")
+def folder(images, tmp_path_factory):
     """A folder with the first 600 training images, compressed."""
-    images = load_fashion_mnist(labels=False)["train_images"][:600]
     path = tmp_path_factory.mktemp("few") / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(bytes([0, 0, 8, 3]) + struct.pack(">III", 600, 28, 28) + images.tobytes()))
     return path.parent
@@ -195,32 +200,92 @@ def test_its_picture_can_be_read(tmp_path, rng):
     np.testing.assert_array_equal(np.rint(255 * imread(tmp_path / "grey.png")), grey)
 
 
-def run_alone(folder, *arguments, steps=None):
-    """The page, copied into a folder."""
-    text = (ROOT / "scratchgen" / "micro.py").read_text()
-    if steps is not None:
-        text, count = re.subn(r"range\(1, \d+\)", f"range(1, {steps + 1})", text)
-        assert count == 2
-    (folder / "micro.py").write_text(text)
+def run_alone(folder, *arguments, text=None):
+    """The page, or another text, copied into a folder."""
+    (folder / "micro.py").write_text(text or (ROOT / "scratchgen" / "micro.py").read_text())
     command = [sys.executable, "-W", "error", "micro.py", *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_copied_anywhere_it_draws(folder, tmp_path):
-    result = run_alone(tmp_path, folder, steps=500)
+SMALLER = {  # what makes the training longer than a test may be -> less of it, and how often it stands there
+    "range(1, 3501)": ("range(1, 2001)", 1),
+    "range(1, 4501)": ("range(1, 501)", 1),
+    "300, 300": ("100, 100", 2),
+    "512, 512, 512": ("100, 100, 100", 1),
+    "len(images), 128)": ("len(images), 32)", 1),
+    "(128, D)": ("(32, D)", 1),
+    "len(images), 256)": ("len(images), 32)", 1),
+    "(256, ": ("(32, ", 2),
+}
+
+
+def smaller_page():
+    text = (ROOT / "scratchgen" / "micro.py").read_text()
+    for much, (less, count) in SMALLER.items():
+        assert text.count(much) == count, much
+        text = text.replace(much, less)
+    return text
+
+
+def test_its_training_draws_what_the_algorithms_say_and_the_vaes_images_are_above(folder, tmp_path, monkeypatch):
+    """A dry run: the losses, the step, the networks and the sampler only note what they are given."""
+    page = ModuleType("page")
+    exec(smaller_page().replace("range(1, 2001)", "range(1, 201)"), vars(page))
+    of_vae, of_ddpm, steps, codes = [], [], [], []
+    page.vae_loss = lambda encoder, decoder, *batch: of_vae.append(batch) or (1.0, 2.0, None)
+    page.ddpm_loss = lambda network, *batch: of_ddpm.append(batch) or (1.0, None)
+    page.adam_step = lambda params, gradient, moments, step, lr: steps.append((step, lr))
+    page.mlp = lambda params, z: (codes.append(z) or np.zeros((len(z), 784)), None)
+    page.sample = lambda network, N: np.linspace(-1, 1, N)[:, None].repeat(784, axis=1)  # from black to white
+    monkeypatch.chdir(tmp_path)
+    page.main(folder)
+    for batches, low in ((of_vae, 0), (of_ddpm, -1)):
+        x, eps = (np.stack([batch[part] for batch in batches]) for part in (0, -1))
+        assert (x.min(), x.max()) == (low, 1) and x.shape[1:] == (32, 784)
+        assert len({images.tobytes() for images in x}) == len(x)  # others at each step
+        assert len(np.unique(eps[:, 0, 0])) > 0.99 * len(eps) and len(np.unique(eps[0, :, 0])) == 32
+        assert eps.mean() == pytest.approx(0, abs=0.01) and eps.std() == pytest.approx(1, abs=0.01)
+    t = np.concatenate([batch[1] for batch in of_ddpm])
+    assert t.shape == (500 * 32, 1) and set(t.ravel()) == set(range(1, 201))
+    lr = [(step, 2e-3 * (1 - step / of)) for of, last in ((3500, 200), (4500, 500)) for step in range(1, last + 1)]
+    np.testing.assert_allclose(steps, lr)
+    (z,) = codes
+    assert z.shape == (64, micro.D) and z.std() == pytest.approx(1, abs=0.1)
+    upper, lower = np.split(imread(tmp_path / "micro.png"), 2)
+    assert np.unique(upper) == pytest.approx(127 / 255)  # sigmoid(0)
+    in_order = np.linspace(0, 1, 64).reshape(4, 1, 16, 1)  # each twice as large as 28 x 28
+    assert np.abs(lower.reshape(4, 56, 16, 56) - in_order).max() < 1.1 / 255
+
+
+def test_the_weights_begin_with_the_variance_that_it_names():
+    (W, b), (V, c) = micro.init_mlp(400, 300, 500)
+    assert not b.any() and not c.any() and W.dtype == b.dtype == np.float32
+    assert [W.var() * 400, V.var() * 300] == pytest.approx([2, 2], rel=0.03)
+
+
+def test_sample_takes_each_step_with_fresh_noise(monkeypatch):
+    seen = []
+    monkeypatch.setattr(micro, "p_sample", lambda network, x, t, z: seen.append((t, x, z)) or x / 2)
+    micro.sample(None, 5)
+    times, xs, zs = zip(*seen, strict=True)
+    assert times == tuple(range(micro.T, 0, -1)) and xs[0].std() == pytest.approx(1, abs=0.05)
+    assert all(np.array_equal(after, before / 2) for before, after in zip(xs, xs[1:], strict=False))
+    z = np.array(zs)
+    assert z.shape == (micro.T, 5, 784) and z.std() == pytest.approx(1, abs=0.01)
+    assert len(np.unique(z)) == z.size  # no two are equal
+
+
+def test_copied_anywhere_it_draws(folder, images, tmp_path):
+    result = run_alone(tmp_path, folder, text=smaller_page())
     assert (result.returncode, result.stderr) == (0, "")
-    assert [line.split(":")[0] for line in result.stdout.splitlines()] == [
-        "VAE, step 500 of 3500",
-        "DDPM, step 250 of 4500",
-        "DDPM, step 500 of 4500",
-        "wrote micro.png",
-    ]
+    said = [line.split(":")[0] for line in result.stdout.splitlines()]
+    steps = [f"VAE, step {step} of 3500" for step in range(500, 2001, 500)]
+    assert said == [*steps, "DDPM, step 250 of 4500", "DDPM, step 500 of 4500", "wrote micro.png"]
     picture = imread(tmp_path / "micro.png")
     assert picture.shape == (2 * 8 * 28, 2 * 16 * 28)
-    real = micro.read_idx(folder / "train-images-idx3-ubyte.gz").mean() / 255
-    for half in np.split(picture, 2):
-        assert half.mean() == pytest.approx(real, rel=0.3)
+    for half in np.split(picture, 2):  # as bright as garments, and as much black and white
+        assert [half.mean(), half.std()] == pytest.approx([images.mean() / 255, images.std() / 255], rel=0.3)
 
 
 def test_without_its_data_it_says_so_in_one_line(tmp_path, folder):
@@ -237,8 +302,8 @@ def test_without_its_data_it_says_so_in_one_line(tmp_path, folder):
 
 
 @pytest.fixture(scope="module")
-def x():
-    return scale(load_fashion_mnist(labels=False)["train_images"][:32], 0, 1)  # (32, 28, 28, 1)
+def x(images):
+    return scale(images[:32], 0, 1)  # (32, 28, 28, 1)
 
 
 def layers(params):
@@ -259,18 +324,7 @@ def assert_same(params, expected):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-def assert_same_adam_steps(params, gradient, as_in_package):
-    """Two steps along this gradient."""
-    expected = tree.map(np.copy, as_in_package(params))
-    packaged_moments = optim.init_moments(expected)
-    moments = [[(0 * p, 0 * p) for p in layer] for layer in params]
-    for step in (1, 2):
-        optim.adam_step(expected, as_in_package(gradient), packaged_moments, step, 1e-3)
-        micro.adam_step(params, gradient, moments, step, 1e-3)
-    assert_same(as_in_package(params), expected)
-
-
-def test_loss_gradient_and_adam_step_are_the_packages_for_the_vae(x, rng):
+def test_loss_and_gradient_are_the_packages_for_the_vae(x, rng):
     encoder = micro.init_mlp(784, 300, 300, 2 * micro.D)
     decoder = micro.init_mlp(micro.D, 300, 300, 784)
     encoder[-1][0][:] *= 0.1  # no log_var is near 2, where the package cuts it off
@@ -284,10 +338,9 @@ def test_loss_gradient_and_adam_step_are_the_packages_for_the_vae(x, rng):
     assert [reconstruction, kl] == pytest.approx([terms["reconstruction"] * -1, terms["kl"]], rel=1e-5)
     assert reconstruction + kl == pytest.approx(value, rel=1e-5)
     assert_same(package_vae(gradient[:3], gradient[3:]), expected)
-    assert_same_adam_steps(encoder + decoder, gradient, lambda params: package_vae(params[:3], params[3:]))
 
 
-def test_loss_gradient_and_adam_step_are_the_packages_for_the_diffusion_model(x, rng):
+def test_loss_and_gradient_are_the_packages_for_the_diffusion_model(x, rng):
     schedule = diffusion.make_schedule("linear", micro.T)
     network = micro.init_mlp(784 + 64, 512, 512, 512, 784)
     x_0, t, eps = batch = diffusion.draw_batch(schedule, 2 * x - 1, rng)
@@ -302,7 +355,6 @@ def test_loss_gradient_and_adam_step_are_the_packages_for_the_diffusion_model(x,
     found, gradient = micro.ddpm_loss(network, x_0.reshape(-1, 784), t[:, None], eps.reshape(-1, 784))
     assert found == pytest.approx(value, rel=1e-5)
     assert_same(layers(gradient), expected)
-    assert_same_adam_steps(network, gradient, layers)
 
 
 @pytest.mark.parametrize("t", [200, 100, 2, 1])

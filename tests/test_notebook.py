@@ -52,21 +52,21 @@ def kernel(tmp_path):
 TRAIN = "run_vae.main('--data {} --train-images 128 --batch-size 32 --workers 2 --out run {}'.split())"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="its kernels are interrupted in another way")
-def test_a_cell_that_is_interrupted_can_be_run_again(kernel, small_data):
-    status, error, _ = kernel("import numpy\nimport run_vae")  # in the wrong order, as somebody will
+def test_one_kernel_whatever_happens_in_its_cells(kernel, small_data):
+    """Its flags are no program's; a cell can be interrupted and run again; a bar tells how far; errors are short."""
+    status, error, printed = kernel("import numpy\nimport run_vae\nimport sys")  # in the wrong order, as somebody will
     assert (status, error) == ("ok", "")
-    status, error, printed = kernel(TRAIN.format(small_data, "--epochs 100000"), interrupt_at="epoch 2/")
-    assert (status, error) == ("error", cli.STOPPED), printed
+    status, _, printed = kernel("print(sys.argv)\nprint(run_vae.parse_arguments(None).out)")
+    assert status == "ok" and "-f" in printed and "runs/vae" in printed.replace("\\", "/")
+    if sys.platform != "win32":  # where kernels are interrupted in another way
+        status, error, printed = kernel(TRAIN.format(small_data, "--epochs 100000"), interrupt_at="epoch 2/")
+        assert (status, error) == ("error", cli.STOPPED), printed
     status, error, printed = kernel(TRAIN.format(small_data, "--epochs 2"))  # the folder is free, and kept apart
-    assert (status, error) == ("ok", "") and "kept the earlier run as run/earlier-1" in printed
-    assert "figures and numbers are in run" in printed
+    assert (status, error) == ("ok", "") and "steps/s" in printed and "figures and numbers are in run" in printed
+    assert "kept the earlier run as run/earlier-1" in printed or sys.platform == "win32"
     status, error, printed = kernel(TRAIN.format(small_data, "--epochs 2 --resume"))  # figures again
     assert (status, error) == ("ok", "")
-    for flags, words in (
-        ("--epochs 0", "0 is out of range"),
-        ("--train-images 1000", "there are 200 images"),
-    ):
+    for flags, words in (("--epochs 0", "0 is out of range"), ("--train-images 1000", "there are 200 images")):
         status, error, _ = kernel(TRAIN.format(small_data, flags))
         assert status == "error" and error.startswith(("UserError: ", "UsageError: "))
         assert words in error and "\n" not in error
@@ -80,37 +80,60 @@ def test_a_process_that_only_imports_the_kernels_modules_is_no_notebook():
     assert not cli.in_notebook()
 
 
-def test_a_bar_shows_how_far_it_is(kernel, small_data):
-    status, error, printed = kernel("import run_vae\n" + TRAIN.format(small_data, "--epochs 2"))
-    assert (status, error) == ("ok", "") and "steps/s" in printed
-
-
-def test_a_program_without_flags_does_not_take_those_of_the_kernel(kernel):
-    status, error, printed = kernel("import sys, run_vae\nprint(sys.argv)\nprint(run_vae.parse_arguments(None).out)")
-    assert (status, error) == ("ok", "") and "-f" in printed and "runs/vae" in printed.replace("\\", "/")
-
-
 # ------------------------------------------------------------------------------------------------------------- the tour
 
 TOUR = ROOT / "docs" / "tour.ipynb"
+SHORTER = {  # what stands in a cell, once -> what takes a minute less
+    '"--epochs", "6"': '"--epochs", "1", "--data", {data!r}',
+    'train = scale(data["train_images"],': 'train = scale(data["train_images"][:1000],',
+    '_images"][:100]': '_images"][:5]',
+    "np.full(100, t), eps": "np.full(5, t), eps",
+    "np.full(100, t)))": "np.full(5, t)))",
+    "range(T, 0, -1)": "range(2, 0, -1)",
+    "range(1, 501)": "range(1, 4)",
+    "sample(40, rng)": "sample(20, rng)",
+    "spirals(rng)": "spirals(rng)[::8]",
+    "range(1, 4001)": "range(1, 301)",
+    "noise(rng, 1000)": "noise(rng, 50)",
+    "partial(toy2d.network, early))": "partial(toy2d.network, early), 50)",
+    '("dpm++", 20, guidance': '("dpm++", 3, guidance',
+    "sample(20, rng, labels=np.full(20,": "sample(10, rng, labels=np.full(10,",
+    "steps=40": "steps=3",
+    "schedule, x_0, steps=50": "schedule, x_0, steps=3",
+    "x_T, None, steps=50": "x_T, None, steps=3",
+    "steps=20, order=2": "steps=3, order=2",
+}
 
 
-def test_the_tour_runs_from_the_top_and_from_any_folder(tmp_path):
-    """Its cells are run again, and say of the data and of the tape what is stored beside them."""
+def test_the_tour_runs_from_the_top_and_from_any_folder(tmp_path, small_data):
+    """Its cells are run again, with less to train and to draw. Up to there they print what is stored beside them."""
     stored, again = (nbformat.read(TOUR, as_version=4) for _ in range(2))
-    began = time.monotonic()
+    code = [cell for cell in again.cells if cell.cell_type == "code"]
+    for long, short in SHORTER.items():
+        (cell,) = (cell for cell in code if long in cell.source)
+        assert cell.source.count(long) == 1, long
+        cell.source = cell.source.replace(long, short.format(data=str(small_data)))
     NotebookClient(again, timeout=300, coalesce_streams=True, resources={"metadata": {"path": tmp_path}}).execute()
-    assert time.monotonic() - began < 300  # one minute on two quiet cores
-    same = 0
+    trained, printed = False, 0
     for before, after in zip(stored.cells, again.cells, strict=True):
         if before.cell_type == "code":
             kinds = [
                 [out.output_type for out in cell.outputs if out.get("name") != "stderr"] for cell in (before, after)
             ]
             assert kinds[0] == kinds[1]
-            texts = [[out.text for out in cell.outputs if out.get("name") == "stdout"] for cell in (before, after)]
-            same += bool(texts[0]) and texts[0] == texts[1]
-    assert same >= 4  # the bytes, the shapes, the tape, `backward`
+            trained |= before.source != after.source
+            texts = ["".join(o.text for o in cell.outputs if o.get("name") == "stdout") for cell in (before, after)]
+            if texts[0] and not trained:
+                words, numbers = zip(*(split(text) for text in texts), strict=True)
+                assert words[0] == words[1] and numbers[0] == pytest.approx(numbers[1], rel=0.02, abs=1e-6)
+                printed += 1
+    assert printed == 6  # the bytes, the shapes, the gradient, the tape, `backward`, the bound
+
+
+def split(text):
+    """A text without its numbers, and these."""
+    number = r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?"
+    return re.sub(number, "", text).split(), [float(found) for found in re.findall(number, text)]
 
 
 def test_the_tour_is_stored_with_its_pictures_and_not_large():

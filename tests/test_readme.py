@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import run_ddpm
-from scratchgen.machinery import cli
+import run_vae
+from scratchgen import draw, improved
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHECKER = doctest.OutputChecker()
@@ -89,13 +90,44 @@ def git(*arguments):
     return result.stdout if result.returncode == 0 else ""
 
 
-def test_the_flags_that_the_readme_names_are_flags():
-    for flag in re.findall(r"`(--[a-z-]+)", README):
-        parser = cli.run_parser("", "", run_ddpm.EPOCHS, 1, 1.0, "")
-        known = {option for action in parser._actions for option in action.option_strings} | {
-            "--additions",
-            "--classes",
-            "--T",
-            "--class",
-        }
-        assert flag in known, flag
+PARSERS = {
+    "run_vae.py": run_vae.parse_arguments,
+    "run_ddpm.py": run_ddpm.parse_arguments,
+    "-m scratchgen.draw": draw.parse_arguments,
+    "docs/handout.py": script("docs/handout.py").parse_arguments,
+}
+
+
+def test_the_commands_and_flags_that_the_readme_names_are_understood(runs, capsys):
+    commands = re.findall(r"python (?:-m pdb -- )?(-m scratchgen\.draw|\S+\.py)((?: [\w./-]+)*)", README)
+    assert {program for program, _ in commands} == {*PARSERS, "scratchgen/micro.py"}
+    for program, flags in commands:
+        if program in PARSERS:
+            PARSERS[program](flags.replace(" runs/ddpm", f" {runs / 'ddpm'}").split())
+    known = ""
+    for parse in (run_vae.parse_arguments, run_ddpm.parse_arguments, draw.parse_arguments):
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+        known += capsys.readouterr().out
+    named = re.findall(r"`(--[\w-]+)([^`]*)`", README)
+    assert len(named) > 8 and all(re.search(rf"{flag}\b", known) for flag, _ in named)
+    draw.parse_arguments(["--class", re.search(r"`--class (\w+)`", README)[1]])
+
+
+def test_what_the_readme_says_of_defaults_is_so():
+    by_default = run_ddpm.parse_arguments([])
+    assert "`run_ddpm.py` makes seven additions" in README and len(by_default.additions) == len(improved.ADDITIONS) == 7
+    assert f"T is {by_default.T}, and the U-Net" in README
+    assert f"one of {improved.GROUPS} groups" in README and f"draws {draw.parse_arguments([]).n} garments" in README
+    assert run_ddpm.parse_arguments(["--additions", "none"]).additions == []
+
+
+def test_a_run_makes_what_the_table_of_the_readme_lists(runs):
+    """But for `classes.png`, of a run with --classes."""
+    table = README[README.index("| `samples.png`") : README.index("Ctrl-C")]
+    for row in re.findall(r"^\| (`.*?) \| (.*) \|$", table, re.M):
+        for name in set(re.findall(r"`([\w.]+)`", row[0])) - {"classes.png"}:
+            of_vae = list((runs / "vae").glob(name.replace("I_J", "[0-9]*_[0-9]*")))
+            of_ddpm = list((runs / "ddpm").glob(name))
+            assert len(of_vae) == 1 or not row[1].startswith("VAE"), name
+            assert of_vae or of_ddpm, name
