@@ -5,14 +5,13 @@ from functools import partial
 from types import SimpleNamespace
 
 import run_ddpm
-from scratchgen import diffusion, improved, samplers, tree
+from scratchgen import diffusion, improved, samplers
 from scratchgen.data import scale
-from scratchgen.denoisers import init_mlp_denoiser, init_unet
 from scratchgen.diffusion import at, make_schedule
 
 import numpy as np
 import pytest
-from test_diffusion import images, of_x_t
+from test_diffusion import images
 
 # -------------------------------------------------------------------------------------------------- which are in force
 
@@ -39,15 +38,6 @@ def chosen(names, arch):
         (["muon", "v"], "unet", ["v", "muon"]),  # in the order of the ablation, as a checkpoint compares them
         (["global", "black", "v"], "unet", ["v", "black", "global"]),
         (["black", "black", "v", "v"], "mlp", ["v", "black"]),
-    ],
-)
-def test_the_flag_names_the_additions_that_are_chosen(names, arch, expected):
-    assert chosen(names, arch) == expected
-
-
-@pytest.mark.parametrize(
-    ("names", "arch", "words"),
-    [
         (["none", "v"], "unet", "none v: none and all stand alone"),
         (["v", "all"], "unet", "v all: none and all stand alone"),
         (["none", "all"], "mlp", "none all: none and all stand alone"),
@@ -55,48 +45,96 @@ def test_the_flag_names_the_additions_that_are_chosen(names, arch, expected):
         (["v", "global"], "mlp", "--additions global is for --arch unet, not mlp"),
     ],
 )
-def test_additions_that_contradict_each_other_or_the_network_are_refused(names, arch, words):
-    with pytest.raises(Refused, match=words):
-        chosen(names, arch)
+def test_the_flag_names_the_additions_or_is_refused(names, arch, expected):
+    if isinstance(expected, list):
+        assert chosen(names, arch) == expected
+    else:
+        with pytest.raises(Refused, match=expected):
+            chosen(names, arch)
 
 
-@pytest.mark.parametrize("additions", [[], ["weights"], ["muon", "guide"], ["weights", "muon", "global"]])
-def test_without_v_and_black_the_network_itself_predicts_the_noise(additions, schedule, rng):
-    asked = []
+@pytest.mark.parametrize(
+    ("additions", "classes", "expected"),
+    [
+        ([], 0, {"inputs": 1}),
+        (["v", "weights", "muon", "guide"], 0, {"inputs": 1}),
+        (["black"], 0, {"inputs": 2}),
+        (["groups"], 0, {"inputs": 2}),
+        (["global"], 0, {"inputs": 1, "global_blocks": True}),
+        (["black", "groups"], 10, {"inputs": 3, "classes": 10}),
+    ],
+)
+def test_a_network_is_made_as_the_additions_ask(additions, classes, expected):
+    assert improved.init_denoiser(lambda rng, **options: options, None, additions, classes) == expected
+
+
+@pytest.mark.parametrize(
+    "additions",
+    [
+        [],
+        ["weights", "muon", "global", "guide"],
+        ["v"],
+        ["black"],
+        ["groups"],
+        ["v", "black"],
+        ["v", "black", "groups"],
+    ],
+)
+def test_what_the_network_is_shown_and_what_its_answer_stands_for(additions, schedule, rng):
+    means = rng.standard_normal((10, 2, 4, 6, 1), dtype=np.float32)
+    known = improved.Groups(means, np.full((10, 2), 0.5))
+    x_t, answer = rng.standard_normal((2, 3, 4, 6, 1), dtype=np.float32)
+    t = np.array([1, 60, 200])
+    groups = np.array([3, -1, 18])
+    seen = []
+
+    def network(*arguments):
+        seen.append(arguments)
+        return answer
+
+    denoiser = improved.Denoiser(network, schedule, additions, known)
+    eps, x_0 = answer, diffusion.predict_x_0(schedule, x_t, t, answer)
+    if "v" in additions:  # x_t and v are eps and x_0, rotated; not clipped
+        a, b = (at(schedule[name], t) for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
+        eps, x_0 = b * x_t + a * answer, a * x_t - b * answer
+    grey = 0 * means[0, 0]
+    for told, labels, mean in ((groups, [1, -1, 9], [means[1, 1], grey, means[9, 0]]), (None, None, [grey] * 3)):
+        np.testing.assert_allclose(denoiser.eps("params", x_t, t, told), eps, rtol=1e-6)
+        np.testing.assert_allclose(denoiser.x_0("params", x_t, t, told), x_0, rtol=1e-6)
+        shown = [x_t]
+        shown += [improved.above_black(schedule, x_t, t)] if "black" in additions else []
+        shown += [np.stack(mean)] if "groups" in additions else []
+        for params, x, times, label in seen:
+            assert params == "params" and times is t and (label if label is None else label.tolist()) == labels
+            np.testing.assert_array_equal(x, np.concatenate(shown, axis=3))
+            assert x.dtype == np.float32
+        assert len(seen) == 2
+        seen.clear()
+    # Without the addition a class is a group, and its mean is not shown.
+    one = improved.Denoiser(network, schedule, [], improved.Groups(means[:, :1], np.ones((10, 1))))
+    one.eps(None, x_t, t, np.array([3, -1, 9]))
+    assert seen[0][1] is x_t and seen[0][3].tolist() == [3, -1, 9]
+
+
+@pytest.mark.parametrize("additions", [["v"], []])
+def test_the_loss_is_that_of_each_images_own_label(additions, schedule, rng):
+    """A network whose answer is the label, a tenth of it."""
+    batch = x_0, t, eps = diffusion.draw_batch(schedule, images(rng, 3), rng)
+    groups = np.array([7, -1, 2])
 
     def network(params, x, t, labels):
-        asked.append((params, x, t, labels))
-        return of_x_t(x, t)
+        return np.broadcast_to(labels.astype(np.float32).reshape(-1, 1, 1, 1) / 10, x_0.shape)
 
-    denoiser = improved.Denoiser(network, schedule, additions)
-    x_t = rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
-    t = np.array([1, 60, 200])
-    labels = np.array([3, -1, 9])
-    eps = of_x_t(x_t, t)
-    np.testing.assert_array_equal(denoiser.eps("params", x_t, t, labels), eps)
-    expected = diffusion.predict_x_0(schedule, x_t, t, eps)
-    np.testing.assert_array_equal(denoiser.x_0("params", x_t, t), expected)
-    assert expected.min() == -1 or expected.max() == 1  # clipped, at t = 200 at least
-    assert all(shown[0] == "params" and shown[1] is x_t and shown[2] is t for shown in asked)
-    assert asked[0][3] is labels and asked[1][3] is None
-
-
-def test_the_parameters_are_those_that_the_additions_ask_for(rng):
-    plain = improved.init_denoiser(init_unet, rng, [])
-    black = improved.init_denoiser(init_unet, rng, ["black"])
-    absent = {"global_down", "global_middle", "labels"}
-    assert absent.isdisjoint(plain) and absent.isdisjoint(black)
-    assert plain["conv_in"]["w"].shape == (3, 3, 4, 32) and black["conv_in"]["w"].shape == (3, 3, 8, 32)
-    assert plain["conv_out"]["w"].shape == (3, 3, 36, 4) and black["conv_out"]["w"].shape == (3, 3, 40, 4)
-    whole = improved.init_denoiser(init_unet, rng, ["global"])
-    assert len(whole["global_down"]) == 1 and [len(two) for two in whole["global_middle"]] == [2, 2]
-    assert whole.keys() - plain.keys() == {"global_down", "global_middle"}
-    assert tree.size(whole) > tree.size(plain) and whole["conv_in"]["w"].shape == plain["conv_in"]["w"].shape
-    with_classes = improved.init_denoiser(init_unet, rng, [], classes=10)
-    assert with_classes.keys() - plain.keys() == {"labels"} and with_classes["labels"]["w"].shape == (10, 128)
-    choices = ([], ["black"], ["groups"], ["black", "groups"])
-    mlp = [improved.init_denoiser(init_mlp_denoiser, rng, names)["mlp"][0]["w"].shape[0] for names in choices]
-    assert mlp == [784 + 128, 2 * 784 + 128, 2 * 784 + 128, 3 * 784 + 128]
+    denoiser = improved.Denoiser(network, schedule, additions, improved.Groups(None, np.ones((10, 1))))
+    loss, _ = diffusion.simple_loss(partial(denoiser.eps, None, groups=groups), schedule, batch)
+    total = 0.0
+    for n, alpha_bar in enumerate(schedule["alpha_bar"][t]):
+        answer = groups[n] / 10
+        if "v" in additions:
+            x_t = np.sqrt(alpha_bar) * x_0[n] + np.sqrt(1 - alpha_bar) * eps[n]
+            answer = np.sqrt(1 - alpha_bar) * x_t + np.sqrt(alpha_bar) * answer
+        total += np.mean((eps[n] - answer) ** 2) / 3
+    assert loss == pytest.approx(total, rel=1e-4)
 
 
 def test_the_help_names_every_addition(capsys):
@@ -182,32 +220,6 @@ def test_above_black_is_eps_on_black_pixels_and_more_on_others(schedule, rng):
         x_t = black + np.float32(beside * schedule["sqrt_one_minus_alpha_bar"][150])
         found = improved.above_black(schedule, x_t, np.array([150]))
         np.testing.assert_allclose(found, np.clip(beside, -3, 3), rtol=1e-5)
-
-
-def test_the_denoiser_shows_the_network_both_channels_and_takes_its_answer_for_v(schedule, rng):
-    x_0 = images(rng, 3)
-    eps = rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
-    times = np.array([1, 60, 200])
-    asked_for = np.array([7, -1, 0])
-    x_t = diffusion.q_sample(schedule, x_0, times, eps)
-
-    def network(params, x, t, labels):
-        np.testing.assert_array_equal(x, np.concatenate([x_t, improved.above_black(schedule, x_t, t)], axis=3))
-        assert t is times and params == "params" and labels is asked_for
-        return true_v(schedule, x_0, eps)(params, x, t)
-
-    denoiser = improved.Denoiser(network, schedule, ["v", "black"])
-    np.testing.assert_allclose(denoiser.eps("params", x_t, times, asked_for), eps, atol=1e-5)
-    np.testing.assert_allclose(denoiser.x_0("params", x_t, times, asked_for), x_0, atol=1e-5)
-
-
-def test_black_without_v_shows_both_channels_and_takes_the_answer_for_eps(schedule, rng):
-    x_t = rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
-    t = np.array([1, 60, 200])
-    denoiser = improved.Denoiser(lambda params, x, t, labels: x[..., 1:], schedule, ["black"])
-    seen = improved.above_black(schedule, x_t, t)
-    np.testing.assert_array_equal(denoiser.eps(None, x_t, t), seen)
-    np.testing.assert_array_equal(denoiser.x_0(None, x_t, t), diffusion.predict_x_0(schedule, x_t, t, seen))
 
 
 # ----------------------------------------------------------------------------------------------------------- "weights"
@@ -297,33 +309,25 @@ def test_guided_samples_are_those_of_the_guided_density(rng):
     assert ends[1][0] > 0.11 and ends[1][1] < 0.042
 
 
-def test_without_guidance_the_guide_has_no_say():
-    x_0 = np.array([0.25, -0.5], np.float32)
-    found = improved.guided(x_0, np.full(2, 7, np.float32), 0)
-    np.testing.assert_array_equal(found, x_0)
-
-
-def test_a_guided_prediction_stays_in_float32():
-    x_0 = np.array([0.25, -0.5], np.float32)
-    for w in (0.3, np.float64(0.3)):
-        found = improved.guided(x_0, x_0 / 2, w)
+def test_a_guided_prediction_is_extrapolated_clipped_and_in_float32():
+    x_0 = np.array([0.9, 0.5, -0.5, -0.9], np.float32)
+    guide = np.array([0.1, 0.4, -0.4, -0.1], np.float32)
+    for w, expected in ((2, [1, 0.7, -0.7, -1]), (np.float64(0.3), [1, 0.53, -0.53, -1]), (0, x_0)):
+        found = improved.guided(x_0, guide, w)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
         assert found.dtype == np.float32
-        np.testing.assert_allclose(found, 1.15 * x_0, rtol=1e-6)
 
 
-def test_a_guided_prediction_is_clipped_to_the_range_of_images():
-    x_0 = np.array([0.9, 0.5, -0.5, -0.9])
-    found = improved.guided(x_0, np.array([0.1, 0.4, -0.4, -0.1]), 2)
-    np.testing.assert_allclose(found, [1, 0.7, -0.7, -1])
-
-
-def test_a_tenth_of_the_groups_are_dropped(rng):
+def test_a_tenth_of_the_groups_are_dropped_and_others_at_every_step(rng):
     groups = np.arange(20_000) % 10
-    found = improved.drop_groups(groups, rng)
-    dropped = found == -1
-    assert dropped.mean() == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 20_000))
-    np.testing.assert_array_equal(found[~dropped], groups[~dropped])
-    assert np.bincount(groups[dropped]).min() > 100  # whatever they are
+    dropped = []
+    for _ in range(2):
+        found = improved.drop_groups(groups, rng)
+        dropped.append(found == -1)
+        np.testing.assert_array_equal(found[~dropped[-1]], groups[~dropped[-1]])
+        shares = [dropped[-1].mean(), *(dropped[-1][groups == group].mean() for group in range(10))]
+        assert shares == pytest.approx([0.1] * 11, abs=4 * np.sqrt(0.09 / 2000))  # whatever they are
+    assert (dropped[0] & dropped[1]).mean() == pytest.approx(0.01, abs=4 * np.sqrt(0.01 / 20_000))
     assert improved.drop_groups(None, rng) is None
 
 
@@ -396,8 +400,9 @@ def test_each_class_has_groups_of_its_own(rng):
     asked = np.array([1, -1, 0, 9] * 5000)
     drawn = known.draw(20_000, asked, rng)
     assert np.all((drawn == -1) == (asked == -1)) and np.all(known.labels(drawn) == asked)
-    share = np.bincount(drawn[asked == 0], minlength=2)[:2] / 5000
-    np.testing.assert_allclose(share, known.shares[0], atol=4 * 0.5 / math.sqrt(5000))
+    for label in (0, 9):
+        share = np.bincount(drawn[asked == label] - 2 * label, minlength=2) / 5000
+        np.testing.assert_allclose(share, known.shares[label], atol=4 * 0.5 / math.sqrt(5000))
     np.testing.assert_allclose(np.exp(-known.nats(np.arange(20))).reshape(10, 2).sum(axis=1), 1)
 
 
@@ -410,28 +415,3 @@ def test_without_classes_a_group_is_any_and_there_are_no_labels(rng):
     assert known.labels(groups) is None
     drawn = known.draw(20_000, None, rng)
     np.testing.assert_allclose(np.bincount(drawn) / 20_000, known.shares[0], atol=4 * 0.5 / math.sqrt(20_000))
-
-
-def test_the_network_sees_the_mean_of_the_group_and_grey_for_none(schedule, rng):
-    means = rng.standard_normal((10, 2, 4, 6, 1), dtype=np.float32)
-    known = improved.Groups(means, np.full((10, 2), 0.5))
-    seen = []
-
-    def network(params, x, t, labels):
-        seen.append((x, labels))
-        return x[..., :1]
-
-    x_t = rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
-    t = np.array([1, 60, 200])
-    black = improved.above_black(schedule, x_t, t)
-    denoiser = improved.Denoiser(network, schedule, ["black", "groups"], known)
-    denoiser.eps(None, x_t, t, np.array([3, -1, 18]))
-    shown = np.stack([means[1, 1], 0 * means[0, 0], means[9, 0]])
-    np.testing.assert_array_equal(seen[0][0], np.concatenate([x_t, black, shown], axis=3))
-    assert seen[0][1].tolist() == [1, -1, 9] and seen[0][0].dtype == np.float32
-    denoiser.eps(None, x_t, t)
-    np.testing.assert_array_equal(seen[1][0], np.concatenate([x_t, black, 0 * shown], axis=3))
-    assert seen[1][1] is None
-    one = improved.Denoiser(network, schedule, [], improved.Groups(means[:, :1], np.ones((10, 1))))
-    one.eps(None, x_t, t, np.array([3, -1, 9]))  # without the addition a class is a group, and its mean is not shown
-    assert seen[2][0] is x_t and seen[2][1].tolist() == [3, -1, 9]

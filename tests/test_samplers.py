@@ -11,12 +11,7 @@ from scratchgen.trained import DDPM
 
 import numpy as np
 import pytest
-from test_diffusion import images, of_x_t
-
-
-def x_0_of(eps_theta, schedule):
-    """From eps_theta(x_t, t) the x_0_theta(x_t, t) that the samplers ask: the x_0 that the noise implies, clipped."""
-    return lambda x_t, t: diffusion.predict_x_0(schedule, x_t, t, eps_theta(x_t, t))
+from test_diffusion import images, of_x_t, x_0_of
 
 
 def test_the_samplers_are_the_papers_and_those_with_their_names():
@@ -60,22 +55,42 @@ def test_a_config_with_an_unknown_name_is_refused(fields, words):
 
 
 @pytest.mark.parametrize(
-    ("additions", "T", "expected"),
+    ("additions", "chosen", "w"),
     [
-        ([], 200, SamplerConfig("ddpm", 200)),  # the paper's
-        (["v"], 200, SamplerConfig("sde-dpm++", 20)),
-        (["v"], 6, SamplerConfig("sde-dpm++", 6)),
-        (["v", "guide"], 6, SamplerConfig("sde-dpm++", 6, 0.5)),
-        (["guide"], 200, SamplerConfig("sde-dpm++", 20, 0.5)),
+        ([], {}, 0),
+        (["v"], {}, 0),
+        (["guide"], {}, 0.5),
+        (["v", "guide", "groups"], {}, 0.5),
+        (["v", "guide"], {"guidance": 0.2, "guide": "early"}, 0.2),
+        (["guide"], {"guidance": 0.2, "guide": "unlabelled"}, 0.2),
+        (["v", "black"], {"guidance": 0.2, "guide": "unlabelled"}, 0.2),
+        *((["v", "guide"], {"sampler": name, "steps": 4}, 0) for name in SAMPLERS),
+        (["guide"], {"sampler": "ddpm"}, 0),
     ],
 )
-def test_the_default_config_of_a_model(additions, T, expected):
-    config = {"arch": "mlp", "T": T, "schedule": "linear", "additions": additions, "classes": False}
-    arrays = {"ema": []} | ({"early": []} if "guide" in additions else {})
-    model = DDPM(config, arrays)
-    assert model.sampler_config() == expected
-    for sampler in SAMPLERS:  # a sampler that is named takes T steps, unguided
-        assert model.sampler_config(sampler=sampler) == SamplerConfig(sampler, T)
+def test_each_image_is_drawn_by_its_own_label(additions, chosen, w, rng):
+    """A network whose answer is the label: x_0 is a tenth of it, and half of that early in training."""
+    shares = np.full((10, 2), 0.5)
+    arrays = {"ema": 0.1, "groups": {"means": np.zeros((10, 2, 4, 6, 1), np.float32), "shares": shares}}
+    if "guide" in additions:
+        arrays["early"] = 0.05
+    model = DDPM({"arch": "unet", "T": 30, "schedule": "linear", "additions": additions, "classes": True}, arrays)
+
+    def network(weight, x, t, labels):  # eps or v, from the x_0 that it stands for
+        a, b = (at(model.schedule[name], t) for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
+        x_0 = np.float32(weight) * labels.reshape(-1, 1, 1, 1)
+        return (a * x[..., :1] - x_0) / b if "v" in additions else (x[..., :1] - a * x_0) / b
+
+    model.denoiser.network = network
+    labels = np.array([7, -1, 0, 3, 9])
+    x_T = rng.standard_normal((5, 4, 6, 1), dtype=np.float32)
+    config = model.sampler_config(**chosen)
+    assert (config.sampler == "ddpm") == (additions == [] or chosen.get("sampler") == "ddpm")
+    *_, (s, x_s) = model.trajectory(x_T, rng, labels, config)
+    guide = -0.1 if chosen.get("guide") == "unlabelled" else labels / 20
+    expected = np.clip(labels / 10 + w * (labels / 10 - guide), -1, 1).reshape(-1, 1, 1, 1)
+    assert s == 0
+    np.testing.assert_allclose(x_s, np.broadcast_to(expected, x_s.shape), atol=1e-4)
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
