@@ -1,15 +1,18 @@
 """Muon: orthogonalised momentum against a singular value decomposition, and what is stepped by what."""
 
+import inspect
 import re
 
+import run_ddpm
+import run_vae
 from scratchgen import improved, tree, vae
 from scratchgen.denoisers import DENOISERS
-from scratchgen.muon import MUON_SIDES, muon_step, orthogonalise
+from scratchgen.muon import muon_step, orthogonalise
 from scratchgen.optim import adam_step, init_moments
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, main_of
 
 
 @pytest.mark.parametrize("shape", [(9, 40), (40, 9), (16, 16)])
@@ -78,20 +81,59 @@ def test_a_muon_step_has_entries_of_the_size_lr_times_0_2(rng):
     assert np.sqrt((params[0] ** 2).mean()) == pytest.approx(0.2, rel=0.3)
 
 
+def stepped_by_muon(params):
+    """The names of the arrays that Muon steps: those whose second moments stay zero."""
+    moments = init_moments(params)
+    muon_step(params, tree.map(np.ones_like, params), moments, 1, lr=0)
+    return [n for n, v in zip(tree.names(params), tree.leaves(moments["v"]), strict=True) if not v.any()]
+
+
 def test_the_texts_say_how_many_of_the_weights_it_steps(rng):
     def percent(params):
-        sides = [min(p.size // p.shape[-1], p.shape[-1]) if p.ndim > 1 else 0 for p in tree.leaves(params)]
-        sizes = [p.size for p in tree.leaves(params)]
-        of_muon = sum(size for side, size in zip(sides, sizes, strict=True) if side in MUON_SIDES)
-        return f"{round(100 * of_muon / sum(sizes))} %"
+        sizes = {name: leaf.size for name, leaf in zip(tree.names(params), tree.leaves(params), strict=True)}
+        return f"{round(100 * sum(sizes[name] for name in stepped_by_muon(params)) / sum(sizes.values()))} %"
 
     unet, _ = DENOISERS["unet"]
     with_blocks = percent(improved.init_denoiser(unet, rng, list(improved.ADDITIONS)))
     without = percent(improved.init_denoiser(unet, rng, ["v", "black"]))
     gated, conv = (percent(vae.VAES[arch][0](rng, 20)) for arch in ("gated", "conv"))
-    comment = re.sub(r"\n# ", " ", (ROOT / "scratchgen" / "muon.py").read_text())
-    assert f"Muon steps {with_blocks} of the weights, or {without} without the global blocks; {gated} of" in comment
-    assert f"{conv} of the convolutional VAE" in comment
+    words = f"Muon steps {with_blocks} of the weights, or {without} without the global blocks; {gated} of the gated VAE"
+    words += f", {conv} of the convolutional VAE, nothing of the MLP denoiser"
+    assert words in re.sub(r"\n# ", " ", (ROOT / "scratchgen" / "muon.py").read_text())
+    assert stepped_by_muon(DENOISERS["mlp"][0](rng)) == []
+    with_classes, without_classes = (
+        stepped_by_muon(improved.init_denoiser(unet, rng, [], classes)) for classes in (10, 0)
+    )
+    assert with_classes == [*without_classes, "labels/w"]
     quality = " ".join((ROOT / "docs" / "quality.md").read_text().split())
     assert f"({without} of the weights without the global blocks, {with_blocks} with them)" in quality
     assert f"({gated} and {conv} of the weights)" in quality
+
+
+class FirstStep(Exception):
+    """Raised in place of the first step of a training run."""
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "optimiser", "settings"),
+    [
+        (run_vae, ["--arch", "mlp"], adam_step, {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}),
+        (run_vae, ["--arch", "gated"], muon_step, {"momentum": 0.95, "beta2": 0.999}),
+        (run_vae, ["--arch", "conv"], muon_step, {"momentum": 0.95, "beta2": 0.999}),
+        (run_ddpm, ["--additions", "v"], adam_step, {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}),
+        (run_ddpm, ["--additions", "muon"], muon_step, {"momentum": 0.95, "beta2": 0.99}),
+    ],
+)
+def test_what_a_script_steps_with(script, flags, optimiser, settings, small_data, tmp_path, monkeypatch):
+    for step in (adam_step, muon_step):
+
+        def first_step(*args, step=step, **more):
+            call = inspect.signature(step).bind(*args, **more)
+            call.apply_defaults()
+            assert step is optimiser and call.arguments.items() >= settings.items()
+            raise FirstStep
+
+        monkeypatch.setattr(script, step.__name__, first_step)
+    with pytest.raises(FirstStep):
+        flags = [*flags, "--data", small_data, "--train-images", 2, "--batch-size", 2, "--workers", 1]
+        main_of(script, *flags, "--epochs", 1, "--out", tmp_path)
