@@ -147,25 +147,6 @@ def test_the_help_names_every_addition(capsys):
 # ----------------------------------------------------------------------------------------------------------------- "v"
 
 
-def true_v(schedule, x_0, eps):
-    """A perfect network: v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, known because x_0 and eps are."""
-
-    def network(params, x_t, t, labels=None):
-        return at(schedule["sqrt_alpha_bar"], t) * eps - at(schedule["sqrt_one_minus_alpha_bar"], t) * x_0
-
-    return network
-
-
-def test_eps_and_x_0_from_v_undo_the_definition_of_v(schedule, rng):
-    x_0, t, eps = diffusion.draw_batch(schedule, images(rng, 50), rng)
-    alpha_bar = schedule["alpha_bar"][t].reshape(-1, 1, 1, 1)
-    v = np.sqrt(alpha_bar) * eps - np.sqrt(1 - alpha_bar) * x_0
-    x_t = diffusion.q_sample(schedule, x_0, t, eps)
-    denoiser = improved.Denoiser(lambda params, x_t, t, labels: v, schedule, ["v"])
-    np.testing.assert_allclose(denoiser.eps(None, x_t, t), eps, atol=1e-5)
-    np.testing.assert_allclose(denoiser.x_0(None, x_t, t), x_0, atol=1e-5)
-
-
 @pytest.mark.parametrize(("eta", "order"), samplers.SAMPLERS.values())
 def test_mistakes_to_both_sides_of_black_cancel(eta, order, schedule, rng):
     """A network whose mistakes about black are normal, of mean 0 and standard deviation 0.1, draws black on average.
@@ -184,8 +165,8 @@ def test_mistakes_to_both_sides_of_black_cancel(eta, order, schedule, rng):
         assert found == pytest.approx(-1 + grey, abs=0.005)
 
 
-@pytest.mark.parametrize("T", [8, 10, 15])
-def test_a_perfect_network_recovers_x_0_also_where_alpha_bar_is_tiny(T, rng):
+@pytest.mark.parametrize("T", [8, 10, 15, 200])
+def test_eps_and_x_0_from_v_undo_the_definition_of_v_also_where_alpha_bar_is_tiny(T, rng):
     """With few steps of the linear schedule alpha_bar_T is 2e-16 and less: float32 keeps no digit of x_0 in eps, and
     the way over eps leads anywhere."""
     schedule = make_schedule("linear", T)
@@ -193,15 +174,15 @@ def test_a_perfect_network_recovers_x_0_also_where_alpha_bar_is_tiny(T, rng):
     t = np.arange(1, T + 1)
     eps = rng.standard_normal(x_0.shape, dtype=np.float32)
     x_t = diffusion.q_sample(schedule, x_0, t, eps)
-    denoiser = improved.Denoiser(true_v(schedule, x_0, eps), schedule, ["v"])
-    found = denoiser.x_0(None, x_t, t)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, x_0, atol=1e-5)
-
-    by_eps = diffusion.predict_x_0(schedule, x_t, t, denoiser.eps(None, x_t, t))
-    error = np.sqrt(((by_eps - x_0) ** 2).mean(axis=(1, 2, 3)))
+    alpha_bar = schedule["alpha_bar"][t].reshape(-1, 1, 1, 1)
+    v = (np.sqrt(alpha_bar) * eps - np.sqrt(1 - alpha_bar) * x_0).astype(np.float32)
+    denoiser = improved.Denoiser(lambda params, x_t, t, labels: v, schedule, ["v"])
+    found = denoiser.x_0(None, x_t, t), denoiser.eps(None, x_t, t)
+    np.testing.assert_allclose(found, (x_0, eps), atol=1e-5)
+    assert found[0].dtype == np.float32
+    error = np.abs(diffusion.predict_x_0(schedule, x_t, t, found[1]) - x_0).max(axis=(1, 2, 3))
     assert error[0] < 1e-5  # where there is little noise both agree
-    assert error.max() > 0.1
+    assert (error.max() > 0.1) == (T < 200)
 
 
 # ------------------------------------------------------------------------------------------------------------- "black"
@@ -286,27 +267,6 @@ def test_guidance_follows_the_score_of_the_guided_density(t, w, schedule):
     assert inside.any()
     np.testing.assert_allclose(found[inside], expected[inside], rtol=1e-3, atol=1e-4)
     assert np.all(np.abs(found) <= 1)
-
-
-def test_guided_samples_are_those_of_the_guided_density(rng):
-    """p is N(0.1, 0.05), the guide is wider, N(0, 0.1): by w = 1 the result is narrower than p, and further off.
-
-    p^2 / q has precision 2 / 0.05 - 1 / 0.1 = 30 and mean (2 * 0.1 / 0.05) / 30, if one could draw from it. The
-    trajectory of guided steps is not exactly that of p^2 / q with noise, so the test only asks on which side of p it
-    ends."""
-    schedule = make_schedule("linear", 200)
-    (_, p), (_, q) = (gaussians(schedule, [1.0], [mean], v) for mean, v in ((0.1, 0.05), (0.0, 0.1)))
-    x_T = rng.standard_normal((4000, 1, 1, 1), dtype=np.float32)
-    ends = []
-    for w in (0, 1):
-
-        def x_0_theta(x_t, t, w=w):
-            return improved.guided(p(x_t, t), q(x_t, t), w)
-
-        *_, (_, x_0) = samplers.sample(x_0_theta, schedule, x_T, rng, 40, 1.0, 2)
-        ends.append((x_0.mean(), x_0.var()))
-    assert ends[0] == pytest.approx((0.1, 0.05), rel=0.15)
-    assert ends[1][0] > 0.11 and ends[1][1] < 0.042
 
 
 def test_a_guided_prediction_is_extrapolated_clipped_and_in_float32():

@@ -175,17 +175,6 @@ def test_no_images_are_no_trouble(both_kinds):
     assert value == 0 and dx.shape == arrays[0].shape and not dk.any() and not db.any()
 
 
-def test_windows_are_the_neighbourhoods_of_every_position(rng):
-    x = rng.standard_normal((N, H, W, C))
-    K = 3
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    found = ops.windows(x, K)
-    assert found.shape == (W, N * H, K * K * C)
-    for n, h, w in np.ndindex(N, H, W):
-        expected = padded[n, h : h + K, w : w + K].swapaxes(0, 1)  # column, row, channel
-        np.testing.assert_array_equal(found[w, n * H + h], expected.ravel())
-
-
 @pytest.mark.parametrize("N", [1, 16, 35])
 def test_a_convolution_of_many_images_is_that_of_each(rng, both_kinds, N):
     x = rng.standard_normal((N, H, W, C))

@@ -42,19 +42,6 @@ def test_a_config_cannot_be_changed_and_equal_ones_are_one_key():
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"sampler": "euler"}, "sampler euler: expected one of ddpm, ddim, dpm[+][+], sde-dpm[+][+]"),
-        ({"sampler": "DDPM"}, "sampler DDPM: expected one of ddpm"),
-        ({"sampler": "ddpm", "guide": "late"}, "guide late: expected one of early, unlabelled"),
-    ],
-)
-def test_a_config_with_an_unknown_name_is_refused(fields, words):
-    with pytest.raises(UserError, match=words):
-        SamplerConfig(steps=20, **fields)
-
-
-@pytest.mark.parametrize(
     ("additions", "chosen", "w"),
     [
         ([], {}, 0),
@@ -78,7 +65,7 @@ def test_each_image_is_drawn_by_its_own_label(additions, chosen, w, rng):
 
     def network(weight, x, t, labels):  # eps or v, from the x_0 that it stands for
         a, b = (at(model.schedule[name], t) for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
-        x_0 = np.float32(weight) * labels.reshape(-1, 1, 1, 1)
+        x_0 = np.float32(weight) * labels.astype(np.float32).reshape(-1, 1, 1, 1)
         return (a * x[..., :1] - x_0) / b if "v" in additions else (x[..., :1] - a * x_0) / b
 
     model.denoiser.network = network
@@ -89,11 +76,11 @@ def test_each_image_is_drawn_by_its_own_label(additions, chosen, w, rng):
     *_, (s, x_s) = model.trajectory(x_T, rng, labels, config)
     guide = -0.1 if chosen.get("guide") == "unlabelled" else labels / 20
     expected = np.clip(labels / 10 + w * (labels / 10 - guide), -1, 1).reshape(-1, 1, 1, 1)
-    assert s == 0
+    assert s == 0 and x_s.dtype == np.float32
     np.testing.assert_allclose(x_s, np.broadcast_to(expected, x_s.shape), atol=1e-4)
 
 
-@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_a_step_adds_noise_of_the_variance_that_eta_asks_for(schedule, eta):
     """Song et al., Eq. (16), for the first of two steps from t = 200 of an x_0 and a draw that are known."""
     alpha_bar = schedule["alpha_bar"]
@@ -107,13 +94,6 @@ def test_a_step_adds_noise_of_the_variance_that_eta_asks_for(schedule, eta):
     expected = np.sqrt(alpha_bar[half]) * 0.3 + np.sqrt(1 - alpha_bar[half] - sigma**2) * eps + sigma * 0.8
     assert s == half
     np.testing.assert_allclose(x_s, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samples_stay_in_float32(sampler, schedule, rng):
-    x_T = rng.standard_normal((2, 4, 6, 1), dtype=np.float32)
-    trajectory = list(samplers.sample(x_0_of(of_x_t, schedule), schedule, x_T, rng, 7, *SAMPLERS[sampler]))
-    assert {x.dtype for _, x in trajectory} == {np.dtype(np.float32)}
 
 
 def test_timesteps():
@@ -159,29 +139,6 @@ def test_a_step_of_any_size_keeps_the_marginal(rng, schedule):
             spread = float(schedule["sqrt_one_minus_alpha_bar"][s])
             assert x_s.mean() == pytest.approx(0.4 * signal, abs=4 * spread / 20_000**0.5 + 1e-5)
             assert x_s.std() == pytest.approx(spread, rel=0.03, abs=1e-5)
-
-
-def test_ddim_draws_nothing_and_a_perfect_network_leads_back(rng, schedule):
-    x_0 = images(rng, 3)
-    eps = rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
-    x_T = diffusion.q_sample(schedule, x_0, np.full(3, 200), eps)
-    x_0_theta = x_0_of(lambda x_t, t: eps, schedule)
-    for s, x_s in samplers.sample(x_0_theta, schedule, x_T, None, 20, eta=0.0):
-        # x_T shows x_0 only faintly (alpha_bar_T = 3e-5), so float32 gives it back to some digits
-        expected = diffusion.q_sample(schedule, x_0, np.full(3, s), eps)
-        np.testing.assert_allclose(x_s, expected, atol=0.02)
-
-
-def test_ddim_takes_eps_from_the_clipped_x_0():
-    s = make_schedule("linear", 10)
-    x_T = np.full((1, 1, 1, 1), 3.0, np.float32)
-    x_0_theta = x_0_of(lambda x_t, t: -5 * x_t, s)  # x_0 far above 1, so 1
-    (half, x_s), *_ = samplers.sample(x_0_theta, s, x_T, None, 2, eta=0.0)
-    signal = s["sqrt_alpha_bar"]
-    noise = s["sqrt_one_minus_alpha_bar"]
-    eps = (3 - signal[10]) / noise[10]
-    assert half == 4
-    assert x_s.item() == pytest.approx(signal[4] + noise[4] * eps, rel=1e-5)
 
 
 @pytest.mark.parametrize(("T", "first", "second"), [(10, 6, 2), (3, 2, 1)])
@@ -277,17 +234,6 @@ def test_x_t_over_its_scale_lies_on_the_straight_path(rng, schedule):
         np.testing.assert_allclose(x_tau, (1 - tau[t]) * x_0 + tau[t] * eps, atol=1e-6)
         found = samplers.velocity(lambda x, times: x_0, schedule, x_tau, t)  # noqa: B023  called at once
         np.testing.assert_allclose(found, eps - x_0, atol=2e-4)
-
-
-@pytest.mark.parametrize("t", [1, 30, 100, 200])
-def test_the_velocity_is_the_best_prediction_of_eps_minus_x_0(t):
-    """For x_0 ~ N(0, 0.04 I), x_tau and u are jointly Gaussian: E[u | x_tau] = Cov[u, x_tau] / Var[x_tau] x_tau."""
-    schedule, _, x_0_theta = where_all_is_known(200)
-    _, tau = samplers.flow_path(schedule)
-    tau = float(tau[t])
-    x_tau = np.array([-1.2, 0.1, 0.7]).reshape(3, 1, 1, 1)
-    expected = (tau - (1 - tau) * 0.2**2) / (tau**2 + (1 - tau) ** 2 * 0.2**2) * x_tau
-    np.testing.assert_allclose(samplers.velocity(x_0_theta, schedule, x_tau, t), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [None, 20, 1])
