@@ -214,9 +214,8 @@ def run_tests(copy, groups, answer):
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     found = FirstFailure()
-    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
     # That the document shows the code as it is says nothing about the code.
-    options += ["-k", "not the_code_in_the_document"]
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", "not the_code_in_the_document"]
     for tests in groups:
         status = pytest.main([*options, *(f"tests/test_{test}.py" for test in tests)], plugins=[found])
         if status:
@@ -229,14 +228,14 @@ FORKS = multiprocessing.get_context("forkserver")  # each process is forked from
 FORKS.set_forkserver_preload(["autograd.numpy", "matplotlib.figure", "numpy", "pytest", "tqdm"])
 
 
-def failure(copy, *groups):
-    """What these tests in a copy of the project say: the first that fails, or None."""
+def failure(copy, groups, seconds=SECONDS):
+    """What these tests in a copy of the project say, one group after the other: the first that fails, or None."""
     answer, sender = FORKS.Pipe(duplex=False)
     process = FORKS.Process(target=run_tests, args=(copy, groups, sender))
     process.start()
     sender.close()
     try:
-        return answer.recv() if answer.poll(SECONDS) else f"more than {SECONDS} s"
+        return answer.recv() if answer.poll(seconds) else f"more than {seconds} s"
     except EOFError:
         return "the process died"
     finally:
@@ -251,7 +250,7 @@ def tried(copies, mutant):
     copy = copies.get()
     try:
         (copy / file).write_bytes(source)
-        return failure(copy, MODULES[file], [test for test in OTHERS if test not in MODULES[file]])
+        return failure(copy, [MODULES[file], [test for test in OTHERS if test not in MODULES[file]]])
     finally:
         (copy / file).write_bytes((ROOT / file).read_bytes())
         copies.put(copy)
@@ -262,9 +261,7 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="MODULE", help="such as vae; by default all of them")
     parser.add_argument("--every", type=int, default=10, metavar="N", help="one of N mutants (default: 10)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="mutants tried at a time")
-    parser.add_argument(
-        "--log", type=Path, default=os.devnull, help="write each mutant and what killed it to this file"
-    )
+    parser.add_argument("--log", type=Path, default=os.devnull, help="where to write each mutant and what killed it")
     args = parser.parse_args()
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # which scratchgen would set, were NumPy not imported before it
     todo = mutants(args.only, args.every)
@@ -276,7 +273,7 @@ def main():
             shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("data", "runs", ".*", "__pycache__"))
             (copy / "data").symlink_to(ROOT / "data")
             copies.put(copy)
-        if failed := failure(copy, sorted({*OTHERS, *(test for tests in MODULES.values() for test in tests)})):
+        if failed := failure(copy, [{*OTHERS, *sum(MODULES.values(), ())}], 10 * SECONDS):
             sys.exit(f"a test fails without any change: {failed}")
         killers = tqdm(pool.map(partial(tried, copies), todo), total=len(todo))
         for (file, name, _), killer in zip(todo, killers, strict=True):
@@ -288,9 +285,8 @@ def main():
                 tqdm.write(name)
     total = sum(counts.values(), Counter())
     print(f"{'':32}{'mutants':>10}{'killed':>10}{'equivalent':>12}{'surviving':>11}")
-    for file, count in [*((file, counts[file]) for file in MODULES if file in counts), ("all", total)]:
-        row = f"{file:32}{count.total():10,}{count['killed']:10,}{count['equivalent']:12,}{count['survived']:11,}"
-        print(row)
+    for file, count in [*sorted(counts.items()), ("all", total)]:
+        print(f"{file:32}{count.total():10,}{count['killed']:10,}{count['equivalent']:12,}{count['survived']:11,}")
     sys.exit(1 if total["survived"] else 0)
 
 

@@ -15,28 +15,21 @@ import pytest
 from conftest import ROOT, main_of
 
 
-@pytest.mark.parametrize("shape", [(9, 40), (40, 9), (16, 16)])
-def test_orthogonalise_keeps_singular_vectors_and_evens_out_singular_values(rng, shape):
-    U, _, Vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
-    s = np.geomspace(30, 3, len(Vt))  # divided by their norm, all are above 0.01
-    X = orthogonalise(U * s @ Vt)
-    diagonal = U.T @ X @ Vt.T
-    assert np.abs(diagonal - np.diag(np.diag(diagonal))).max() < 1e-9
-    assert np.diag(diagonal).min() > 0.6 and np.diag(diagonal).max() < 1.3
-    assert orthogonalise((U * s @ Vt).astype(np.float32)).dtype == np.float32
-    assert np.all(orthogonalise(np.zeros(shape)) == 0)
-
-
 @pytest.mark.parametrize("norm", [100.0, 1e-7])
-def test_orthogonalise_is_its_polynomial_of_each_singular_value(rng, norm):
-    """s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5, five times, of the matrix divided by its norm and 1e-7."""
-    U, _, Vt = np.linalg.svd(rng.standard_normal((12, 8)), full_matrices=False)
-    s = np.geomspace(30, 1, 8)
+@pytest.mark.parametrize("shape", [(9, 40), (40, 9), (16, 16)])
+def test_orthogonalise_is_its_polynomial_of_each_singular_value(rng, shape, norm):
+    """s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5, five times, of the matrix divided by its norm and 1e-7. Of the norm, all
+    are above 0.01, and so they end near one."""
+    U, _, Vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+    s = np.geomspace(30, 3, len(Vt))
     s *= norm / np.linalg.norm(s)
     expected = s / (norm + 1e-7)
     for _ in range(5):
         expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
-    np.testing.assert_allclose(orthogonalise(U * s @ Vt), U * expected @ Vt, rtol=0, atol=1e-9)
+    G = U * s @ Vt
+    np.testing.assert_allclose(orthogonalise(G), U * expected @ Vt, rtol=0, atol=1e-9)
+    assert expected.min() > 0.6 and expected.max() < 1.3
+    assert orthogonalise(G.astype(np.float32)).dtype == np.float32 and np.all(orthogonalise(0 * G) == 0)
 
 
 @pytest.mark.parametrize(
@@ -71,14 +64,6 @@ def test_muon_steps_matrices_by_nesterov_momentum_and_the_rest_by_adam(rng):
     np.testing.assert_allclose(by_muon["k"], k, rtol=1e-12)
     for name in ("b", "narrow"):
         np.testing.assert_array_equal(by_muon[name], by_adam[name])
-
-
-def test_a_muon_step_has_entries_of_the_size_lr_times_0_2(rng):
-    params = [np.zeros((64, 200), np.float32)]
-    g = [rng.standard_normal((64, 200), dtype=np.float32)]
-    muon_step(params, g, init_moments(params), 1, lr=1.0)
-    assert params[0].dtype == np.float32
-    assert np.sqrt((params[0] ** 2).mean()) == pytest.approx(0.2, rel=0.3)
 
 
 def stepped_by_muon(params):

@@ -1,4 +1,4 @@
-"""The samplers of fewer steps against theory: Song et al.'s marginals, Algorithm 2, and the order of their errors."""
+"""The samplers of fewer steps against theory: Song et al.'s step, Algorithm 2, and the order of their errors."""
 
 from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
@@ -14,27 +14,14 @@ import pytest
 from test_diffusion import images, of_x_t, x_0_of
 
 
-def test_the_samplers_are_the_papers_and_those_with_their_names():
+def test_a_config_says_what_it_is_cannot_be_changed_and_equal_ones_are_one_key():
     """eta is 1 with fresh noise at each step and 0 without, and ++ is of second order."""
     assert SAMPLERS == {"ddpm": (1.0, 1), "ddim": (0.0, 1), "dpm++": (0.0, 2), "sde-dpm++": (1.0, 2)}
-
-
-@pytest.mark.parametrize(
-    ("config", "text"),
-    [
-        (SamplerConfig("ddim", 7), "ddim, 7 steps"),
-        (SamplerConfig("sde-dpm++", 20, 0.5), "sde-dpm++, 20 steps, w = 0.5"),
-        (SamplerConfig("dpm++", 20, 2.0, "unlabelled"), "dpm++, 20 steps, w = 2, unlabelled"),
-        (SamplerConfig("dpm++", 20, guide="unlabelled"), "dpm++, 20 steps"),  # without guidance no guide has a say
-    ],
-)
-def test_a_config_says_in_words_what_it_is(config, text):
-    assert str(config) == text
-
-
-def test_a_config_cannot_be_changed_and_equal_ones_are_one_key():
+    assert str(SamplerConfig("ddim", 7)) == "ddim, 7 steps"
+    assert str(SamplerConfig("sde-dpm++", 20, 0.5)) == "sde-dpm++, 20 steps, w = 0.5"
+    assert str(SamplerConfig("dpm++", 20, 2.0, "unlabelled")) == "dpm++, 20 steps, w = 2, unlabelled"
+    assert str(SamplerConfig("dpm++", 20, guide="unlabelled")) == "dpm++, 20 steps"  # which then has no say
     config = SamplerConfig("ddpm", 200)
-    assert (config.guidance, config.guide) == (0.0, "early")
     with pytest.raises(FrozenInstanceError):
         config.steps = 20
     assert {config: "found"}[SamplerConfig("ddpm", 200, 0.0, "early")] == "found"
@@ -119,26 +106,6 @@ def test_with_eta_1_and_every_step_it_is_algorithm_2(rng, schedule, how):
     for (t, a), (s, b) in zip(by_2, by_ours, strict=True):
         assert t == s
         np.testing.assert_allclose(a, b, atol=2e-4)
-
-
-def test_a_step_of_any_size_keeps_the_marginal(rng, schedule):
-    """If eps_theta is the true eps, x_s must be distributed as q(x_s | x_0), for any eta: Song et al., Lemma 1."""
-    x_0 = np.broadcast_to(np.float32(0.4), (20_000, 1, 1, 1))
-    for eta in (0.0, 0.5, 1.0):
-        noise = np.random.default_rng(2)
-        eps = noise.standard_normal(x_0.shape, dtype=np.float32)
-        x_T = diffusion.q_sample(schedule, x_0, np.full(len(x_0), 200), eps)
-
-        def true_eps(x_t, t):
-            signal = at(schedule["sqrt_alpha_bar"], t)
-            noise = at(schedule["sqrt_one_minus_alpha_bar"], t)
-            return (x_t - signal * x_0) / noise
-
-        for s, x_s in samplers.sample(x_0_of(true_eps, schedule), schedule, x_T, noise, 4, eta):
-            signal = float(schedule["sqrt_alpha_bar"][s])
-            spread = float(schedule["sqrt_one_minus_alpha_bar"][s])
-            assert x_s.mean() == pytest.approx(0.4 * signal, abs=4 * spread / 20_000**0.5 + 1e-5)
-            assert x_s.std() == pytest.approx(spread, rel=0.03, abs=1e-5)
 
 
 @pytest.mark.parametrize(("T", "first", "second"), [(10, 6, 2), (3, 2, 1)])
@@ -234,6 +201,7 @@ def test_x_t_over_its_scale_lies_on_the_straight_path(rng, schedule):
         np.testing.assert_allclose(x_tau, (1 - tau[t]) * x_0 + tau[t] * eps, atol=1e-6)
         found = samplers.velocity(lambda x, times: x_0, schedule, x_tau, t)  # noqa: B023  called at once
         np.testing.assert_allclose(found, eps - x_0, atol=2e-4)
+        assert x_tau.dtype == found.dtype == np.float32
 
 
 @pytest.mark.parametrize("steps", [None, 20, 1])
@@ -250,8 +218,3 @@ def test_eulers_steps_are_ddims_in_other_coordinates(steps, rng, schedule):
     for (t, x_t), (s, x_tau) in zip(ddim, flow, strict=True):
         assert t == s
         np.testing.assert_allclose(scale[s] * x_tau, x_t, atol=2e-5)
-
-
-def test_eulers_steps_stay_in_float32(rng, schedule):
-    x_T = rng.standard_normal((2, 4, 6, 1), dtype=np.float32)
-    assert {x.dtype for _, x in samplers.euler(x_0_of(of_x_t, schedule), schedule, x_T, 7)} == {np.dtype(np.float32)}

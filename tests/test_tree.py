@@ -1,14 +1,11 @@
 """Trees of parameters: leaves, names and map agree on one order, and nesting survives."""
 
-from functools import partial
-
-from scratchgen import improved, tree
-from scratchgen.denoisers import DENOISERS, init_unet
+from scratchgen import tree
 from scratchgen.optim import init_moments
-from scratchgen.vae import VAES
 
 import numpy as np
 import pytest
+from test_layers import NETWORKS
 
 EXAMPLE = {"w": 1, "b": [2, (3, {"c": 4})], "empty": {}, "a": 5}
 PART = {"w": 1, "b": [None, (None, {"c": 4})], "empty": {}, "a": None}  # of EXAMPLE: None in place of three leaves
@@ -41,10 +38,6 @@ def test_map_passes_over_none_and_leaves_it_where_it_is():
 
 # -------------------------------------------------------------------------------------------------------------- nested
 
-NETWORKS = {f"vae {arch}": partial(init, latent_dim=4) for arch, (init, _, _) in VAES.items()}
-NETWORKS |= {f"ddpm {arch}": init for arch, (init, _) in DENOISERS.items()}
-NETWORKS["ddpm unet, all"] = partial(improved.init_denoiser, init_unet, additions=improved.ADDITIONS, classes=10)
-
 
 def same_structure(one, other):
     """Whether both have the same containers, keys in the same order, and the very same arrays as leaves."""
@@ -66,7 +59,7 @@ def test_nested_makes_lists_of_numbers_and_dicts_of_other_names():
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_nested_is_the_inverse_of_names_and_leaves_for_each_network(network, rng):
-    params = NETWORKS[network](rng=rng)
+    params = NETWORKS[network][0](rng)
     arrays = {"params": params, "moments": init_moments(params)}
     found = tree.nested(dict(zip(tree.names(arrays), tree.leaves(arrays), strict=True)))
     assert same_structure(found, arrays)
