@@ -11,6 +11,7 @@ from scratchgen.diffusion import at, make_schedule
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_diffusion import images
 
 # -------------------------------------------------------------------------------------------------- which are in force
@@ -254,6 +255,8 @@ def test_a_tenth_of_the_groups_are_dropped_and_others_at_every_step(rng):
 @pytest.mark.parametrize(("total", "step"), [(1, 1), (4, 1), (5, 2), (938, 235), (7504, 411)])
 def test_the_guide_is_kept_after_a_quarter_of_the_training(total, step):
     assert improved.early_step(total) == step
+    quality = (ROOT / "docs" / "quality.md").read_text()
+    assert f"guided, w = {improved.GUIDANCE} (" in quality and f"into {improved.GROUPS} groups" in quality
 
 
 # ------------------------------------------------------------------------------------------------------------ "groups"
