@@ -35,7 +35,7 @@ def test_a_network_is_its_plain_definition(rng, arch, options):
     params = tree.map(np.float64, shaken(rng, init(rng, **options), 0.05))
     x = rng.standard_normal((3, 28, 28, options.get("inputs", 1)))
     t = np.array([1, 40, 200])
-    answers = [network(params, x, t)]
+    answers = [network(params, x, t)]  # of float64, but for the embedding of t
     np.testing.assert_allclose(answers[0], plain.NETWORKS[arch](params, x, t), rtol=1e-5, atol=1e-5)
     if "classes" in options:
         labels = np.array([9, -1, 0])

@@ -11,7 +11,7 @@ from scratchgen.diffusion import at, make_schedule
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, main_of
 from test_diffusion import images
 
 # -------------------------------------------------------------------------------------------------- which are in force
@@ -230,6 +230,31 @@ def test_a_tenth_of_the_groups_are_dropped_and_others_at_every_step(rng):
         assert of_each == pytest.approx([0.1] * 10, abs=4 * np.sqrt(0.09 / 2000))
     assert (dropped[0] & dropped[1]).mean() == pytest.approx(0.01, abs=4 * np.sqrt(0.01 / 20_000))
     assert improved.drop_groups(None, rng) is None
+
+
+class Enough(Exception):
+    """Ends a training run."""
+
+
+def test_a_run_drops_others_at_every_step_and_shows_the_network_the_rest(small_data, tmp_path, monkeypatch):
+    dropped, shown = [], []
+    drop, means_of = improved.drop_groups, improved.Groups.means_of
+
+    def recorded(groups, rng):
+        if len(dropped) == 4:
+            raise Enough
+        dropped.append(drop(groups, rng))
+        return dropped[-1]
+
+    monkeypatch.setattr(improved, "drop_groups", recorded)
+    monkeypatch.setattr(
+        improved.Groups, "means_of", lambda known, groups: shown.append(groups) or means_of(known, groups)
+    )
+    with pytest.raises(Enough):
+        flags = ["--data", small_data, "--T", 2, "--arch", "mlp", "--batch-size", 32, "--workers", 1]
+        main_of(run_ddpm, *flags, "--epochs", 1, "--out", tmp_path)
+    assert len({tuple(groups == -1) for groups in dropped}) == 4
+    np.testing.assert_array_equal(np.sort(np.concatenate(shown)), np.sort(np.concatenate(dropped)))
 
 
 @pytest.mark.parametrize(("total", "step"), [(1, 1), (4, 1), (5, 2), (938, 235), (7504, 411)])
