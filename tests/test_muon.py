@@ -48,22 +48,23 @@ def test_the_shorter_side_decides_who_steps_a_matrix(rng, shape, by_muon):
 
 
 def test_muon_steps_matrices_by_nesterov_momentum_and_the_rest_by_adam(rng):
-    params = {"k": rng.standard_normal((3, 3, 2, 12)), "b": rng.standard_normal(12), "narrow": np.ones((20, 4))}
+    matrices = {"k": (18, 12), "wide": (10, 40)}  # a kernel (3, 3, 2, 12) is the first
+    params = {"k": rng.standard_normal((3, 3, 2, 12)), "wide": rng.standard_normal((10, 40))}
+    params |= {"b": rng.standard_normal(12), "narrow": np.ones((20, 4))}
     gradients = [tree.map(lambda p: rng.standard_normal(p.shape), params) for _ in range(3)]
     by_muon, by_adam = (tree.map(np.copy, params) for _ in range(2))
     moments = init_moments(params)
     adam_moments = init_moments(params)
-    m = 0
-    k = params["k"].copy()
+    m = dict.fromkeys(matrices, 0)
     for step, g in enumerate(gradients, 1):
         muon_step(by_muon, g, moments, step, lr=0.01, beta2=0.99)
         adam_step(by_adam, g, adam_moments, step, lr=0.01, beta2=0.99)
-        m = 0.95 * m + g["k"]
-        direction = orthogonalise((g["k"] + 0.95 * m).reshape(18, 12)).reshape(3, 3, 2, 12)
-        k -= 0.01 * 0.2 * 18**0.5 * direction
-    np.testing.assert_allclose(by_muon["k"], k, rtol=1e-12)
-    for name in ("b", "narrow"):
-        np.testing.assert_array_equal(by_muon[name], by_adam[name])
+        for name, shape in matrices.items():
+            m[name] = 0.95 * m[name] + g[name]
+            direction = orthogonalise((g[name] + 0.95 * m[name]).reshape(shape))
+            params[name] -= 0.01 * 0.2 * max(shape) ** 0.5 * direction.reshape(params[name].shape)
+    for name in params:
+        np.testing.assert_allclose(by_muon[name], (params if name in matrices else by_adam)[name], rtol=1e-12)
 
 
 def stepped_by_muon(params):
