@@ -283,9 +283,16 @@ def test_k_means_is_lloyds_algorithm(rng, rounds):
         for image in x:
             members[min(range(7), key=lambda k: ((image - expected[k]) ** 2).sum())].append(image)
         expected = [np.mean(images, axis=0) if images else mean for images, mean in zip(members, expected, strict=True)]
-    found = improved.k_means(x, 7, np.random.default_rng(3), rounds)
+    found = improved.k_means(x, 7, np.random.default_rng(3), *([rounds] if rounds < 20 else []))  # 20 by default
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert found.dtype == np.float32
+
+
+def test_ten_thousand_images_of_a_class_are_grouped_and_all_are_counted(rng, monkeypatch):
+    grouped = []
+    monkeypatch.setattr(improved, "k_means", lambda x, K, rng: grouped.append(len(x)) or x[:K])
+    known = improved.find_groups(rng.integers(256, size=(10_500, 1, 1, 1), dtype=np.uint8), None, 1, rng)
+    assert grouped == [10_000] and known["shares"].tolist() == [[1]]
 
 
 def test_there_may_be_fewer_images_than_groups(rng):
