@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 MODULES = {  # file -> the tests tried first
-    "scratchgen/vae.py": ("vae", "homework"),
+    "scratchgen/vae.py": ("vae", "layers", "homework"),
     "scratchgen/diffusion.py": ("diffusion", "homework"),
     "scratchgen/improved.py": ("improved",),
     "scratchgen/denoisers.py": ("denoisers", "layers"),

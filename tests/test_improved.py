@@ -301,6 +301,9 @@ def test_there_may_be_fewer_images_than_groups(rng):
     assert known.means.shape == (1, 6, 4, 6, 1) and np.isfinite(known.means).all()
     assert known.shares.sum() == pytest.approx(1) and known.shares.min() > 0
     assert known.draw(50, None, rng).max() < 6
+    a_sum_below_1 = improved.Groups(None, np.array([[0.5, 0.4999]]))
+    largest = SimpleNamespace(random=lambda shape: np.full(shape, 0.99999))
+    assert a_sum_below_1.draw(2, None, largest).tolist() == [1, 1]
 
 
 def test_each_class_has_groups_of_its_own(rng):
