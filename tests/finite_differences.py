@@ -36,8 +36,16 @@ def assert_gradients(f, arrays, rtol=1e-6, atol=1e-7):
         np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol, err_msg=f"argument {i} of {f}")
 
 
+def shaken(rng, params, size):
+    """The parameters plus noise, so that no zero among the first ones hides a gradient, or a layer."""
+    return tree.map(lambda p: p + size * rng.standard_normal(p.shape).astype(p.dtype), params)
+
+
 def assert_directional(loss, params, rng, directions=5, h=1e-5, rtol=1e-6):
-    """For a whole model: the derivative of loss(params) along random directions, against (L(+h) - L(-h)) / 2h."""
+    """For a whole model: the derivative of loss(params) along random directions, against (L(+h) - L(-h)) / 2h.
+
+    Returns the gradient.
+    """
     params = tree.map(lambda p: p.astype(np.float64), params)
     _, gradient = value_and_grad(loss)(params)
     for _ in range(directions):
@@ -47,3 +55,4 @@ def assert_directional(loss, params, rng, directions=5, h=1e-5, rtol=1e-6):
         ) / (2 * h)
         found = sum(np.sum(g * v) for g, v in zip(tree.leaves(gradient), tree.leaves(d), strict=True))
         np.testing.assert_allclose(found, expected, rtol=rtol)
+    return gradient

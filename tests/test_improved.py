@@ -5,24 +5,20 @@ from functools import partial
 from types import SimpleNamespace
 
 import run_ddpm
-from scratchgen import diffusion, improved, samplers, tree
+from scratchgen import diffusion, improved
 from scratchgen.data import scale
-from scratchgen.denoisers import init_mlp_denoiser, init_unet
 from scratchgen.diffusion import at, make_schedule
 
 import numpy as np
 import pytest
-from test_diffusion import images, of_x_t
+from conftest import ROOT, main_of
+from test_diffusion import images
 
 # -------------------------------------------------------------------------------------------------- which are in force
 
 
-class Refused(Exception):
-    pass
-
-
 def refuse(message):
-    raise Refused(message)
+    raise ValueError(message)
 
 
 def chosen(names, arch):
@@ -33,70 +29,99 @@ def chosen(names, arch):
     ("names", "arch", "expected"),
     [
         (["none"], "unet", []),
-        (["none"], "mlp", []),
         (["all"], "unet", ["v", "black", "weights", "muon", "global", "guide", "groups"]),
         (["all"], "mlp", ["v", "black", "weights", "muon", "guide", "groups"]),  # which has no place for "global"
         (["muon", "v"], "unet", ["v", "muon"]),  # in the order of the ablation, as a checkpoint compares them
         (["global", "black", "v"], "unet", ["v", "black", "global"]),
         (["black", "black", "v", "v"], "mlp", ["v", "black"]),
-    ],
-)
-def test_the_flag_names_the_additions_that_are_chosen(names, arch, expected):
-    assert chosen(names, arch) == expected
-
-
-@pytest.mark.parametrize(
-    ("names", "arch", "words"),
-    [
         (["none", "v"], "unet", "none v: none and all stand alone"),
         (["v", "all"], "unet", "v all: none and all stand alone"),
         (["none", "all"], "mlp", "none all: none and all stand alone"),
         (["global"], "mlp", "--additions global is for --arch unet, not mlp"),
-        (["v", "global"], "mlp", "--additions global is for --arch unet, not mlp"),
     ],
 )
-def test_additions_that_contradict_each_other_or_the_network_are_refused(names, arch, words):
-    with pytest.raises(Refused, match=words):
-        chosen(names, arch)
+def test_the_flag_names_the_additions_or_is_refused(names, arch, expected):
+    if isinstance(expected, list):
+        assert chosen(names, arch) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            chosen(names, arch)
 
 
-@pytest.mark.parametrize("additions", [[], ["weights"], ["muon", "guide"], ["weights", "muon", "global"]])
-def test_without_v_and_black_the_network_itself_predicts_the_noise(additions, schedule, rng):
-    asked = []
+@pytest.mark.parametrize(
+    ("additions", "classes", "expected"),
+    [
+        ([], 0, {"inputs": 1}),
+        (["v", "weights", "muon", "guide"], 0, {"inputs": 1}),
+        (["black"], 0, {"inputs": 2}),
+        (["groups"], 0, {"inputs": 2}),
+        (["global"], 0, {"inputs": 1, "global_blocks": True}),
+        (["black", "groups"], 10, {"inputs": 3, "classes": 10}),
+    ],
+)
+def test_a_network_is_made_as_the_additions_ask(additions, classes, expected):
+    assert improved.init_denoiser(lambda rng, **options: options, None, additions, classes) == expected
+
+
+@pytest.mark.parametrize(
+    "additions",
+    [
+        [],
+        ["weights", "muon", "global", "guide"],
+        ["v"],
+        ["black"],
+        ["groups"],
+        ["v", "black"],
+        ["v", "black", "groups"],
+    ],
+)
+def test_what_the_network_is_shown_and_what_its_answer_stands_for(additions, schedule, rng):
+    means = rng.standard_normal((10, 2, 4, 6, 1), dtype=np.float32)
+    known = improved.Groups(means, np.full((10, 2), 0.5))
+    x_t, answer = rng.standard_normal((2, 3, 4, 6, 1), dtype=np.float32)
+    t = np.array([1, 60, 200])
+    groups = np.array([3, -1, 18])
+    seen = []
+
+    def network(*arguments):
+        seen.append(arguments)
+        return answer
+
+    denoiser = improved.Denoiser(network, schedule, additions, known)
+    eps, x_0 = answer, diffusion.predict_x_0(schedule, x_t, t, answer)
+    if "v" in additions:  # x_t and v are eps and x_0, rotated; not clipped
+        a, b = (at(schedule[name], t) for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
+        eps, x_0 = b * x_t + a * answer, a * x_t - b * answer
+    grey = 0 * means[0, 0]
+    for told, labels, mean in ((groups, [1, -1, 9], [means[1, 1], grey, means[9, 0]]), (None, None, [grey] * 3)):
+        np.testing.assert_allclose(denoiser.eps("params", x_t, t, told), eps, rtol=1e-6)
+        np.testing.assert_allclose(denoiser.x_0("params", x_t, t, told), x_0, rtol=1e-6)
+        shown = [x_t]
+        shown += [improved.above_black(schedule, x_t, t)] if "black" in additions else []
+        shown += [np.stack(mean)] if "groups" in additions else []
+        for params, x, times, label in seen:
+            assert params == "params" and times is t and (label if label is None else label.tolist()) == labels
+            np.testing.assert_array_equal(x, np.concatenate(shown, axis=3))
+            assert x.dtype == np.float32
+        assert len(seen) == 2
+        seen.clear()
+    # Without the addition a class is a group, and its mean is not shown.
+    one = improved.Denoiser(network, schedule, [], improved.Groups(means[:, :1], np.ones((10, 1))))
+    one.eps(None, x_t, t, np.array([3, -1, 9]))
+    assert seen[0][1] is x_t and seen[0][3].tolist() == [3, -1, 9]
+
+
+def test_the_loss_is_that_of_each_images_own_label(schedule, rng):
+    """A network whose answer is the label, a tenth of it."""
+    batch = x_0, t, eps = diffusion.draw_batch(schedule, images(rng, 3), rng)
+    groups = np.array([7, -1, 2])
 
     def network(params, x, t, labels):
-        asked.append((params, x, t, labels))
-        return of_x_t(x, t)
+        return np.broadcast_to(labels.astype(np.float32).reshape(-1, 1, 1, 1) / 10, x_0.shape)
 
-    denoiser = improved.Denoiser(network, schedule, additions)
-    x_t = rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
-    t = np.array([1, 60, 200])
-    labels = np.array([3, -1, 9])
-    eps = of_x_t(x_t, t)
-    np.testing.assert_array_equal(denoiser.eps("params", x_t, t, labels), eps)
-    expected = diffusion.predict_x_0(schedule, x_t, t, eps)
-    np.testing.assert_array_equal(denoiser.x_0("params", x_t, t), expected)
-    assert expected.min() == -1 or expected.max() == 1  # clipped, at t = 200 at least
-    assert all(shown[0] == "params" and shown[1] is x_t and shown[2] is t for shown in asked)
-    assert asked[0][3] is labels and asked[1][3] is None
-
-
-def test_the_parameters_are_those_that_the_additions_ask_for(rng):
-    plain = improved.init_denoiser(init_unet, rng, [])
-    black = improved.init_denoiser(init_unet, rng, ["black"])
-    absent = {"global_down", "global_middle", "labels"}
-    assert absent.isdisjoint(plain) and absent.isdisjoint(black)
-    assert plain["conv_in"]["w"].shape == (3, 3, 4, 32) and black["conv_in"]["w"].shape == (3, 3, 8, 32)
-    assert plain["conv_out"]["w"].shape == (3, 3, 36, 4) and black["conv_out"]["w"].shape == (3, 3, 40, 4)
-    whole = improved.init_denoiser(init_unet, rng, ["global"])
-    assert len(whole["global_down"]) == 1 and [len(two) for two in whole["global_middle"]] == [2, 2]
-    assert whole.keys() - plain.keys() == {"global_down", "global_middle"}
-    assert tree.size(whole) > tree.size(plain) and whole["conv_in"]["w"].shape == plain["conv_in"]["w"].shape
-    with_classes = improved.init_denoiser(init_unet, rng, [], classes=10)
-    assert with_classes.keys() - plain.keys() == {"labels"} and with_classes["labels"]["w"].shape == (10, 128)
-    choices = ([], ["black"], ["groups"], ["black", "groups"])
-    mlp = [improved.init_denoiser(init_mlp_denoiser, rng, names)["mlp"][0]["w"].shape[0] for names in choices]
-    assert mlp == [784 + 128, 2 * 784 + 128, 2 * 784 + 128, 3 * 784 + 128]
+    denoiser = improved.Denoiser(network, schedule, [], improved.Groups(None, np.ones((10, 1))))
+    loss, _ = diffusion.simple_loss(partial(denoiser.eps, None, groups=groups), schedule, batch)
+    assert loss == pytest.approx(np.mean((eps - groups.reshape(-1, 1, 1, 1) / 10) ** 2), rel=1e-5)
 
 
 def test_the_help_names_every_addition(capsys):
@@ -109,45 +134,8 @@ def test_the_help_names_every_addition(capsys):
 # ----------------------------------------------------------------------------------------------------------------- "v"
 
 
-def true_v(schedule, x_0, eps):
-    """A perfect network: v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0, known because x_0 and eps are."""
-
-    def network(params, x_t, t, labels=None):
-        return at(schedule["sqrt_alpha_bar"], t) * eps - at(schedule["sqrt_one_minus_alpha_bar"], t) * x_0
-
-    return network
-
-
-def test_eps_and_x_0_from_v_undo_the_definition_of_v(schedule, rng):
-    x_0, t, eps = diffusion.draw_batch(schedule, images(rng, 50), rng)
-    alpha_bar = schedule["alpha_bar"][t].reshape(-1, 1, 1, 1)
-    v = np.sqrt(alpha_bar) * eps - np.sqrt(1 - alpha_bar) * x_0
-    x_t = diffusion.q_sample(schedule, x_0, t, eps)
-    denoiser = improved.Denoiser(lambda params, x_t, t, labels: v, schedule, ["v"])
-    np.testing.assert_allclose(denoiser.eps(None, x_t, t), eps, atol=1e-5)
-    np.testing.assert_allclose(denoiser.x_0(None, x_t, t), x_0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("eta", "order"), samplers.SAMPLERS.values())
-def test_mistakes_to_both_sides_of_black_cancel(eta, order, schedule, rng):
-    """A network whose mistakes about black are normal, of mean 0 and standard deviation 0.1, draws black on average.
-    Clipped to [-1, 1] they would have a mean of 0.1 / sqrt(2 pi), and the image would be as much too grey."""
-
-    def network(params, x_t, t, labels):  # v, from x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
-        x_0 = -1 + 0.1 * rng.standard_normal(x_t.shape, dtype=np.float32)
-        return (at(schedule["sqrt_alpha_bar"], t) * x_t - x_0) / at(schedule["sqrt_one_minus_alpha_bar"], t)
-
-    x_0_theta = partial(improved.Denoiser(network, schedule, ["v"]).x_0, None)
-    x_T = rng.standard_normal((20, 28, 28, 1), dtype=np.float32)
-    clipped = lambda x_t, t: np.clip(x_0_theta(x_t, t), -1, 1)  # noqa: E731
-    for prediction, grey in ((x_0_theta, 0.0), (clipped, 0.1 / math.sqrt(2 * math.pi))):
-        *_, (s, x_s), _ = samplers.sample(prediction, schedule, x_T, rng, 20, eta, order)  # the end is one prediction
-        found = x_s.mean(dtype=np.float64) / schedule["sqrt_alpha_bar"][s]
-        assert found == pytest.approx(-1 + grey, abs=0.005)
-
-
-@pytest.mark.parametrize("T", [8, 10, 15])
-def test_a_perfect_network_recovers_x_0_also_where_alpha_bar_is_tiny(T, rng):
+@pytest.mark.parametrize("T", [8, 10, 15, 200])
+def test_eps_and_x_0_from_v_undo_the_definition_of_v_also_where_alpha_bar_is_tiny(T, rng):
     """With few steps of the linear schedule alpha_bar_T is 2e-16 and less: float32 keeps no digit of x_0 in eps, and
     the way over eps leads anywhere."""
     schedule = make_schedule("linear", T)
@@ -155,59 +143,30 @@ def test_a_perfect_network_recovers_x_0_also_where_alpha_bar_is_tiny(T, rng):
     t = np.arange(1, T + 1)
     eps = rng.standard_normal(x_0.shape, dtype=np.float32)
     x_t = diffusion.q_sample(schedule, x_0, t, eps)
-    denoiser = improved.Denoiser(true_v(schedule, x_0, eps), schedule, ["v"])
-    found = denoiser.x_0(None, x_t, t)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, x_0, atol=1e-5)
-
-    by_eps = diffusion.predict_x_0(schedule, x_t, t, denoiser.eps(None, x_t, t))
-    error = np.sqrt(((by_eps - x_0) ** 2).mean(axis=(1, 2, 3)))
+    alpha_bar = schedule["alpha_bar"][t].reshape(-1, 1, 1, 1)
+    v = (np.sqrt(alpha_bar) * eps - np.sqrt(1 - alpha_bar) * x_0).astype(np.float32)
+    denoiser = improved.Denoiser(lambda params, x_t, t, labels: v, schedule, ["v"])
+    found = denoiser.x_0(None, x_t, t), denoiser.eps(None, x_t, t)
+    np.testing.assert_allclose(found, (x_0, eps), atol=1e-5)
+    assert found[0].dtype == np.float32
+    error = np.abs(diffusion.predict_x_0(schedule, x_t, t, found[1]) - x_0).max(axis=(1, 2, 3))
     assert error[0] < 1e-5  # where there is little noise both agree
-    assert error.max() > 0.1
+    assert (error.max() > 0.1) == (T < 200)
 
 
 # ------------------------------------------------------------------------------------------------------------- "black"
 
 
-def test_above_black_is_eps_on_black_pixels_and_more_on_others(schedule, rng):
-    x_0 = np.full((5, 4, 6, 1), -1, np.float32)
-    eps = rng.standard_normal((5, 4, 6, 1), dtype=np.float32)
+@pytest.mark.parametrize("x_0", [-1, -0.99, 1])
+def test_above_black_is_eps_on_black_pixels_and_more_on_others(x_0, schedule):
     t = np.array([1, 2, 20, 150, 200])
-    x_0[:, 0] = 1
-    found = improved.above_black(schedule, diffusion.q_sample(schedule, x_0, t, eps), t)
-    np.testing.assert_allclose(found[:, 1:], np.clip(eps[:, 1:], -3, 3), atol=2e-3)
-    assert np.all(found[:2, 0] == 3) and np.all(found[:, 0] >= np.clip(eps[:, 0], -3, 3) - 1e-3)
-    black = -schedule["sqrt_alpha_bar"][150] * np.ones((1, 4, 6, 1), np.float32)
-    for beside in (-4, -3.5, -2.5, 2.5, 3.5, 4):  # in units of the noise
-        x_t = black + np.float32(beside * schedule["sqrt_one_minus_alpha_bar"][150])
-        found = improved.above_black(schedule, x_t, np.array([150]))
-        np.testing.assert_allclose(found, np.clip(beside, -3, 3), rtol=1e-5)
-
-
-def test_the_denoiser_shows_the_network_both_channels_and_takes_its_answer_for_v(schedule, rng):
-    x_0 = images(rng, 3)
-    eps = rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
-    times = np.array([1, 60, 200])
-    asked_for = np.array([7, -1, 0])
-    x_t = diffusion.q_sample(schedule, x_0, times, eps)
-
-    def network(params, x, t, labels):
-        np.testing.assert_array_equal(x, np.concatenate([x_t, improved.above_black(schedule, x_t, t)], axis=3))
-        assert t is times and params == "params" and labels is asked_for
-        return true_v(schedule, x_0, eps)(params, x, t)
-
-    denoiser = improved.Denoiser(network, schedule, ["v", "black"])
-    np.testing.assert_allclose(denoiser.eps("params", x_t, times, asked_for), eps, atol=1e-5)
-    np.testing.assert_allclose(denoiser.x_0("params", x_t, times, asked_for), x_0, atol=1e-5)
-
-
-def test_black_without_v_shows_both_channels_and_takes_the_answer_for_eps(schedule, rng):
-    x_t = rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
-    t = np.array([1, 60, 200])
-    denoiser = improved.Denoiser(lambda params, x, t, labels: x[..., 1:], schedule, ["black"])
-    seen = improved.above_black(schedule, x_t, t)
-    np.testing.assert_array_equal(denoiser.eps(None, x_t, t), seen)
-    np.testing.assert_array_equal(denoiser.x_0(None, x_t, t), diffusion.predict_x_0(schedule, x_t, t, seen))
+    for eps in (-4, -3.5, -2.5, 0, 2.5, 3.5, 4):
+        x_t = diffusion.q_sample(schedule, np.full((5, 4, 6, 1), x_0, np.float32), t, np.float32(eps))
+        alpha_bar = schedule["alpha_bar"][t].reshape(-1, 1, 1, 1)
+        expected = np.clip(eps + (x_0 + 1) * np.sqrt(alpha_bar / (1 - alpha_bar)), -3, 3)
+        found = improved.above_black(schedule, x_t, t)
+        assert np.all(np.abs(found - expected) <= 1e-6 / np.sqrt(1 - alpha_bar))
+        assert np.all((np.abs(found) == 3) == (np.abs(expected) == 3))
 
 
 # ----------------------------------------------------------------------------------------------------------- "weights"
@@ -229,107 +188,80 @@ def test_training_weighs_an_error_in_v_by_the_square_root_of_alpha_bar(schedule,
 # ------------------------------------------------------------------------------------------------ "guide", and classes
 
 
-def gaussians(schedule, weights, means, variance):
-    """E[x_0 | x_t] where x_0 is one number, drawn from Gaussians of these weights and means and the same variance.
-
-    Then x_t is drawn from Gaussians, too, and those that x_t is likely from say what x_0 is.
-    """
-
-    def log_density(x_t, t):  # of x_t, and of each Gaussian its part in it
-        a = float(schedule["sqrt_alpha_bar"][t])
-        b = float(schedule["sqrt_one_minus_alpha_bar"][t])
-        spread = a**2 * variance + b**2
-        each = np.log(weights) - 0.5 * (x_t[..., None] - a * np.array(means)) ** 2 / spread - 0.5 * np.log(spread)
-        return np.logaddexp.reduce(each, axis=-1), each
-
-    def x_0_theta(x_t, t):
-        total, each = log_density(x_t, t[0])
-        a = schedule["sqrt_alpha_bar"][t[0]]
-        spread = a**2 * variance + schedule["sqrt_one_minus_alpha_bar"][t[0]] ** 2
-        of_each = np.array(means) + a * variance / spread * (x_t[..., None] - a * np.array(means))
-        return (np.exp(each - total[..., None]) * of_each).sum(axis=-1)
-
-    return log_density, x_0_theta
-
-
 @pytest.mark.parametrize("t", [5, 60, 120, 200])
 @pytest.mark.parametrize("w", [0.0, 0.5, 2.0])
 def test_guidance_follows_the_score_of_the_guided_density(t, w, schedule):
-    """One of two Gaussians is asked for, the guide knows both: p(x | y) (p(x | y) / p(x))^w, by finite differences."""
-    log_asked, asked = gaussians(schedule, [1.0], [0.2], 0.01)
-    log_both, both = gaussians(schedule, [0.3, 0.7], [0.2, -0.15], 0.01)
+    """Of p (p / q)^w, by finite differences. Of x_0, p and q are two Gaussians, so they are of x_t, too."""
+    p, q = (0.2, 0.01), (-0.1, 0.03)
     a = float(schedule["sqrt_alpha_bar"][t])
     b = float(schedule["sqrt_one_minus_alpha_bar"][t])
-    x_t = a * 0.1 + b * np.linspace(-0.3, 0.3, 7).reshape(-1, 1, 1, 1)
-    h = 1e-5
+    x_t = a * 0.1 + b * np.linspace(-0.3, 0.3, 7)
 
-    def log_guided(x):
-        return (1 + w) * log_asked(x, t)[0] - w * log_both(x, t)[0]
+    def log_density(x, mean, variance):
+        return -0.5 * (x - a * mean) ** 2 / (a**2 * variance + b**2)
 
-    score = (log_guided(x_t + h) - log_guided(x_t - h)) / (2 * h)
-    expected = (x_t + b**2 * score) / a  # Tweedie: E[x_0 | x_t], where this is the score
-    times = np.full(7, t)
-    found = improved.guided(asked(x_t, times), both(x_t, times), w)
-    inside = np.abs(expected) < 1
-    assert inside.any()
-    np.testing.assert_allclose(found[inside], expected[inside], rtol=1e-3, atol=1e-4)
-    assert np.all(np.abs(found) <= 1)
+    def x_0(mean, variance):  # E[x_0 | x_t]
+        return mean + a * variance / (a**2 * variance + b**2) * (x_t - a * mean)
+
+    above, below = ((1 + w) * log_density(x, *p) - w * log_density(x, *q) for x in (x_t + 1e-5, x_t - 1e-5))
+    expected = (x_t + b**2 * (above - below) / 2e-5) / a  # Tweedie: E[x_0 | x_t], where this is the score
+    assert np.any(np.abs(expected) < 1)
+    np.testing.assert_allclose(improved.guided(x_0(*p), x_0(*q), w), np.clip(expected, -1, 1), rtol=1e-3, atol=1e-4)
 
 
-def test_guided_samples_are_those_of_the_guided_density(rng):
-    """p is N(0.1, 0.05), the guide is wider, N(0, 0.1): by w = 1 the result is narrower than p, and further off.
-
-    p^2 / q has precision 2 / 0.05 - 1 / 0.1 = 30 and mean (2 * 0.1 / 0.05) / 30, if one could draw from it. The
-    trajectory of guided steps is not exactly that of p^2 / q with noise, so the test only asks on which side of p it
-    ends."""
-    schedule = make_schedule("linear", 200)
-    (_, p), (_, q) = (gaussians(schedule, [1.0], [mean], v) for mean, v in ((0.1, 0.05), (0.0, 0.1)))
-    x_T = rng.standard_normal((4000, 1, 1, 1), dtype=np.float32)
-    ends = []
-    for w in (0, 1):
-
-        def x_0_theta(x_t, t, w=w):
-            return improved.guided(p(x_t, t), q(x_t, t), w)
-
-        *_, (_, x_0) = samplers.sample(x_0_theta, schedule, x_T, rng, 40, 1.0, 2)
-        ends.append((x_0.mean(), x_0.var()))
-    assert ends[0] == pytest.approx((0.1, 0.05), rel=0.15)
-    assert ends[1][0] > 0.11 and ends[1][1] < 0.042
-
-
-def test_without_guidance_the_guide_has_no_say():
-    x_0 = np.array([0.25, -0.5], np.float32)
-    found = improved.guided(x_0, np.full(2, 7, np.float32), 0)
-    np.testing.assert_array_equal(found, x_0)
-
-
-def test_a_guided_prediction_stays_in_float32():
-    x_0 = np.array([0.25, -0.5], np.float32)
-    for w in (0.3, np.float64(0.3)):
-        found = improved.guided(x_0, x_0 / 2, w)
+def test_a_guided_prediction_is_extrapolated_clipped_and_in_float32():
+    x_0 = np.array([0.9, 0.5, -0.5, -0.9], np.float32)
+    guide = np.array([0.1, 0.4, -0.4, -0.1], np.float32)
+    for w, expected in ((2, [1, 0.7, -0.7, -1]), (np.float64(0.3), [1, 0.53, -0.53, -1]), (0, x_0)):
+        found = improved.guided(x_0, guide, w)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
         assert found.dtype == np.float32
-        np.testing.assert_allclose(found, 1.15 * x_0, rtol=1e-6)
 
 
-def test_a_guided_prediction_is_clipped_to_the_range_of_images():
-    x_0 = np.array([0.9, 0.5, -0.5, -0.9])
-    found = improved.guided(x_0, np.array([0.1, 0.4, -0.4, -0.1]), 2)
-    np.testing.assert_allclose(found, [1, 0.7, -0.7, -1])
-
-
-def test_a_tenth_of_the_groups_are_dropped(rng):
+def test_a_tenth_of_the_groups_are_dropped_and_others_at_every_step(rng):
     groups = np.arange(20_000) % 10
-    found = improved.drop_groups(groups, rng)
-    dropped = found == -1
-    assert dropped.mean() == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 20_000))
-    np.testing.assert_array_equal(found[~dropped], groups[~dropped])
-    assert np.bincount(groups[dropped]).min() > 100  # whatever they are
+    dropped = []
+    for _ in range(2):
+        found = improved.drop_groups(groups, rng)
+        dropped.append(found == -1)
+        np.testing.assert_array_equal(found[~dropped[-1]], groups[~dropped[-1]])
+        assert dropped[-1].mean() == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 20_000))
+        of_each = [dropped[-1][groups == group].mean() for group in range(10)]
+        assert of_each == pytest.approx([0.1] * 10, abs=4 * np.sqrt(0.09 / 2000))
+    assert (dropped[0] & dropped[1]).mean() == pytest.approx(0.01, abs=4 * np.sqrt(0.01 / 20_000))
     assert improved.drop_groups(None, rng) is None
+
+
+class Enough(Exception):
+    """Ends a training run."""
+
+
+def test_a_run_drops_others_at_every_step_and_shows_the_network_the_rest(small_data, tmp_path, monkeypatch):
+    dropped, shown = [], []
+    drop, means_of = improved.drop_groups, improved.Groups.means_of
+
+    def recorded(groups, rng):
+        if len(dropped) == 4:
+            raise Enough
+        dropped.append(drop(groups, rng))
+        return dropped[-1]
+
+    monkeypatch.setattr(improved, "drop_groups", recorded)
+    monkeypatch.setattr(
+        improved.Groups, "means_of", lambda known, groups: shown.append(groups) or means_of(known, groups)
+    )
+    with pytest.raises(Enough):
+        flags = ["--data", small_data, "--T", 2, "--arch", "mlp", "--batch-size", 32, "--workers", 1]
+        main_of(run_ddpm, *flags, "--epochs", 1, "--out", tmp_path)
+    assert len({tuple(groups == -1) for groups in dropped}) == 4
+    np.testing.assert_array_equal(np.sort(np.concatenate(shown)), np.sort(np.concatenate(dropped)))
 
 
 @pytest.mark.parametrize(("total", "step"), [(1, 1), (4, 1), (5, 2), (938, 235), (7504, 411)])
 def test_the_guide_is_kept_after_a_quarter_of_the_training(total, step):
     assert improved.early_step(total) == step
+    quality = (ROOT / "docs" / "quality.md").read_text()
+    assert f"guided, w = {improved.GUIDANCE} (" in quality and f"into {improved.GROUPS} groups" in quality
 
 
 # ------------------------------------------------------------------------------------------------------------ "groups"
@@ -342,28 +274,27 @@ def kinds(rng, each):
     return (np.array([40, 120, 220])[kind].reshape(-1, 1, 1, 1) + noise).round().astype(np.uint8), kind
 
 
-def test_k_means_finds_the_kinds_that_there_are(rng):
-    images, kind = kinds(rng, [30, 50, 20])
-    x = scale(images, -1, 1)
-    begin = x[[np.flatnonzero(kind == k)[0] for k in (2, 0, 1)]]  # any three images of three kinds lead there
-
-    class First:
-        def choice(self, N, K, replace):
-            return [np.flatnonzero((x == image).all(axis=(1, 2, 3)))[0] for image in begin]
-
-    found = improved.k_means(x, 3, First())
-    expected = [x[kind == k].mean(axis=0) for k in (2, 0, 1)]
+@pytest.mark.parametrize("rounds", [0, 1, 2, 20])
+def test_k_means_is_lloyds_algorithm(rng, rounds, monkeypatch):
+    nearest, made = improved.nearest, []
+    monkeypatch.setattr(improved, "nearest", lambda *arrays: made.append(arrays) or nearest(*arrays))
+    x = rng.standard_normal((300, 1, 2, 1), dtype=np.float32)
+    expected = x[np.random.default_rng(3).choice(300, 7, replace=False)].astype(float)
+    for _ in range(rounds):
+        members = [[] for _ in expected]
+        for image in x:
+            members[min(range(7), key=lambda k: ((image - expected[k]) ** 2).sum())].append(image)
+        expected = [np.mean(images, axis=0) if images else mean for images, mean in zip(members, expected, strict=True)]
+    found = improved.k_means(x, 7, np.random.default_rng(3), *([rounds] if rounds < 20 else []))  # 20 by default
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    assert found.dtype == np.float32
+    assert found.dtype == np.float32 and len(made) == rounds
 
 
-def test_more_rounds_of_k_means_bring_the_means_nearer(rng):
-    x = rng.standard_normal((200, 4, 6, 1), dtype=np.float32)
-    spread = []
-    for rounds in (0, 1, 2, 5):
-        means = improved.k_means(x, 7, np.random.default_rng(3), rounds)
-        spread.append(((x[:, None] - means) ** 2).sum(axis=(2, 3, 4)).min(axis=1).sum())
-    assert sorted(spread, reverse=True) == spread and spread[3] < 0.9 * spread[0]
+def test_ten_thousand_images_of_a_class_are_grouped_and_all_are_counted(rng, monkeypatch):
+    grouped = []
+    monkeypatch.setattr(improved, "k_means", lambda x, K, rng: grouped.append(len(x)) or x[:K])
+    known = improved.find_groups(rng.integers(256, size=(10_500, 1, 1, 1), dtype=np.uint8), None, 1, rng)
+    assert grouped == [10_000] and known["shares"].tolist() == [[1]]
 
 
 def test_there_may_be_fewer_images_than_groups(rng):
@@ -372,12 +303,9 @@ def test_there_may_be_fewer_images_than_groups(rng):
     assert known.means.shape == (1, 6, 4, 6, 1) and np.isfinite(known.means).all()
     assert known.shares.sum() == pytest.approx(1) and known.shares.min() > 0
     assert known.draw(50, None, rng).max() < 6
-
-
-def test_the_nearest_mean_is_that_of_the_smallest_distance(rng):
-    x, means = (rng.standard_normal((N, 4, 6, 1), dtype=np.float32) for N in (40, 7))
-    expected = [min(range(7), key=lambda k: float(((image - means[k]) ** 2).sum())) for image in x]
-    assert improved.nearest(means, x).tolist() == expected
+    a_sum_below_1 = improved.Groups(None, np.array([[0.5, 0.4999]]))
+    largest = SimpleNamespace(random=lambda shape: np.full(shape, 0.99999))
+    assert a_sum_below_1.draw(2, None, largest).tolist() == [1, 1]
 
 
 def test_each_class_has_groups_of_its_own(rng):
@@ -396,8 +324,9 @@ def test_each_class_has_groups_of_its_own(rng):
     asked = np.array([1, -1, 0, 9] * 5000)
     drawn = known.draw(20_000, asked, rng)
     assert np.all((drawn == -1) == (asked == -1)) and np.all(known.labels(drawn) == asked)
-    share = np.bincount(drawn[asked == 0], minlength=2)[:2] / 5000
-    np.testing.assert_allclose(share, known.shares[0], atol=4 * 0.5 / math.sqrt(5000))
+    for label in (0, 9):
+        share = np.bincount(drawn[asked == label] - 2 * label, minlength=2) / 5000
+        np.testing.assert_allclose(share, known.shares[label], atol=4 * 0.5 / math.sqrt(5000))
     np.testing.assert_allclose(np.exp(-known.nats(np.arange(20))).reshape(10, 2).sum(axis=1), 1)
 
 
@@ -410,28 +339,3 @@ def test_without_classes_a_group_is_any_and_there_are_no_labels(rng):
     assert known.labels(groups) is None
     drawn = known.draw(20_000, None, rng)
     np.testing.assert_allclose(np.bincount(drawn) / 20_000, known.shares[0], atol=4 * 0.5 / math.sqrt(20_000))
-
-
-def test_the_network_sees_the_mean_of_the_group_and_grey_for_none(schedule, rng):
-    means = rng.standard_normal((10, 2, 4, 6, 1), dtype=np.float32)
-    known = improved.Groups(means, np.full((10, 2), 0.5))
-    seen = []
-
-    def network(params, x, t, labels):
-        seen.append((x, labels))
-        return x[..., :1]
-
-    x_t = rng.standard_normal((3, 4, 6, 1), dtype=np.float32)
-    t = np.array([1, 60, 200])
-    black = improved.above_black(schedule, x_t, t)
-    denoiser = improved.Denoiser(network, schedule, ["black", "groups"], known)
-    denoiser.eps(None, x_t, t, np.array([3, -1, 18]))
-    shown = np.stack([means[1, 1], 0 * means[0, 0], means[9, 0]])
-    np.testing.assert_array_equal(seen[0][0], np.concatenate([x_t, black, shown], axis=3))
-    assert seen[0][1].tolist() == [1, -1, 9] and seen[0][0].dtype == np.float32
-    denoiser.eps(None, x_t, t)
-    np.testing.assert_array_equal(seen[1][0], np.concatenate([x_t, black, 0 * shown], axis=3))
-    assert seen[1][1] is None
-    one = improved.Denoiser(network, schedule, [], improved.Groups(means[:, :1], np.ones((10, 1))))
-    one.eps(None, x_t, t, np.array([3, -1, 9]))  # without the addition a class is a group, and its mean is not shown
-    assert seen[2][0] is x_t and seen[2][1].tolist() == [3, -1, 9]

@@ -1,154 +1,114 @@
-"""Each layer's gradient with respect to its parameters and its input, and what its initial state promises."""
+"""Each layer against a plain definition, its gradients against finite differences; and where each array starts."""
 
 from functools import partial
 
 from scratchgen import layers, ops, tree
-from scratchgen.gradients import value_and_grad
+from scratchgen.denoisers import init_mlp_denoiser, init_unet
+from scratchgen.vae import VAES
 
 import numpy as np
+import plain
 import pytest
-from finite_differences import assert_directional
+from finite_differences import assert_directional, shaken
 
 N, H, W, C, O, E = 2, 4, 6, 8, 16, 10
+LABELS = np.array([2, -1], np.int8)
+IMAGES, WITH_TIME = [(N, H, W, C)], [(N, H, W, C), (N, E)]
 
 
-def shaken(rng, params):
-    """The parameters plus noise, so that no zero initialisation hides a gradient."""
-    return tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape).astype(p.dtype), params)
+def label_embedding(params, x):
+    """Its row of the table for the first image, nothing for the second."""
+    return x + np.array([1, 0])[:, None] * params["w"][LABELS]
 
 
-CASES = {
-    "dense": (lambda r: layers.init_dense(r, C, O), layers.dense, [(N, C)]),
-    "mlp": (lambda r: layers.init_mlp(r, [C, 7, 5, O]), layers.mlp, [(N, C)]),
+CASES = {  # name -> init, the layer, its definition, and the shapes of what it takes
+    "dense": (lambda r: layers.init_dense(r, C, O), layers.dense, plain.dense, [(N, C)]),
+    "mlp": (lambda r: layers.init_mlp(r, [C, 7, 5, O]), layers.mlp, plain.mlp, [(N, C)]),
     "gated mlp": (
         lambda r: layers.init_mlp(r, [C, 7, 5, O], gated=True),
         partial(layers.mlp, activation=ops.glu),
+        partial(plain.mlp, activation=plain.glu),
         [(N, C)],
     ),
-    "conv": (lambda r: layers.init_conv(r, C, O), layers.conv, [(N, H, W, C)]),
-    "conv 1x1": (lambda r: layers.init_conv(r, C, O, kernel_size=1), layers.conv, [(N, H, W, C)]),
-    "norm_silu": (lambda r: layers.init_norm(O), layers.norm_silu, [(N, H, W, O)]),
-    "res_block": (lambda r: layers.init_res_block(r, C, O, E), layers.res_block, [(N, H, W, C), (N, E)]),
-    "res_block same width": (lambda r: layers.init_res_block(r, C, C, E), layers.res_block, [(N, H, W, C), (N, E)]),
+    "conv": (lambda r: layers.init_conv(r, C, O), layers.conv, plain.conv, IMAGES),
+    "conv 1x1": (lambda r: layers.init_conv(r, C, O, kernel_size=1), layers.conv, plain.conv, IMAGES),
+    "norm_silu": (lambda r: layers.init_norm(O), layers.norm_silu, plain.norm_silu, [(N, H, W, O)]),
+    "res_block": (lambda r: layers.init_res_block(r, C, O, E), layers.res_block, plain.res_block, WITH_TIME),
+    "res_block same width": (lambda r: layers.init_res_block(r, C, C, E), layers.res_block, plain.res_block, WITH_TIME),
     "global_block": (
         lambda r: layers.init_global_block(r, (H, W), C, 3, 7, E),
         layers.global_block,
-        [(N, H, W, C), (N, E)],
+        plain.global_block,
+        WITH_TIME,
     ),
     "label_embedding": (
         lambda r: layers.init_label_embedding(r, 3, E),
-        lambda params, x: x * layers.label_embedding(params, np.array([2, -1])),
+        lambda params, x: x + layers.label_embedding(params, LABELS),
+        label_embedding,
         [(N, E)],
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_of_parameters_and_inputs(rng, name):
-    init, apply, shapes = CASES[name]
-    params = shaken(rng, init(rng)), [rng.standard_normal(shape) for shape in shapes]
-    u = rng.standard_normal(apply(params[0], *params[1]).shape)
+def test_a_layer_is_its_definition_and_has_the_gradients_of_finite_differences(rng, name):
+    init, apply, definition, shapes = CASES[name]
+    params = shaken(rng, init(rng), 0.3), [rng.standard_normal(shape) for shape in shapes]
+    found = apply(params[0], *params[1])
+    np.testing.assert_allclose(found, definition(params[0], *params[1]), rtol=1e-9, atol=1e-9)
+    u = rng.standard_normal(found.shape)
     assert_directional(lambda p: (u * apply(p[0], *p[1])).sum(), params, rng, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_float32_in_float32_out(rng, name):
-    init, apply, shapes = CASES[name]
-    params = init(rng), [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
-    value, gradient = value_and_grad(lambda p: apply(p[0], *p[1]).sum())(params)
-    assert {value.dtype} | {g.dtype for g in tree.leaves(gradient)} == {np.dtype(np.float32)}
-
-
-def test_he_initialisation_keeps_the_mean_square_through_relu_layers(rng):
-    x = rng.standard_normal((500, 300), dtype=np.float32)
-    h = layers.mlp(layers.init_mlp(rng, [300] * 6), x)
-    assert 0.5 < np.mean(h**2) < 2
-
-
-def test_a_residual_block_starts_as_its_shortcut(rng):
-    params = layers.init_res_block(rng, C, C, E)
-    assert "shortcut" not in params  # of equal width it is the input itself
-    x = rng.standard_normal((N, H, W, C), dtype=np.float32)
-    np.testing.assert_array_equal(layers.res_block(params, x, rng.standard_normal((N, E), dtype=np.float32)), x)
-
-
-def test_a_residual_block_is_what_its_docstring_says(rng):
-    """Norm, SiLU, convolution; norm scaled and shifted by the time, SiLU, convolution; plus the shortcut."""
-
-    def norm(x):
-        groups = x.reshape(N, H * W, layers.GROUPS, -1)
-        mean = groups.mean(axis=(1, 3), keepdims=True)
-        variance = groups.var(axis=(1, 3), keepdims=True)
-        return ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
-
-    def silu(x):
-        return x / (1 + np.exp(-x))
-
-    p = tree.map(np.float64, shaken(rng, layers.init_res_block(rng, C, O, E)))
-    x = rng.standard_normal((N, H, W, C))
-    time = rng.standard_normal((N, E))
-    h = layers.conv(p["conv1"], silu(norm(x) * p["norm1"]["scale"] + p["norm1"]["shift"]))
-    scale = 1 + time @ p["time_scale"]["w"] + p["time_scale"]["b"]
-    shift = time @ p["time_shift"]["w"] + p["time_shift"]["b"]
-    h = layers.conv(p["conv2"], silu(norm(h) * scale[:, None, None] + shift[:, None, None]))
-    expected = h + x @ p["shortcut"]["w"] + p["shortcut"]["b"]
-    np.testing.assert_allclose(layers.res_block(p, x, time), expected, atol=1e-9)
-
-
-def test_a_residual_block_depends_on_the_time(rng):
-    params = shaken(rng, layers.init_res_block(rng, C, C, E))
-    x = np.repeat(rng.standard_normal((1, H, W, C), dtype=np.float32), 2, axis=0)
-    y = layers.res_block(params, x, rng.standard_normal((2, E), dtype=np.float32))
-    assert np.abs(y[0] - y[1]).max() > 0.01
-
-
-def test_a_global_block_starts_as_the_identity_and_is_what_its_docstring_says(rng):
-    S = 3
-    p = layers.init_global_block(rng, (H, W), C, S, 7, E)
-    x = rng.standard_normal((N, H, W, C))
-    time = rng.standard_normal((N, E))
-    np.testing.assert_array_equal(layers.global_block(p, x, time), x)
-
-    def affine(layer, x):
-        return np.einsum("...i,io->...o", x, layer["w"]) + layer["b"]
-
-    def silu(x):
-        return x / (1 + np.exp(-x))
-
-    p = tree.map(np.float64, shaken(rng, p))
-    mean = x.mean(axis=(1, 2), keepdims=True)  # C = 8: groups of one
-    variance = x.var(axis=(1, 2), keepdims=True)
-    h = (x - mean) / np.sqrt(variance + 1e-5) * p["norm"]["scale"] + p["norm"]["shift"]
-    h = affine(p["squeeze"], silu(h))
-    to_unit = p["mix_in"]["w"].reshape(H, W, S, 7)
-    units = np.einsum("nhws,hwsu->nu", h, to_unit) + p["mix_in"]["b"]
-    units = silu(units * (1 + affine(p["time_scale"], time)) + affine(p["time_shift"], time))
-    from_unit = p["mix_out"]["w"].reshape(7, H, W, S)
-    back = np.einsum("nu,uhws->nhws", units, from_unit) + p["mix_out"]["b"].reshape(H, W, S)
-    np.testing.assert_allclose(layers.global_block(p, x, time), x + affine(p["expand"], back), atol=1e-9)
-
-
-def test_in_a_global_block_each_position_depends_on_every_other(rng):
-    params = shaken(rng, layers.init_global_block(rng, (H, W), C, 3, 7, E))
-    x = rng.standard_normal((1, H, W, C))
-    time = rng.standard_normal((1, E))
-    corner = x.copy()
-    corner[0, 0, 0] = rng.standard_normal(C)
-    difference = layers.global_block(params, corner, time) - layers.global_block(params, x, time)
-    assert np.abs(difference).max(axis=3).min() > 1e-3
 
 
 def test_time_embedding_follows_its_formula_and_tells_steps_apart():
     e = layers.time_embedding(np.arange(1001), 32)
-    assert e.shape == (1001, 32) and e.dtype == np.float32
-    np.testing.assert_allclose(e[7, 0], np.sin(7), rtol=1e-5)
-    np.testing.assert_allclose(e[700, 31], np.cos(700 / 10_000), rtol=1e-5)
-    distance = np.linalg.norm(e[1:, None] - e[None, 1:], axis=2) + np.eye(1000) * 9
-    assert distance.min() > 0.05
+    assert e.dtype == np.float32
+    np.testing.assert_allclose(e, plain.time_embedding(np.arange(1001), 32), atol=2e-4)
+    products = e[1:] @ e[1:].T  # cosine and sine of each wave: all embeddings have one length, 4
+    assert np.sqrt(32 - 2 * np.max(products - 99 * np.eye(1000))) > 0.05
 
 
-def test_a_label_embedding_is_a_row_of_its_table_and_nothing_for_no_label(rng):
-    params = layers.init_label_embedding(rng, 3, E)
-    found = layers.label_embedding(params, np.array([2, 0, -1, 2], np.int8))
-    np.testing.assert_array_equal(found, [params["w"][2], params["w"][0], np.zeros(E), params["w"][2]])
-    assert layers.init_label_embedding(rng, 1000, 100)["w"].std() == pytest.approx(1, rel=0.02)
+# ------------------------------------------------------------------------------------------------ where training starts
+# The gain of a layer's weights: their mean square times the number of inputs. 2 in front of a ReLU or SiLU keeps the
+# mean square of activations, 1 where no activation follows, 0 where something is to start as nothing.
+
+RES_BLOCK = {"conv1": 2, "conv2": 0, "time_scale": 0.1, "time_shift": 0.1, "shortcut": 1}
+GLOBAL_BLOCK = {"squeeze": 1, "mix_in": 2, "time_scale": 0.1, "time_shift": 0.1, "mix_out": 1, "expand": 0}
+UNET = {"time/0": 2, "time/1": 2, "conv_in": 1, "down": 1, "up": 1, "conv_out": 0} | RES_BLOCK | GLOBAL_BLOCK
+DENSE_VAE = {"encoder/0": 2, "encoder/1": 1, "mu": 1, "log_var": 0, "decoder/0": 2, "decoder/1": 2, "decoder/2": 1}
+CONV_VAE = {"conv14": 2, "down": 2, "conv7": 2, "hidden": 2, "mu": 1, "log_var": 0, "spread": 2, "up": 2, "pixels": 1}
+NETWORKS = {  # name -> init, the number of its parameters, and the gain of each layer by the end of its name
+    "vae mlp": (partial(VAES["mlp"][0], latent_dim=20), 670_424, DENSE_VAE),
+    "vae gated": (partial(VAES["gated"][0], latent_dim=20), 1_092_824, DENSE_VAE),
+    "vae conv": (partial(VAES["conv"][0], latent_dim=20), 1_725_676, CONV_VAE),
+    "ddpm mlp": (init_mlp_denoiser, 3_837_841, {"mlp/0": 2, "mlp/1": 2, "mlp/2": 2, "mlp/3": 1, "skip": 0}),
+    "ddpm unet": (init_unet, 298_132, UNET),
+    "ddpm unet, all": (partial(init_unet, inputs=3, global_blocks=True, classes=10), 2_653_864, UNET),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_each_array_starts_with_its_spread(network, rng):
+    init, size, gains = NETWORKS[network]
+    params = init(rng)
+    assert tree.size(params) == size
+    for name, array in zip(tree.names(params), tree.leaves(params), strict=True):
+        layer, _, kind = name.rpartition("/")
+        if kind != "w":
+            assert np.all(array == (kind == "scale")), name  # scales are one, biases and shifts zero
+            continue
+        inputs = 1 if layer == "labels" else array.size // array.shape[-1]
+        (gain,) = {1} if layer == "labels" else {gains[end] for end in gains if f"/{layer}".endswith(f"/{end}")}
+        error = 4 * (2 / array.size) ** 0.5  # four standard deviations of a mean square
+        assert inputs * np.mean(array.astype(float) ** 2) == pytest.approx(gain, rel=error), name
+        assert abs(array.mean()) <= 4 * (gain / inputs / array.size) ** 0.5, name
+
+
+def test_blocks_start_as_their_shortcuts(rng):
+    x = rng.standard_normal((N, H, W, C), dtype=np.float32)
+    time = rng.standard_normal((N, E), dtype=np.float32)
+    params = layers.init_res_block(rng, C, C, E)
+    assert "shortcut" not in params  # of equal width it is the input itself
+    np.testing.assert_array_equal(layers.res_block(params, x, time), x)
+    params = layers.init_global_block(rng, (H, W), C, 3, 7, E)
+    np.testing.assert_array_equal(layers.global_block(params, x, time), x)

@@ -1,39 +1,35 @@
 """Muon: orthogonalised momentum against a singular value decomposition, and what is stepped by what."""
 
+import inspect
 import re
 
+import run_ddpm
+import run_vae
 from scratchgen import improved, tree, vae
 from scratchgen.denoisers import DENOISERS
-from scratchgen.muon import MUON_SIDES, muon_step, orthogonalise
+from scratchgen.muon import muon_step, orthogonalise
 from scratchgen.optim import adam_step, init_moments
 
 import numpy as np
 import pytest
-from conftest import ROOT
-
-
-@pytest.mark.parametrize("shape", [(9, 40), (40, 9), (16, 16)])
-def test_orthogonalise_keeps_singular_vectors_and_evens_out_singular_values(rng, shape):
-    U, _, Vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
-    s = np.geomspace(30, 3, len(Vt))  # divided by their norm, all are above 0.01
-    X = orthogonalise(U * s @ Vt)
-    diagonal = U.T @ X @ Vt.T
-    assert np.abs(diagonal - np.diag(np.diag(diagonal))).max() < 1e-9
-    assert np.diag(diagonal).min() > 0.6 and np.diag(diagonal).max() < 1.3
-    assert orthogonalise((U * s @ Vt).astype(np.float32)).dtype == np.float32
-    assert np.all(orthogonalise(np.zeros(shape)) == 0)
+from conftest import ROOT, main_of
 
 
 @pytest.mark.parametrize("norm", [100.0, 1e-7])
-def test_orthogonalise_is_its_polynomial_of_each_singular_value(rng, norm):
-    """s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5, five times, of the matrix divided by its norm and 1e-7."""
-    U, _, Vt = np.linalg.svd(rng.standard_normal((12, 8)), full_matrices=False)
-    s = np.geomspace(30, 1, 8)
+@pytest.mark.parametrize("shape", [(9, 40), (40, 9), (16, 16)])
+def test_orthogonalise_is_its_polynomial_of_each_singular_value(rng, shape, norm):
+    """s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5, five times, of the matrix divided by its norm and 1e-7. Of the norm, all
+    are above 0.01, and so they end near one."""
+    U, _, Vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+    s = np.geomspace(30, 3, len(Vt))
     s *= norm / np.linalg.norm(s)
     expected = s / (norm + 1e-7)
     for _ in range(5):
         expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
-    np.testing.assert_allclose(orthogonalise(U * s @ Vt), U * expected @ Vt, rtol=0, atol=1e-9)
+    G = U * s @ Vt
+    np.testing.assert_allclose(orthogonalise(G), U * expected @ Vt, rtol=0, atol=1e-9)
+    assert expected.min() > 0.6 and expected.max() < 1.3
+    assert orthogonalise(G.astype(np.float32)).dtype == np.float32 and np.all(orthogonalise(0 * G) == 0)
 
 
 @pytest.mark.parametrize(
@@ -52,46 +48,78 @@ def test_the_shorter_side_decides_who_steps_a_matrix(rng, shape, by_muon):
 
 
 def test_muon_steps_matrices_by_nesterov_momentum_and_the_rest_by_adam(rng):
-    params = {"k": rng.standard_normal((3, 3, 2, 12)), "b": rng.standard_normal(12), "narrow": np.ones((20, 4))}
+    matrices = {"k": (18, 12), "wide": (10, 40)}  # a kernel (3, 3, 2, 12) is the first
+    params = {"k": rng.standard_normal((3, 3, 2, 12)), "wide": rng.standard_normal((10, 40))}
+    params |= {"b": rng.standard_normal(12), "narrow": np.ones((20, 4))}
     gradients = [tree.map(lambda p: rng.standard_normal(p.shape), params) for _ in range(3)]
     by_muon, by_adam = (tree.map(np.copy, params) for _ in range(2))
     moments = init_moments(params)
     adam_moments = init_moments(params)
-    m = 0
-    k = params["k"].copy()
+    m = dict.fromkeys(matrices, 0)
     for step, g in enumerate(gradients, 1):
         muon_step(by_muon, g, moments, step, lr=0.01, beta2=0.99)
         adam_step(by_adam, g, adam_moments, step, lr=0.01, beta2=0.99)
-        m = 0.95 * m + g["k"]
-        direction = orthogonalise((g["k"] + 0.95 * m).reshape(18, 12)).reshape(3, 3, 2, 12)
-        k -= 0.01 * 0.2 * 18**0.5 * direction
-    np.testing.assert_allclose(by_muon["k"], k, rtol=1e-12)
-    for name in ("b", "narrow"):
-        np.testing.assert_array_equal(by_muon[name], by_adam[name])
+        for name, shape in matrices.items():
+            m[name] = 0.95 * m[name] + g[name]
+            direction = orthogonalise((g[name] + 0.95 * m[name]).reshape(shape))
+            params[name] -= 0.01 * 0.2 * max(shape) ** 0.5 * direction.reshape(params[name].shape)
+    for name in params:
+        np.testing.assert_allclose(by_muon[name], (params if name in matrices else by_adam)[name], rtol=1e-12)
 
 
-def test_a_muon_step_has_entries_of_the_size_lr_times_0_2(rng):
-    params = [np.zeros((64, 200), np.float32)]
-    g = [rng.standard_normal((64, 200), dtype=np.float32)]
-    muon_step(params, g, init_moments(params), 1, lr=1.0)
-    assert params[0].dtype == np.float32
-    assert np.sqrt((params[0] ** 2).mean()) == pytest.approx(0.2, rel=0.3)
+def stepped_by_muon(params):
+    """The names of the arrays that Muon steps: those whose second moments stay zero."""
+    moments = init_moments(params)
+    muon_step(params, tree.map(np.ones_like, params), moments, 1, lr=0)
+    return [n for n, v in zip(tree.names(params), tree.leaves(moments["v"]), strict=True) if not v.any()]
 
 
 def test_the_texts_say_how_many_of_the_weights_it_steps(rng):
     def percent(params):
-        sides = [min(p.size // p.shape[-1], p.shape[-1]) if p.ndim > 1 else 0 for p in tree.leaves(params)]
-        sizes = [p.size for p in tree.leaves(params)]
-        of_muon = sum(size for side, size in zip(sides, sizes, strict=True) if side in MUON_SIDES)
-        return f"{round(100 * of_muon / sum(sizes))} %"
+        sizes = {name: leaf.size for name, leaf in zip(tree.names(params), tree.leaves(params), strict=True)}
+        return f"{round(100 * sum(sizes[name] for name in stepped_by_muon(params)) / sum(sizes.values()))} %"
 
     unet, _ = DENOISERS["unet"]
     with_blocks = percent(improved.init_denoiser(unet, rng, list(improved.ADDITIONS)))
     without = percent(improved.init_denoiser(unet, rng, ["v", "black"]))
     gated, conv = (percent(vae.VAES[arch][0](rng, 20)) for arch in ("gated", "conv"))
-    comment = re.sub(r"\n# ", " ", (ROOT / "scratchgen" / "muon.py").read_text())
-    assert f"Muon steps {with_blocks} of the weights, or {without} without the global blocks; {gated} of" in comment
-    assert f"{conv} of the convolutional VAE" in comment
+    words = f"Muon steps {with_blocks} of the weights, or {without} without the global blocks; {gated} of the gated VAE"
+    words += f", {conv} of the convolutional VAE, nothing of the MLP denoiser"
+    assert words in re.sub(r"\n# ", " ", (ROOT / "scratchgen" / "muon.py").read_text())
+    assert stepped_by_muon(DENOISERS["mlp"][0](rng)) == []
+    with_classes, without_classes = (
+        stepped_by_muon(improved.init_denoiser(unet, rng, [], classes)) for classes in (10, 0)
+    )
+    assert with_classes == [*without_classes, "labels/w"]
     quality = " ".join((ROOT / "docs" / "quality.md").read_text().split())
     assert f"({without} of the weights without the global blocks, {with_blocks} with them)" in quality
     assert f"({gated} and {conv} of the weights)" in quality
+
+
+class FirstStep(Exception):
+    """Raised in place of the first step of a training run."""
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "optimiser", "settings"),
+    [
+        (run_vae, ["--arch", "mlp"], adam_step, {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}),
+        (run_vae, ["--arch", "gated"], muon_step, {"momentum": 0.95, "beta2": 0.999}),
+        (run_vae, ["--arch", "conv"], muon_step, {"momentum": 0.95, "beta2": 0.999}),
+        (run_ddpm, ["--additions", "v"], adam_step, {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}),
+        (run_ddpm, ["--additions", "muon"], muon_step, {"momentum": 0.95, "beta2": 0.99}),
+    ],
+)
+def test_what_a_script_steps_with(script, flags, optimiser, settings, small_data, tmp_path, monkeypatch):
+    for step in (adam_step, muon_step):
+
+        def first_step(*args, step=step, **more):
+            call = inspect.signature(step).bind(*args, **more)
+            call.apply_defaults()
+            assert step is optimiser and call.arguments.items() >= settings.items()
+            raise FirstStep
+
+        monkeypatch.setattr(script, step.__name__, first_step)
+    with pytest.raises(FirstStep):
+        flags = [*flags, "--data", small_data, "--train-images", 2, "--batch-size", 2, "--workers", 1]
+        main_of(script, *flags, "--epochs", 1, "--out", tmp_path)
