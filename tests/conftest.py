@@ -12,10 +12,10 @@ from pathlib import Path
 
 import run_ddpm
 import run_vae
-from scratchgen import diffusion
+from scratchgen import denoisers, diffusion, improved, tree, vae
 from scratchgen.data import load_fashion_mnist
 from scratchgen.layers import init_mlp
-from scratchgen.machinery import blas, cli, parallel
+from scratchgen.machinery import blas, checkpoint, cli, parallel
 
 import numpy as np
 import pytest
@@ -135,6 +135,48 @@ def folder(runs, tmp_path):
     """A copy of ``runs``, to do with as one likes."""
     shutil.copytree(runs, tmp_path / "runs")
     return tmp_path / "runs"
+
+
+@pytest.fixture(scope="session")
+def narrow_runs(small_data, tmp_path_factory):
+    """Folders "vae", "ddpm" and "classes" as runs leave them, but their networks are narrow and were never trained.
+
+    What can be made of a run is tested with these in a tenth of the time."""
+    with pytest.warns(UserWarning, match="not the published"):
+        data = load_fashion_mnist(small_data)
+    rng = np.random.default_rng(1)
+
+    def spread(params):  # so that no output is 0
+        return tree.map(lambda p: p + 0.05 * rng.standard_normal(p.shape, dtype=np.float32), params)
+
+    def save(name, config, arrays):
+        config = {"seed": 0, "batch_size": 8, "epochs": 1, "lr": 0.01} | config
+        for part, first in (("train", 32), ("test", 40)):
+            labels = data[f"{part}_labels"][:first] if config.get("classes") else None
+            config[f"{part}_images"] = checkpoint.fingerprint([data[f"{part}_images"][:first], labels])
+        (folder / name).mkdir()
+        state = {"config": config, "step": 4, "seconds": 2.0, "log": [{"epoch": 1, "step": 4, "seconds": 2.0}]}
+        checkpoint.save(folder / name / "checkpoint.npz", arrays, state)
+
+    folder = tmp_path_factory.mktemp("narrow")
+    params = vae.init_mlp_vae(rng, 4, hidden=(16, 16))
+    save("vae", {"model": "vae", "arch": "mlp", "latent_dim": 4, "beta": 1.0}, {"params": spread(params)})
+    config = {"model": "ddpm", "T": T, "schedule": "linear", "additions": ["v", "black", "guide", "groups"]}
+    for name, arch, classes, params in (
+        ("ddpm", "mlp", False, denoisers.init_mlp_denoiser(rng, inputs=3, hidden=24)),
+        ("classes", "unet", True, denoisers.init_unet(rng, inputs=3, classes=10, channels=(8, 16))),
+    ):
+        arrays = {weights: spread(params) for weights in ("params", "ema", "early")}
+        labels = data["train_labels"][:32] if classes else None
+        arrays["groups"] = improved.find_groups(data["train_images"][:32], labels, 20, rng)
+        save(name, config | {"arch": arch, "classes": classes}, arrays)
+    return folder
+
+
+@pytest.fixture
+def narrow(narrow_runs, tmp_path):
+    """A copy of ``narrow_runs``, to do with as one likes."""
+    return Path(shutil.copytree(narrow_runs, tmp_path / "narrow"))
 
 
 @pytest.fixture
