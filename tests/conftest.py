@@ -159,8 +159,10 @@ def narrow_runs(small_data, tmp_path_factory):
         checkpoint.save(folder / name / "checkpoint.npz", arrays, state)
 
     folder = tmp_path_factory.mktemp("narrow")
-    params = vae.init_mlp_vae(rng, 4, hidden=(16, 16))
-    save("vae", {"model": "vae", "arch": "mlp", "latent_dim": 4, "beta": 1.0}, {"params": spread(params)})
+    params = spread(vae.init_mlp_vae(rng, 4, hidden=(16, 16)))
+    params["mu"]["w"][:, 1] = 0  # one latent dimension is idle, though its KL is not 0
+    params["mu"]["b"][1] = 1
+    save("vae", {"model": "vae", "arch": "mlp", "latent_dim": 4, "beta": 1.0}, {"params": params})
     config = {"model": "ddpm", "T": T, "schedule": "linear", "additions": ["v", "black", "guide", "groups"]}
     for name, arch, classes, params in (
         ("ddpm", "mlp", False, denoisers.init_mlp_denoiser(rng, inputs=3, hidden=24)),
