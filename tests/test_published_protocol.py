@@ -37,16 +37,13 @@ def call(small_data):
 
 def test_binarised_pixels_are_on_as_often_as_their_grey_value_says(rng):
     grey = np.array([0, 64, 200, 255], np.uint8)
-    pixels = protocol.binarise(np.tile(grey, (50_000, 1)), rng)
+    images = np.tile(grey, (50_000, 1))
+    pixels = protocol.binarise(images, rng)
     assert pixels.dtype == np.float32 and set(np.unique(pixels)) == {0, 1}
     np.testing.assert_allclose(pixels.mean(axis=0), grey / 255, atol=0.01)
     assert pixels[:, 0].max() == 0 and pixels[:, 3].min() == 1  # black never, white always
-
-
-def test_the_binarised_test_set_is_always_the_same(rng):
-    images = rng.integers(0, 256, (3, 28, 28, 1), dtype=np.uint8)
+    assert np.any(pixels != protocol.binarise(images, rng))
     np.testing.assert_array_equal(protocol.binarised_test(images), protocol.binarised_test(images))
-    assert np.any(protocol.binarise(images, rng) != protocol.binarise(images, rng))  # the training set is not
 
 
 # --------------------------------------------------------------------------------------------------------------- a run
@@ -231,26 +228,25 @@ def test_stopped_and_resumed_with_other_workers_it_gives_the_same_bits(whole, ca
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--weight-decay", "-1"),
-        ("--weight-decay", "600"),  # times the learning rate above 1
-        ("--hold-out", "0"),
-        ("--iwae", "0"),
-        ("--warm-up", "-1"),
-        ("--latent-dim", "1"),
-        ("--beta", "4"),  # the bound is the point here
+        "--weight-decay -1",
+        "--weight-decay 600",
+        "--hold-out 0",
+        "--iwae 0",
+        "--warm-up -1",
+        "--latent-dim 1",
+        "--beta 4",
     ],
 )
 def test_a_flag_out_of_range_is_one_line(flags, small_data, tmp_path, capsys):
+    """600 times the learning rate is above 1. There is no beta: the bound is the point here."""
     with pytest.raises(SystemExit) as stop:
-        protocol.main(["--data", str(small_data), "--out", str(tmp_path / "out"), *flags])
+        protocol.main(["--data", str(small_data), "--out", str(tmp_path / "out"), *flags.split()])
     stderr = capsys.readouterr().err
-    assert stop.value.code == 2 and len(stderr.splitlines()) == 1 and flags[0] in stderr
+    assert stop.value.code == 2 and len(stderr.splitlines()) == 1 and flags.split()[0] in stderr
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "flags", [["--hold-out", 200], ["--hold-out", 10_000], ["--hold-out", 50, "--train-images", 50]]
-)
+@pytest.mark.parametrize("flags", [["--hold-out", 200], ["--hold-out", 50, "--train-images", 50]])
 def test_holding_out_everything_is_refused(flags, call, tmp_path):
     with pytest.raises(cli.UsageError, match=f"--hold-out {flags[1]} leaves none of"):
         call("--out", tmp_path / "out", *flags)
