@@ -139,9 +139,8 @@ def folder(runs, tmp_path):
 
 @pytest.fixture(scope="session")
 def narrow_runs(small_data, tmp_path_factory):
-    """Folders "vae", "ddpm" and "classes" as runs leave them, but their networks are narrow and were never trained.
-
-    What can be made of a run is tested with these in a tenth of the time."""
+    """Folders "vae", "ddpm", "classes" and "paper", without additions, as runs leave them. But the networks are narrow,
+    and were never trained: what can be made of a run is tested with them in a tenth of the time."""
     with pytest.warns(UserWarning, match="not the published"):
         data = load_fashion_mnist(small_data)
     rng = np.random.default_rng(1)
@@ -163,15 +162,18 @@ def narrow_runs(small_data, tmp_path_factory):
     params["mu"]["w"][:, 1] = 0  # one latent dimension is idle, though its KL is not 0
     params["mu"]["b"][1] = 1
     save("vae", {"model": "vae", "arch": "mlp", "latent_dim": 4, "beta": 1.0}, {"params": params})
-    config = {"model": "ddpm", "T": T, "schedule": "linear", "additions": ["v", "black", "guide", "groups"]}
-    for name, arch, classes, params in (
-        ("ddpm", "mlp", False, denoisers.init_mlp_denoiser(rng, inputs=3, hidden=24)),
-        ("classes", "unet", True, denoisers.init_unet(rng, inputs=3, classes=10, channels=(8, 16))),
+    mlp, unet = denoisers.init_mlp_denoiser, denoisers.init_unet
+    for name, arch, additions, params in (
+        ("paper", "mlp", [], mlp(rng, hidden=24)),
+        ("ddpm", "mlp", ["v", "black", "guide", "groups"], mlp(rng, inputs=3, hidden=24)),
+        ("classes", "unet", ["v", "black", "guide", "groups"], unet(rng, inputs=3, classes=10, channels=(8, 16))),
     ):
-        arrays = {weights: spread(params) for weights in ("params", "ema", "early")}
-        labels = data["train_labels"] if classes else None
-        arrays["groups"] = improved.find_groups(data["train_images"], labels, 20, rng)
-        save(name, config | {"arch": arch, "classes": classes}, arrays)
+        arrays = {weights: spread(params) for weights in ("params", "ema", "early")[: 3 if additions else 2]}
+        if additions:
+            labels = data["train_labels"] if name == "classes" else None
+            arrays["groups"] = improved.find_groups(data["train_images"], labels, 20, rng)
+        config = {"model": "ddpm", "arch": arch, "T": T, "schedule": "linear", "additions": additions}
+        save(name, config | {"classes": name == "classes"}, arrays)
     return folder
 
 

@@ -220,13 +220,6 @@ def test_drawn_images_have_the_nearest_grey_levels():
     assert np.all(draw(model, 1, 0, Ranks(1)) == 128)
 
 
-def test_over_images_keeps_the_order():
-    x = np.arange(23)
-    with Ranks(2) as ranks:
-        found = trained.over_images(lambda a, nothing: a * a, [x, None], 3, ranks, "squares")
-    np.testing.assert_array_equal(found, x * x)
-
-
 @pytest.mark.parametrize("sampler", [None, "ddpm", "vae"])
 def test_an_image_depends_on_seed_and_place_alone(sampler, narrow_runs):
     """To the bit, however many others are drawn: a part of a shard, a shard, or one and the start of a second."""
