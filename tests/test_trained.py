@@ -204,20 +204,16 @@ def test_labels_are_numbers_or_names_and_others_are_refused(narrow_runs):
 
 
 def test_drawn_images_have_the_nearest_grey_levels():
-    class Known:
-        config = {}
-
-        def sample(self, N, rng):
-            return np.tile(self.x.reshape(1, 28, 28, 1), (N, 1, 1, 1))
-
-    model = Known()
     x = np.arange(784) % 256
-    for in_0_to_1 in (scale(x, 0, 1), (scale(x, -1, 1) + 1) / 2):  # of a VAE, and as `DDPM.sample` ends
-        model.x = in_0_to_1
+    for of_model, expected in (
+        (scale(x, 0, 1), x),  # of a VAE
+        ((scale(x, -1, 1) + 1) / 2, x),  # as `DDPM.sample` ends
+        (np.full(784, 0.5), np.full(784, 128)),
+    ):
+        images = np.tile(of_model.reshape(1, 28, 28, 1), (trained.SHARD, 1, 1, 1))
+        model = SimpleNamespace(config={}, sample=lambda N, rng, images=images: images)
         found = draw(model, 1, 0, Ranks(1))
-        assert found.dtype == np.uint8 and found.ravel().tolist() == x.tolist()
-    model.x = np.full(784, 0.5)
-    assert np.all(draw(model, 1, 0, Ranks(1)) == 128)
+        assert found.dtype == np.uint8 and found.ravel().tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("sampler", [None, "ddpm", "vae"])
@@ -235,22 +231,17 @@ def test_an_image_depends_on_seed_and_place_alone(sampler, narrow_runs):
 
 
 def test_the_label_of_an_image_is_not_that_of_its_place_in_a_shard():
-    class Sure:
-        """A model with classes that draws one class per label, black for 0 to nearly white for 9."""
+    """Of a model that draws one grey for each label."""
 
-        config = {"classes": True}
+    def sample(N, rng, labels):
+        assert N == len(labels) == trained.SHARD
+        return np.broadcast_to(labels.reshape(-1, 1, 1, 1) / 255, (N, 28, 28, 1))
 
-        def sample(self, N, rng, labels):
-            assert N == len(labels) == trained.SHARD
-            return np.broadcast_to(labels.reshape(-1, 1, 1, 1) / 10, (N, 28, 28, 1))
-
-    def drawn(N, labels=None):
-        return draw(Sure(), N, 0, Ranks(1), labels)[:, 0, 0, 0].tolist()
-
+    model = SimpleNamespace(config={"classes": True}, sample=sample)
     for N in (1, trained.SHARD, trained.SHARD + 7):
-        assert drawn(N) == [round(25.5 * (n % 10)) for n in range(N)]
+        assert draw(model, N, 0, Ranks(1))[:, 0, 0, 0].tolist() == [n % 10 for n in range(N)]
     for labels in ([4, 4, 2], np.arange(trained.SHARD + 8)[::-1] % 7):
-        assert drawn(len(labels), labels) == [round(25.5 * k) for k in labels]
+        assert draw(model, len(labels), 0, Ranks(1), labels)[:, 0, 0, 0].tolist() == list(labels)
 
 
 @pytest.mark.parametrize("name", ["vae", "ddpm"])
@@ -417,9 +408,7 @@ def test_damaged_weights_of_the_package_are_not_used(tmp_path, monkeypatch):
     content = trained.WEIGHTS["vae"].read_bytes()
     path = tmp_path / "vae.npz"
     monkeypatch.setitem(trained.WEIGHTS, "vae", path)
-    for damaged in (None, content[:-1000], content[:200_000] + bytes(1000) + content[201_000:]):
-        if damaged:
-            path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=re.escape(str(path))) as error:
+    for damaged in (b"", content[:-1000], content[:200_000] + bytes(1000) + content[201_000:]):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))}: [^\n]+$"):
             load_trained("vae")
-        assert "\n" not in str(error.value)
