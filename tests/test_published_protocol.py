@@ -164,21 +164,22 @@ def test_each_step_has_its_beta_learning_rate_and_weight_decay(whole, call, tmp_
         assert np.any(taken[-1].left["mu"]["b"] != start["mu"]["b"])  # biases are stepped all the same
 
 
-def test_the_best_weights_are_kept_when_later_epochs_are_worse(call, monkeypatch, tmp_path):
-    """Held-out ELBOs are made up here: the second of four epochs is the best."""
-    made_up = iter([-300.0, -200.0, -250.0, -220.0])
-
-    def fake_parallel(f, shard, ranks):  # reconstruction and KL of each image; twenty are held out
-        return lambda x, eps: np.tile(np.float32([next(made_up) if len(x) == 20 else -240, 0]), (len(x), 1))
-
+def test_the_best_weights_are_kept_and_measured_when_later_epochs_are_worse(call, x_test, monkeypatch, tmp_path):
+    """ELBOs are made up here: by those of the twenty images held out, the second of four epochs is the best."""
+    made_up = {20: iter([-300.0, -200.0, -250.0, -220.0]), 40: iter([-250.0, -240.0, -230.0, -235.0])}
     steps = recording(monkeypatch)
-    monkeypatch.setattr(protocol, "in_parallel", fake_parallel)
-    call(*SMALL, "--train-images", 60, "--epochs", 4, "--lr", 0.05, "--workers", 1, "--iwae", 1, "--out", tmp_path)
-    best, params, arrays, _ = best_row_and_weights(tmp_path)
-    assert best["epoch"] == 2 and len(steps) == 4
+    monkeypatch.setattr(
+        protocol, "in_parallel", lambda *args: lambda x, eps: np.tile([next(made_up[len(x)]), 0], (len(x), 1))
+    )
+    call(*SMALL, "--train-images", 60, "--epochs", 4, "--lr", 0.05, "--workers", 1, "--out", tmp_path)
+    best, params, arrays, state = best_row_and_weights(tmp_path)
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    assert best["epoch"] == 2 and numbers["elbo"] == -240 and len(steps) == 4
     np.testing.assert_array_equal(params["mu"]["w"], steps[1].left["mu"]["w"])
     np.testing.assert_array_equal(arrays["params/mu/w"], steps[3].left["mu"]["w"])  # training went on with the last
-    assert np.any(params["mu"]["w"] != arrays["params/mu/w"])
+    model, x = VAE(state["config"], {"params": params}), protocol.binarised_test(x_test)
+    assert numbers["iwae_50"] == pytest.approx(model.importance_weighted_bound(x, 50, 0, Ranks(1)), rel=1e-6)
+    assert numbers["active_units"] == metrics.active_units(model.encode(x)[0]).sum()
 
 
 def test_stopped_and_resumed_with_other_workers_it_gives_the_same_bits(whole, call, monkeypatch, tmp_path):
