@@ -87,10 +87,8 @@ def test_vae_numbers(narrow, measure, x_test, noise, monkeypatch, capsys):
         np.testing.assert_allclose(found["latent"][name], expected, atol=1e-4)
         np.testing.assert_allclose(of_figure, expected, rtol=1e-4)
     assert drawn[0][3].tolist() == active.tolist() and found["latent"]["active_units"] == active.sum()
-    assert printed(out, "active latent dimensions") == (
-        active.sum(),
-        f"of 4; their KL: {kl[active].sum():.2f} nats",
-    )
+    remark = f"of 4; their KL: {kl[active].sum():.2f} nats"
+    assert printed(out, "active latent dimensions") == (active.sum(), remark)
     assert out.count("wrote") == 1 and (narrow / "vae" / "latent_use.png").stat().st_size > 1000
 
     keys = [(2, trained.IMPORTANCE, n) for n in range(40)]
@@ -196,45 +194,45 @@ def test_each_term_of_the_bound_is_of_its_image_group_noise_and_t(
     t_of = {place[x_0.tobytes()]: t for x_0, t, *_ in estimated}
     assert len(estimated) == len(t_of) == 40 and set(t_of.values()) == set(range(1, T + 1))
     t = np.array([t_of[n] for n in range(40)])
-    bits = group + prior + T * (t**2 + mean)
-    assert estimate["bits_per_dimension"] == pytest.approx(bits.mean(), rel=1e-6)
-    assert estimate["standard_error"] == pytest.approx(bits.std(ddof=1) / math.sqrt(40), rel=1e-6)
     exactly = seen[40:]
-    assert {(place[x_0.tobytes()], t) for x_0, t, *_ in exactly} == {(n, t) for n in range(5) for t in range(1, T + 1)}
-    bits = (group + prior + T * mean + sum(t**2 for t in range(1, T + 1)))[:5]
-    assert len(exactly) == 5 * T and exact["bits_per_dimension"] == pytest.approx(bits.mean(), rel=1e-6)
-    assert exact["standard_error"] == pytest.approx(bits.std(ddof=1) / math.sqrt(5), rel=1e-6)
+    every_t = range(1, T + 1)
+    assert {(place[x_0.tobytes()], t) for x_0, t, *_ in exactly} == {(n, t) for n in range(5) for t in every_t}
+    assert len(exactly) == 5 * T
+    out = out[out.rindex("bound, 40 images") :]
+    for line, numbers, terms in (
+        ("bound, 40 images at one t each", estimate, T * (t**2 + mean)),
+        ("bound, 5 images at every t", exact, T * mean[:5] + sum(t**2 for t in every_t)),
+    ):
+        bits = (group + prior)[: len(terms)] + terms
+        assert numbers["bits_per_dimension"] == pytest.approx(bits.mean(), rel=1e-6)
+        assert numbers["standard_error"] == pytest.approx(bits.std(ddof=1) / math.sqrt(len(bits)), rel=1e-6)
+        value, remark = printed(out, line)
+        assert value == pytest.approx(bits.mean(), abs=5.1e-4)
+        assert remark == f"bits per dimension, +- {numbers['standard_error']:.3f}"
     decoder = 1 + mean[:5].mean()
     parts = {"group": group[:5].mean(), "prior": prior[:5].mean(), "decoder": decoder}
     parts["between"] = bits.mean() - sum(parts.values())
-    assert {part: exact[part] for part in parts} == pytest.approx(parts, rel=1e-5)
+    for line, part in (
+        ("which group it is", "group"),
+        ("L_T, the prior", "prior"),
+        ("L_1 to L_5", "between"),
+        ("L_0, the decoder", "decoder"),
+    ):
+        assert exact[part] == pytest.approx(parts[part], rel=1e-5)
+        assert printed(out, f"    {line}")[0] == pytest.approx(parts[part], abs=5.1e-4)
 
     assert all_differ([eps for _, _, eps, _ in estimated + exactly])  # by image and by t
     np.testing.assert_allclose(np.std([eps for _, _, eps, _ in exactly], axis=(1, 2, 3)), 1, atol=0.15)
     assert [key[0] for key in noise] == [2, 2]  # of a generator for each of the two bounds
 
-    at_one_t = [t**2 + mean[[n for n in range(40) if t_of[n] == t]].mean() for t in range(1, T + 1)]
-    at_all_t = [t**2 + mean[:5].mean() for t in range(1, T + 1)]
+    at_one_t = [one**2 + mean[t == one].mean() for one in every_t]
+    at_all_t = [one**2 + mean[:5].mean() for one in every_t]
     s = model.schedule
     weights = s["beta"][2:] ** 2 / (2 * s["posterior_variance"][2:] * s["alpha"][2:] * (1 - s["alpha_bar"][2:]))
     for args, over_t, numbers in zip(figures, (at_one_t, at_all_t), (estimate, exact), strict=True):
         assert args[0].tolist() == [1, 2, 3, 4, 5, 6] and args[2] == numbers["bits_per_dimension"]
         np.testing.assert_allclose(args[1], over_t, rtol=1e-5)
         np.testing.assert_allclose(args[3], weights / np.log(2), rtol=1e-5)  # Eq. (12) of the paper
-
-    out = out[out.rindex("bound, 40 images at one t each") :]
-    for line, numbers in (("bound, 40 images at one t each", estimate), ("bound, 5 images at every t", exact)):
-        value, remark = printed(out, line)
-        assert value == pytest.approx(numbers["bits_per_dimension"], abs=5.1e-4)
-        assert remark == f"bits per dimension, +- {numbers['standard_error']:.3f}"
-    lines = {
-        "which group it is": "group",
-        "L_T, the prior": "prior",
-        "L_1 to L_5": "between",
-        "L_0, the decoder": "decoder",
-    }
-    for line, part in lines.items():
-        assert printed(out, f"    {line}")[0] == pytest.approx(exact[part], abs=5.1e-4)
 
 
 # ------------------------------------------------------------------------------------------- samples beside real images
@@ -296,7 +294,7 @@ def test_samples_beside_training_images_and_those_of_the_vae(narrow, measure, sm
         expected["nearest"] = metrics.nearest_distance(drawn[0], train).mean()
         assert found[name].keys() == expected.keys() and ("agreement" in expected) == (asked is not None)
         for key in expected:
-            np.testing.assert_allclose(found[name][key], expected[key], rtol=1e-2, atol=5e-4, err_msg=key)
+            np.testing.assert_allclose(found[name][key], expected[key], rtol=1e-3, atol=6e-4, err_msg=key)
     assert found["training images"]["nearest"] < 0.2 < 1 < found["VAE"]["nearest"]
     assert found["training images"]["precision"] != found["training images"]["recall"]
 
