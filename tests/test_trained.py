@@ -103,16 +103,18 @@ def model_of(additions, T, classes=False):
 
 
 def test_what_is_not_chosen_has_a_default():
-    """Without any choice: test_samplers.py."""
-    model = model_of(["v", "guide"], 200)
-    for chosen, expected in (
-        ({"sampler": "ddim"}, SamplerConfig("ddim", 200)),
-        ({"sampler": "sde-dpm++", "steps": 7}, SamplerConfig("sde-dpm++", 7)),
-        ({"steps": 7}, SamplerConfig("sde-dpm++", 7, 0.5)),
-        ({"steps": 7, "guidance": 0}, SamplerConfig("sde-dpm++", 7)),
-        ({"sampler": None, "steps": None}, SamplerConfig("sde-dpm++", 20, 0.5)),
+    default = SamplerConfig("sde-dpm++", 20, 0.5)
+    for additions, steps, chosen, expected in (
+        ([], 200, {}, SamplerConfig("ddpm", 200)),
+        (["v"], 200, {}, replace(default, guidance=0)),
+        (["v", "guide"], 200, {}, default),
+        (["v", "guide"], 6, {}, replace(default, steps=6)),
+        (["v", "guide"], 200, {"sampler": "ddim"}, SamplerConfig("ddim", 200)),
+        (["v", "guide"], 200, {"sampler": "sde-dpm++", "steps": 7}, SamplerConfig("sde-dpm++", 7)),
+        (["v", "guide"], 200, {"steps": 7}, replace(default, steps=7)),
+        (["v", "guide"], 200, {"guidance": 0, "sampler": None}, replace(default, guidance=0)),
     ):
-        assert model.sampler_config(**chosen) == expected
+        assert model_of(additions, steps).sampler_config(**chosen) == expected
 
 
 @pytest.mark.parametrize(
@@ -158,12 +160,11 @@ def test_each_image_has_the_label_that_is_asked_for_at_every_step(narrow_runs, m
     monkeypatch.setattr(model.denoiser, "network", network)
     asked = [3, 9, -1, 0]
     model.sample(4, labels=asked, config=model.sampler_config(guidance=1))
-    assert [t for weights, t, _ in seen if weights == "ema"] == samplers.timesteps(T, T)[:-1]
-    assert [t for weights, t, _ in seen if weights == "early"] == samplers.timesteps(T, T)[:-1]
-    assert all(labels == asked for *_, labels in seen)
+    both = [(weights, t, asked) for t in samplers.timesteps(T, T)[:-1] for weights in ("ema", "early")]
+    assert seen == both
     seen.clear()
     model.sample(12, config=model.sampler_config(guidance=1, guide="unlabelled"))  # one class after the other
-    assert [labels for *_, labels in seen] == [[*range(10), 0, 1], [-1] * 12] * T
+    assert [(weights, labels) for weights, _, labels in seen] == [("ema", [*range(10), 0, 1]), ("ema", [-1] * 12)] * T
     seen.clear()
     model.sample(4, labels=asked, config=SamplerConfig("ddpm", T))
     assert [labels for *_, labels in seen] == [asked] * T
