@@ -193,7 +193,6 @@ def test_the_figure_of_the_prior(x_test):
 
 # ------------------------------------------------------------------------------------------------ docs/measure_micro.py
 
-
 ONE_PAGE = """
 import numpy as np
 D, rng, log_3 = 3, None, 1.0986123
@@ -298,21 +297,8 @@ def test_each_copy_is_measured_once_by_the_clock_of_its_training(
     monkeypatch.setattr(speed.metrics, "frechet_distance", distance)
     monkeypatch.setattr(speed, "TARGETS", (20, 5, 1.5))
     monkeypatch.setitem(speed.ROWS, "tiny", ["--classes", "--epochs", "2"])
-    flags = [
-        "--rows",
-        "tiny",
-        "--seeds",
-        3,
-        5,
-        "--samples",
-        8,
-        "--runs",
-        tmp_path,
-        "--data",
-        small_data,
-        "--workers",
-        1,
-    ]
+    flags = ["--rows", "tiny", "--seeds", 3, 5, "--samples", 8]
+    flags += ["--runs", tmp_path, "--data", small_data, "--workers", 1]
     main_of(speed, *flags)
     printed = capsys.readouterr().out.splitlines()
 
