@@ -53,8 +53,8 @@ def test_figures_are_remade_by_the_commands_of_the_help(small_data, tmp_path, mo
 
     def run(command, cwd):
         _, program, *flags = command
-        assert cwd == ROOT
-        program = flags.pop(0) if program == "-m" else Path(program).relative_to(ROOT).as_posix()
+        assert cwd == ROOT.resolve()
+        program = flags.pop(0) if program == "-m" else Path(program).relative_to(cwd).as_posix()
         parse = {"scratchgen.evaluate": evaluate.parse_arguments, "docs/sweeps.py": list}
         done.append((program, (parse.get(program) or parsers[program].parse_arguments)(flags)))
         return SimpleNamespace(returncode=0)
@@ -253,7 +253,7 @@ def commands(monkeypatch, narrow_runs):
 
     class Training:
         def __init__(self, command, cwd):
-            assert command[:2] == [sys.executable, str(ROOT / "run_ddpm.py")] and cwd == ROOT
+            assert command[:2] == [sys.executable, str(cwd / "run_ddpm.py")] and cwd == ROOT.resolve()
             self.args = run_ddpm.parse_arguments(command[2:])
             self.written = 0
             given.append(self.args)
