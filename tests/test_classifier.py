@@ -41,9 +41,12 @@ def test_the_weights_in_the_repository_are_small_and_good():
 
 def test_training_writes_weights_that_load_and_tells_their_accuracy(small_data, monkeypatch, tmp_path, capsys):
     out = tmp_path / "new" / "weights"  # a folder that is not there, a name that np.savez would change
+    keys = []
     monkeypatch.setattr(training, "EPOCHS", 2)
+    monkeypatch.setattr(training, "rng_for", lambda *key: keys.append(key) or rng_for(*key))
     main_of(training, "--data", small_data, "--out", out, "--workers", 1, "--seed", 4)
     printed = capsys.readouterr().out
+    assert keys == [(4, 0), (4, 1, 0), (4, 1, 1)]  # the start, and an order for each epoch
     arrays, state = load(out)
     main_of(training, "--data", small_data, "--out", tmp_path / "again", "--workers", 2, "--seed", 4)
     again, _ = load(tmp_path / "again")
