@@ -30,8 +30,8 @@ def test_distance_of_gaussians_whose_covariances_do_not_commute(rng):
     assert np.abs(C_a @ C_b - C_b @ C_a).max() > 0.1
     cross = np.sqrt(np.linalg.eigvals(C_a @ C_b).real).sum()
     a = gaussian_features(np.zeros(4), C_a)
-    b = gaussian_features(np.ones(4), C_b)
-    expected = 4 + np.trace(C_a) + np.trace(C_b) - 2 * cross
+    b = gaussian_features(np.array([2.0, 0, -3, 1]), C_b)
+    expected = 2**2 + 3**2 + 1 + np.trace(C_a) + np.trace(C_b) - 2 * cross
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
