@@ -107,7 +107,6 @@ def test_measures_add_up_and_workers_change_nothing(measure, capsys):
     second = measure("vae", "--iwae", 7, workers=2)
     assert second.keys() == {"latent", "iwae_3", "iwae_7"} and second["iwae_3"] == first["iwae_3"]
     assert measure("vae", "--iwae", 7)["iwae_7"] == second["iwae_7"]
-    assert measure("vae", "--iwae", 7, "--seed", 1)["iwae_7"] != second["iwae_7"]
     flags = ["--bound", 3, "--frechet", 40, "--seed", 1, "--sampler", "ddim", "--steps", 3]
     capsys.readouterr()
     one = measure("ddpm", *flags)
