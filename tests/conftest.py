@@ -12,10 +12,10 @@ from pathlib import Path
 
 import run_ddpm
 import run_vae
-from scratchgen import diffusion
+from scratchgen import denoisers, diffusion, improved, tree, vae
 from scratchgen.data import load_fashion_mnist
 from scratchgen.layers import init_mlp
-from scratchgen.machinery import blas, cli, parallel
+from scratchgen.machinery import blas, checkpoint, cli, parallel
 
 import numpy as np
 import pytest
@@ -158,6 +158,52 @@ def folder(runs, tmp_path):
     """A copy of ``runs``, to do with as one likes."""
     shutil.copytree(runs, tmp_path / "runs")
     return tmp_path / "runs"
+
+
+@pytest.fixture(scope="session")
+def narrow_runs(small_data, tmp_path_factory):
+    """Folders "vae", "ddpm", "classes" and "paper", without additions, as runs leave them. But the networks are narrow,
+    and were never trained: what can be made of a run is tested with them in a tenth of the time."""
+    with pytest.warns(UserWarning, match="not the published"):
+        data = load_fashion_mnist(small_data)
+    rng = np.random.default_rng(1)
+
+    def spread(params):  # so that no output is 0
+        return tree.map(lambda p: p + 0.05 * rng.standard_normal(p.shape, dtype=np.float32), params)
+
+    def save(name, config, arrays):
+        config = {"seed": 0, "batch_size": 8, "epochs": 1, "lr": 0.01} | config
+        for part, first in (("train", 32), ("test", 40)):
+            labels = data[f"{part}_labels"][:first] if config.get("classes") else None
+            config[f"{part}_images"] = checkpoint.fingerprint([data[f"{part}_images"][:first], labels])
+        (folder / name).mkdir()
+        state = {"config": config, "step": 4, "seconds": 2.0, "log": [{"epoch": 1, "step": 4, "seconds": 2.0}]}
+        checkpoint.save(folder / name / "checkpoint.npz", arrays, state)
+
+    folder = tmp_path_factory.mktemp("narrow")
+    params = spread(vae.init_mlp_vae(rng, 4, hidden=(16, 16)))
+    params["mu"]["w"][:, 1] = 0  # one latent dimension is idle, though its KL is not 0
+    params["mu"]["b"][1] = 1
+    save("vae", {"model": "vae", "arch": "mlp", "latent_dim": 4, "beta": 1.0}, {"params": params})
+    mlp, unet = denoisers.init_mlp_denoiser, denoisers.init_unet
+    for name, arch, additions, params in (
+        ("paper", "mlp", [], mlp(rng, hidden=24)),
+        ("ddpm", "mlp", ["v", "black", "guide", "groups"], mlp(rng, inputs=3, hidden=24)),
+        ("classes", "unet", ["v", "black", "guide", "groups"], unet(rng, inputs=3, classes=10, channels=(8, 16))),
+    ):
+        arrays = {weights: spread(params) for weights in ("params", "ema", "early")[: 3 if additions else 2]}
+        if additions:
+            labels = data["train_labels"] if name == "classes" else None
+            arrays["groups"] = improved.find_groups(data["train_images"], labels, 20, rng)
+        config = {"model": "ddpm", "arch": arch, "T": T, "schedule": "linear", "additions": additions}
+        save(name, config | {"classes": name == "classes"}, arrays)
+    return folder
+
+
+@pytest.fixture
+def narrow(narrow_runs, tmp_path):
+    """A copy of ``narrow_runs``, to do with as one likes."""
+    return Path(shutil.copytree(narrow_runs, tmp_path / "narrow"))
 
 
 @pytest.fixture

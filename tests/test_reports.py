@@ -1,4 +1,4 @@
-"""python -m scratchgen.evaluate: what its numbers are made of, what is refused, and that nothing is lost."""
+"""python -m scratchgen.evaluate: what its numbers are made of, what it prints, what is refused; nothing is lost."""
 
 import errno
 import json
@@ -7,14 +7,14 @@ import os
 import re
 import shutil
 
-import run_ddpm
-import run_vae
-from scratchgen import diffusion, improved, vae
-from scratchgen.data import CLASSES, UserError, scale
+from scratchgen import diffusion, plots, trained, vae
+from scratchgen.data import CLASSES, UserError, load_fashion_mnist, scale
 from scratchgen.evaluate import __main__ as evaluate
 from scratchgen.evaluate import classifier, metrics, reports
 from scratchgen.machinery import checkpoint, cli, files
 from scratchgen.machinery.parallel import Ranks
+from scratchgen.machinery.run import SAMPLES, rng_for
+from scratchgen.samplers import SamplerConfig
 from scratchgen.trained import draw, load_run
 
 import numpy as np
@@ -23,221 +23,311 @@ from conftest import T, load, main_of
 
 
 @pytest.fixture
-def measure(folder, small_data):
+def measure(narrow, small_data):
     def run(model, *flags, workers=1):
-        main_of(evaluate, folder / model, "--data", small_data, "--workers", workers, *flags)
-        return json.loads((folder / model / "metrics.json").read_text()).get("evaluation", {})
+        main_of(evaluate, narrow / model, "--data", small_data, "--workers", workers, *flags)
+        return json.loads((narrow / model / "metrics.json").read_text()).get("evaluation", {})
 
     return run
+
+
+@pytest.fixture
+def noise(monkeypatch):
+    """All random numbers of the evaluation: {what a generator is for: what it drew}."""
+    drawn = {}
+
+    class Recording:
+        def __init__(self, *key):
+            self.rng = rng_for(*key)
+            self.drawn = drawn.setdefault(key, [])
+
+        def __getattr__(self, name):
+            def call(*args, **options):
+                self.drawn.append(getattr(self.rng, name)(*args, **options))
+                return self.drawn[-1]
+
+            return call
+
+    for module in (reports, trained):
+        monkeypatch.setattr(module, "rng_for", Recording)
+    return drawn
+
+
+def all_differ(arrays):
+    """Whether no two of these are the same noise, not even in part: their first numbers differ."""
+    return len({np.ravel(array)[:4].tobytes() for array in arrays}) == len(arrays)
+
+
+def printed(out, name):
+    """(value, remark) of the line that begins with this name."""
+    (line,) = [line for line in out.splitlines() if line.startswith(name)]
+    assert len(line) <= 80
+    value, _, remark = line[len(name) :].strip().partition("  ")
+    return float(value), remark
 
 
 # ----------------------------------------------------------------------------------------------------------------- VAE
 
 
-def test_vae_numbers(folder, measure, x_test, capsys):
-    before = json.loads((folder / "vae" / "metrics.json").read_text())
-    found = measure("vae", "--iwae", 30)
-    mu, log_var = vae.mlp_encode(load_run(folder / "vae").params, scale(x_test, 0, 1))
-    kl = vae.kl_per_dimension(mu, log_var).mean(axis=0)
-    np.testing.assert_allclose(found["latent"]["kl_per_dimension"], kl, atol=1e-4)
-    np.testing.assert_allclose(found["latent"]["variance_of_mu"], mu.var(axis=0), atol=1e-4)
-    np.testing.assert_allclose(found["latent"]["mean_of_variance"], np.exp(log_var).mean(axis=0), atol=1e-4)
-    assert found["latent"]["active_units"] == metrics.active_units(mu).sum()
-    after = json.loads((folder / "vae" / "metrics.json").read_text())
-    assert {name: after[name] for name in before} == before  # what the run wrote is still there
-    assert before["elbo"] < found["iwae_30"]["log_likelihood"] < -before["entropy_floor"]
-    assert (folder / "vae" / "latent_use.png").exists()
-    assert f"{found['iwae_30']['log_likelihood']:.2f}" in capsys.readouterr().out
+def test_vae_numbers(narrow, measure, x_test, noise, monkeypatch, capsys):
+    drawn = []
+    figure = plots.latent_use
+    monkeypatch.setattr(plots, "latent_use", lambda *args: drawn.append(args) or figure(*args))
+    found = measure("vae", "--iwae", 30, "--seed", 2)
+    out = capsys.readouterr().out
+    model = load_run(narrow / "vae")
+    x = scale(x_test, 0, 1)
+    mu, log_var = vae.mlp_encode(model.params, x)
+    kl = 0.5 * (mu**2 + np.exp(log_var) - 1 - log_var).mean(axis=0)
+    variance, spread = mu.var(axis=0), np.exp(log_var).mean(axis=0)
+    active = variance > 0.01
+    assert active.tolist() == [True, False, True, True]
+    names = ("kl_per_dimension", "variance_of_mu", "mean_of_variance")
+    for name, of_figure, expected in zip(names, drawn[0], (kl, variance, spread), strict=False):
+        np.testing.assert_allclose(found["latent"][name], expected, atol=1e-4)
+        np.testing.assert_allclose(of_figure, expected, rtol=1e-4)
+    assert drawn[0][3].tolist() == active.tolist() and found["latent"]["active_units"] == active.sum()
+    remark = f"of 4; their KL: {kl[active].sum():.2f} nats"
+    assert printed(out, "active latent dimensions") == (active.sum(), remark)
+    assert out.count("wrote") == 1 and (narrow / "vae" / "latent_use.png").stat().st_size > 1000
+
+    keys = [(2, trained.IMPORTANCE, n) for n in range(40)]
+    assert noise.keys() == set(keys)
+    eps = np.concatenate([np.concatenate(noise[key]) for key in keys])
+    assert eps.shape == (40 * 30, 4) and all_differ(eps)
+    rngs = [rng_for(*key) for key in keys]
+    expected = vae.importance_weighted_bound(model.encode, model.decode, x, 30, rngs).mean()
+    assert found["iwae_30"]["log_likelihood"] == pytest.approx(expected, rel=1e-6)
+    bound, remark = printed(out, "importance-weighted bound, K = 30")
+    assert bound == pytest.approx(expected, abs=5.1e-3) and remark == "nats per image"
 
 
-def test_measures_add_up_and_workers_change_nothing(folder, measure):
+def test_measures_add_up_and_workers_change_nothing(measure, capsys):
     first = measure("vae", "--iwae", 3)
     second = measure("vae", "--iwae", 7, workers=2)
     assert second.keys() == {"latent", "iwae_3", "iwae_7"} and second["iwae_3"] == first["iwae_3"]
     assert measure("vae", "--iwae", 7)["iwae_7"] == second["iwae_7"]
-    assert measure("vae", "--iwae", 7, "--seed", 1)["iwae_7"] != second["iwae_7"]
+    flags = ["--bound", 3, "--frechet", 40, "--seed", 1, "--sampler", "ddim", "--steps", 3]
+    capsys.readouterr()
+    one = measure("ddpm", *flags)
+    out = capsys.readouterr().out
+    assert measure("ddpm", *flags, workers=2) == one and capsys.readouterr().out == out
+    found = measure("ddpm", "--frechet", 40, "--sampler", "ddpm")["frechet_40"]  # numbers of two seeds do not mix
+    assert found.keys() == {"training images", "VAE", "ddpm, 6 steps", "seed"} and found["seed"] == 0
 
 
-def test_numbers_of_two_seeds_do_not_mix(folder, measure):
-    found = measure("ddpm", "--frechet", 10, "--sampler", "ddim", "--seed", 1)["frechet_10"]
-    assert found["seed"] == 1 and "ddim, 6 steps" in found
-    found = measure("ddpm", "--frechet", 10, "--sampler", "ddpm")["frechet_10"]
-    assert found["seed"] == 0 and "ddim, 6 steps" not in found
-
-
-@pytest.mark.parametrize("part", ["train", "t10k"])
-@pytest.mark.parametrize("model", ["vae", "ddpm"])
-def test_a_run_on_other_images_is_not_measured_on_these(model, part, folder, measure, small_data, tmp_path):
-    before = (folder / model / "metrics.json").read_bytes()
-    others = shutil.copytree(small_data, tmp_path / "others")
-    path = others / f"{part}-images-idx3-ubyte"
-    content = bytearray(path.read_bytes())
-    content[16 + 31 * 784] ^= 1  # one pixel of the last of the 32 images that both were trained on; or of the tests
-    path.write_bytes(content)
-    for flags in ([], ["--frechet", 10]):
-        with pytest.raises(cli.UsageError, match=f"{model} was trained on other images"):
-            measure(model, "--data", others, *flags)
-    assert (folder / model / "metrics.json").read_bytes() == before
-
-
-def test_a_vae_on_other_images_is_no_peer(folder, measure):
-    path = folder / "vae" / "checkpoint.npz"
+def test_a_run_on_other_images_or_labels_is_not_measured_on_these(narrow, measure, small_data, tmp_path):
+    (tmp_path / "others").mkdir()
+    for name, place, models in (
+        ("train-images-idx3", 16 + 31 * 784, ["vae", "ddpm", "classes"]),  # a pixel of the last that it was trained on
+        ("t10k-images-idx3", 16 + 39 * 784, ["vae", "ddpm", "classes"]),
+        ("train-labels-idx1", 8 + 31, ["classes"]),
+        ("t10k-labels-idx1", 8 + 39, ["classes"]),
+    ):
+        others = shutil.copytree(small_data, tmp_path / "others", dirs_exist_ok=True)
+        content = bytearray((small_data / f"{name}-ubyte").read_bytes())
+        content[place] ^= 1
+        (others / f"{name}-ubyte").write_bytes(content)
+        for model in models:
+            for flags in ([], ["--frechet", 10]):
+                with pytest.raises(cli.UsageError, match=f"{model} was trained on other images"):
+                    measure(model, "--data", others, *flags)
+            assert not (narrow / model / "metrics.json").exists()
+    path = narrow / "vae" / "checkpoint.npz"
     arrays, state = load(path)
     state["config"]["train_images"] = "32 of CRC-32 00000000"
     checkpoint.save(path, arrays, state)
-    with pytest.raises(cli.UsageError, match="vae was trained on other images"):
+    with pytest.raises(cli.UsageError, match="vae was trained on other images"):  # nor is it compared with others
         measure("ddpm", "--frechet", 10)
-
-
-def test_numbers_of_other_weights_do_not_stay(folder, measure):
-    path = folder / "vae" / "metrics.json"
-    measure("vae", "--iwae", 2)
-    written = json.loads(path.read_text())
-    path.write_text(json.dumps(written | {"weights": "CRC-32 00000000"}))
-    assert measure("vae").keys() == {"latent"}
-    for damaged in ("", "[1]", "{}"):
-        path.write_text(damaged)
-        assert measure("vae").keys() == {"latent"}
-
-
-@pytest.mark.parametrize("module", [run_vae, run_ddpm])
-def test_drawing_a_finished_run_again_keeps_what_was_measured(module, folder, measure, small_data):
-    name = module.__name__.removeprefix("run_")
-    found = measure(name)
-    flags = ["--latent-dim", 4] if name == "vae" else ["--T", T, "--arch", "mlp", "--batch-size", 8]
-    flags += ["--data", small_data, "--epochs", 1, "--train-images", 32, "--workers", 1, "--out", folder / name]
-    main_of(module, *flags, "--resume")
-    assert json.loads((folder / name / "metrics.json").read_text())["evaluation"] == found
-    main_of(module, *flags, "--seed", 1)  # another model, in the same folder
-    assert "evaluation" not in json.loads((folder / name / "metrics.json").read_text())
 
 
 # ----------------------------------------------------------------------------------------------------- diffusion model
 
 
-def test_the_bound_and_its_exact_sum(folder, measure, x_test):
-    found = measure("ddpm", "--bound", 40)  # all of the small test set
-    estimate = found["bound_estimate"]
-    exact = found["bound_exact_40"]
-    assert exact["bits_per_dimension"] == pytest.approx(sum(exact[p] for p in ("group", "prior", "between", "decoder")))
-    difference = abs(estimate["bits_per_dimension"] - exact["bits_per_dimension"])
-    assert difference < 4 * estimate["standard_error"]  # and two, in 95 of 100 cases
-    schedule = diffusion.make_schedule("linear", T)
-    prior = diffusion.prior_kl(schedule, scale(x_test, -1, 1)).mean() / (784 * np.log(2))
-    assert exact["prior"] == pytest.approx(prior, rel=1e-5)
-    assert exact["group"] == pytest.approx(group_bits(folder, x_test).mean())
-    assert (folder / "ddpm" / "bound.png").exists()
+def group_bits(known, x, labels):
+    """Of each image the group of its class whose mean is nearest: -log2 of its share, per pixel, and its number."""
+    C, G = known.shares.shape
+    classes = np.zeros(len(x), int) if labels is None else labels.astype(int)
+    squares = ((x.reshape(len(x), 1, -1) - known.means[classes].reshape(len(x), G, 784)) ** 2).sum(axis=2)
+    within = squares.argmin(axis=1)
+    return -np.log2(known.shares[classes, within]) / 784, G * classes + within
 
 
-def group_bits(folder, x_test):
-    """-log2 of the share of the group whose mean is nearest to each image, per pixel: (N,). Of the few training images
-    several means are equal, and rounding decides between them."""
-    known = load_run(folder / "ddpm").groups
+@pytest.mark.parametrize("name", ["ddpm", "classes", "paper"])
+def test_each_term_of_the_bound_is_of_its_image_group_noise_and_t(
+    name, narrow, measure, small_data, x_test, noise, monkeypatch, capsys
+):
+    """With terms t^2 + m, where m is the mean of the image, and 1 - m for the prior, all of it is known."""
+    seen = []
+    figures = []
+
+    def terms(x_0_theta, schedule, x_0, t, eps, groups):
+        of_each = [None] * len(t) if groups is None else groups.tolist()
+        seen.extend(zip(x_0, t.tolist(), eps, of_each, strict=True))
+        np.testing.assert_array_equal(x_0_theta(x_0, t, groups), model.x_0_theta(x_0, t, groups))
+        return 784 * np.log(2) * (t**2 + x_0.mean(axis=(1, 2, 3), dtype=np.float64))
+
+    model = load_run(narrow / name)
+    monkeypatch.setattr(diffusion, "prior_kl", lambda schedule, x: 784 * np.log(2) * (1 - x.mean(axis=(1, 2, 3))))
+    figure = plots.bound_over_t
+    monkeypatch.setattr(diffusion, "bound_terms", terms)
+    monkeypatch.setattr(plots, "bound_over_t", lambda *args: figures.append(args) or figure(*args))
+    measure(name, "--seed", 2)
+    estimated = seen.copy()
+    seen.clear()
+    found = measure(name, "--bound", 5, "--seed", 2)
+    out = capsys.readouterr().out
+    estimate, exact = found["bound_estimate"], found["bound_exact_5"]
+
     x = scale(x_test, -1, 1)
-    groups = known.of(x)
-    squares = ((x.reshape(len(x), 1, -1) - known.means.reshape(1, -1, 784)) ** 2).sum(axis=2)
-    np.testing.assert_allclose(squares[np.arange(len(x)), groups], squares.min(axis=1), rtol=1e-4)
-    return -np.log2(known.shares[0, groups]) / 784
+    labels = np.frombuffer((small_data / "t10k-labels-idx1-ubyte").read_bytes(), np.uint8)[8:]
+    group, numbers = 0 * labels, [None] * 40
+    if name != "paper":
+        group, numbers = group_bits(model.groups, x, labels if name == "classes" else None)
+    mean = x.mean(axis=(1, 2, 3), dtype=np.float64)
+    prior = 1 - mean
+    place = {image.tobytes(): n for n, image in enumerate(x)}
+    assert len(place) == 40
+    assert all(numbers[place[x_0.tobytes()]] == g for x_0, _, _, g in estimated + seen)
+
+    t_of = {place[x_0.tobytes()]: t for x_0, t, *_ in estimated}
+    assert len(estimated) == len(t_of) == 40 and set(t_of.values()) == set(range(1, T + 1))
+    t = np.array([t_of[n] for n in range(40)])
+    exactly = seen[40:]
+    every_t = range(1, T + 1)
+    assert {(place[x_0.tobytes()], t) for x_0, t, *_ in exactly} == {(n, t) for n in range(5) for t in every_t}
+    assert len(exactly) == 5 * T
+    out = out[out.rindex("bound, 40 images") :]
+    for line, numbers, terms in (
+        ("bound, 40 images at one t each", estimate, T * (t**2 + mean)),
+        ("bound, 5 images at every t", exact, T * mean[:5] + sum(t**2 for t in every_t)),
+    ):
+        bits = (group + prior)[: len(terms)] + terms
+        assert numbers["bits_per_dimension"] == pytest.approx(bits.mean(), rel=1e-6)
+        assert numbers["standard_error"] == pytest.approx(bits.std(ddof=1) / math.sqrt(len(bits)), rel=1e-6)
+        value, remark = printed(out, line)
+        assert value == pytest.approx(bits.mean(), abs=5.1e-4)
+        assert remark == f"bits per dimension, +- {numbers['standard_error']:.3f}"
+    decoder = 1 + mean[:5].mean()
+    parts = {"group": group[:5].mean(), "prior": prior[:5].mean(), "decoder": decoder}
+    parts["between"] = bits.mean() - sum(parts.values())
+    for line, part in (
+        ("which group it is", "group"),
+        ("L_T, the prior", "prior"),
+        ("L_1 to L_5", "between"),
+        ("L_0, the decoder", "decoder"),
+    ):
+        assert exact[part] == pytest.approx(parts[part], rel=1e-5)
+        assert printed(out, f"    {line}")[0] == pytest.approx(parts[part], abs=5.1e-4)
+
+    assert all_differ([eps for _, _, eps, _ in estimated + exactly])  # by image and by t
+    np.testing.assert_allclose(np.std([eps for _, _, eps, _ in exactly], axis=(1, 2, 3)), 1, atol=0.15)
+    assert [key[0] for key in noise] == [2, 2]  # of a generator for each of the two bounds
+
+    at_one_t = [one**2 + mean[t == one].mean() for one in every_t]
+    at_all_t = [one**2 + mean[:5].mean() for one in every_t]
+    s = model.schedule
+    weights = s["beta"][2:] ** 2 / (2 * s["posterior_variance"][2:] * s["alpha"][2:] * (1 - s["alpha_bar"][2:]))
+    for args, over_t, numbers in zip(figures, (at_one_t, at_all_t), (estimate, exact), strict=True):
+        assert args[0].tolist() == [1, 2, 3, 4, 5, 6] and args[2] == numbers["bits_per_dimension"]
+        np.testing.assert_allclose(args[1], over_t, rtol=1e-5)
+        np.testing.assert_allclose(args[3], weights / np.log(2), rtol=1e-5)  # Eq. (12) of the paper
 
 
-def test_the_estimate_counts_each_of_the_T_terms_once(measure, folder, x_test, monkeypatch):
-    """With one bit per pixel for every L_{t-1}, whatever the image, there is no chance left."""
-    one_bit = 784 * np.log(2)
-    monkeypatch.setattr(diffusion, "bound_terms", lambda x_0_theta, s, x_0, t, eps, groups: np.full(len(t), one_bit))
-    found = measure("ddpm", "--bound", 5)
-    prior = diffusion.prior_kl(diffusion.make_schedule("linear", T), scale(x_test, -1, 1)) / (784 * np.log(2))
-    prior = prior + group_bits(folder, x_test)
-    assert found["bound_estimate"]["bits_per_dimension"] == pytest.approx(T + prior.mean(), rel=1e-6)
-    assert found["bound_exact_5"]["bits_per_dimension"] == pytest.approx(T + prior[:5].mean(), rel=1e-6)
-    assert (found["bound_exact_5"]["between"], found["bound_exact_5"]["decoder"]) == pytest.approx((T - 1, 1))
+# ------------------------------------------------------------------------------------------- samples beside real images
 
 
-def test_samples_beside_training_images_and_those_of_the_vae(folder, measure, x_test):
-    samplers = ("ddpm", "ddim", "dpm++", "sde-dpm++")
-    found = measure("ddpm", "--frechet", 10, "--sampler", *samplers, "--steps", 3, T)["frechet_10"]
-    assert found.pop("seed") == 0
-    configs = {f"{sampler}, {steps} steps": (sampler, steps) for sampler in samplers for steps in (3, T)}
-    assert found.keys() == configs.keys() | {"training images", "VAE"}
-    assert len({each["distance"] for each in found.values()}) == 10
-    for name, (sampler, steps) in configs.items():  # docs/sweeps.py reads them
-        settings = {key: found[name][key] for key in ("sampler", "steps", "guidance", "guide")}
-        assert settings == {"sampler": sampler, "steps": steps, "guidance": 0, "guide": "early"}
-    assert "sampler" not in found["VAE"] and "sampler" not in found["training images"]
-    assert not (folder / "ddpm" / "bound.png").exists()  # an exact one that was there stays
+def tables(out):
+    """The cells of the three tables: distances, the nearest and the variance, shares and confidences; by name."""
+    lines = out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    header = next(n for n, line in enumerate(lines) if line.startswith("40 images each"))
+    assert lines[header].split()[3:] == ["Frechet", "+-", "precision", "recall", "asked"]
+    nearest = next(n for n, line in enumerate(lines) if line.split() == ["nearest", "variance"])
+    classes = next(n for n, line in enumerate(lines) if line.split() == [name[:4] for name in CLASSES])
+    assert lines[classes - 1] == "What the classifier takes them for, in %, and how sure it is, in %:"
+    assert all(line.startswith("    how sure") for line in lines[classes + 2 :: 2])
+    shares = [line[29:].split() for line in lines[classes + 1 :]]
+    return (
+        {line[:41].strip(): line[41:].split() for line in lines[header + 1 : nearest - 2]},
+        {line[:41].strip(): line[41:].split() for line in lines[nearest + 1 : classes - 1]},
+        {line[:29].strip(): row for line, *row in zip(lines[classes + 1 :: 2], shares[::2], shares[1::2], strict=True)},
+    )
 
+
+def test_samples_beside_training_images_and_those_of_the_vae(narrow, measure, small_data, noise, capsys):
+    """Of two draws: all that is written from what was drawn, all that is printed from what is written."""
+    flags = ["--frechet", 40, "--seed", 3, "--draws", 2, "--guidance", 1.5, "--guide", "early", "unlabelled"]
+    configs = [SamplerConfig("sde-dpm++", T, 1.5, guide) for guide in ("early", "unlabelled")]
+    found = measure("classes", *flags)["frechet_40"]
+    out = capsys.readouterr().out
+    assert found.pop("seed") == 3 and list(found) == ["training images", "VAE", *map(str, configs)]
+    keys = [(seed, SAMPLES, place) for seed in (3, 4) for place in (0, 32)]
+    assert noise.keys() == {*keys, (3, reports.REAL), (4, reports.REAL)}
+    assert all_differ([drawn[0] for drawn in noise.values()])
+    for key in keys:  # the z of the VAE, and then of each guide x_T, and the noise of its steps
+        z, *rest = [array for array in noise[key] if array.dtype == np.float32]
+        half = len(rest) // 2
+        assert z.shape == (32, 4) and len(rest) == 2 * half and all_differ(rest[:half])
+        np.testing.assert_array_equal(rest[:half], rest[half:])
+
+    with pytest.warns(UserWarning, match="not the published"):
+        data = load_fashion_mnist(small_data)
     params = classifier.load_classifier()
-    images = draw(load_run(folder / "vae"), 10, 0, Ranks(1))
-    generated, real = (classifier.features(params, scale(x, 0, 1)) for x in (images, x_test))
-    taken_for = classifier.logits(params, generated).argmax(axis=1)
-    assert found["VAE"]["distance"] == pytest.approx(metrics.frechet_distance(generated, real), rel=1e-3)
-    assert found["VAE"]["precision"] == metrics.precision(real, generated)
-    assert found["VAE"]["recall"] == metrics.recall(real, generated)
-    assert found["VAE"]["variance"] == pytest.approx(metrics.variance_ratio(generated, real), abs=1e-4)
-    assert found["VAE"]["share"] == [np.mean(taken_for == k) for k in range(10)]
+    model, train = load_run(narrow / "classes"), data["train_images"]
+    labels = np.arange(40) % 10
+    images = {
+        "training images": [train[rng_for(seed, reports.REAL).permutation(200)[:40]] for seed in (3, 4)],
+        "VAE": [draw(load_run(narrow / "vae"), 40, seed, Ranks(1)) for seed in (3, 4)],
+    }
+    for config in configs:
+        images[str(config)] = [draw(model, 40, seed, Ranks(1), labels, config=config) for seed in (3, 4)]
+        settings = {key: found[str(config)].pop(key) for key in ("sampler", "steps", "guidance", "guide")}
+        assert SamplerConfig(**settings) == config  # docs/sweeps.py reads them
+    x_of = lambda images: classifier.features(params, scale(images, 0, 1))  # noqa: E731
+    for name, drawn in images.items():
+        asked = None if name in ("training images", "VAE") else labels
+        ones = [reports.sample_metrics(x_of(x), x_of(data["test_images"]), params, asked) for x in drawn]
+        expected = {key: np.mean([one[key] for one in ones], axis=0) for key in ones[0]}
+        expected |= {"spread": np.std([one["distance"] for one in ones], ddof=1), "draws": 2}
+        expected["nearest"] = metrics.nearest_distance(drawn[0], train).mean()
+        assert found[name].keys() == expected.keys() and ("agreement" in expected) == (asked is not None)
+        for key in expected:
+            np.testing.assert_allclose(found[name][key], expected[key], rtol=1e-3, atol=6e-4, err_msg=key)
     assert found["training images"]["nearest"] < 0.2 < 1 < found["VAE"]["nearest"]
-    assert measure("vae", "--frechet", 10)["frechet_10"]["VAE"] == found["VAE"]
+    assert found["training images"]["precision"] != found["training images"]["recall"]
+
+    distances, others, shares = tables(out)
+    nearest = metrics.nearest_distance(data["test_images"], train).mean()
+    assert others.pop("test images") == [f"{nearest:.1f}", "1.000"]
+    assert list(distances) == list(others) == list(found)
+    for name, numbers in found.items():
+        row = [f"{numbers[key]:.2f}" for key in ("distance", "spread")]
+        row += [f"{numbers[key]:.3f}" for key in ("precision", "recall", "agreement") if key in numbers]
+        assert distances[name] == row
+        assert others[name] == [f"{numbers['nearest']:.1f}", f"{numbers['variance']:.3f}"]
+        row = [
+            [f"{100 * number:.{digits}f}" for number in numbers[key]]
+            for key, digits in (("share", 1), ("confidence", 0))
+        ]
+        assert shares[name[:29].strip()] == row
+    assert "2 draws differ" in out and "warning: 40 images say little" in out
+    assert out.count("asked: the share that a classifier takes for the class that was asked for") == 1
 
 
-def test_several_draws_are_several_seeds_and_their_mean_and_spread_are_told(folder, measure, capsys):
-    ones = [measure("vae", "--frechet", 10, "--seed", seed)["frechet_10"] for seed in (3, 4, 5)]
-    capsys.readouterr()
-    found = measure("vae", "--frechet", 10, "--seed", 3, "--draws", 3)["frechet_10"]
-    for name in ("VAE", "training images"):
-        for key in ("distance", "recall", "share", "confidence"):
-            expected = np.mean([one[name][key] for one in ones], axis=0)
-            np.testing.assert_allclose(found[name][key], expected, atol=2e-4)
-        distances = [one[name]["distance"] for one in ones]
-        assert found[name]["draws"] == 3 and found[name]["spread"] == pytest.approx(np.std(distances, ddof=1), rel=1e-3)
+def test_samples_are_compared_with_the_vae_that_is_named(narrow, measure, capsys):
+    arrays, state = load(narrow / "vae" / "checkpoint.npz")
+    (narrow / "other").mkdir()
+    arrays["params/decoder/2/b"] = arrays["params/decoder/2/b"] + 1
+    checkpoint.save(narrow / "other" / "checkpoint.npz", arrays, state)
+    beside = measure("ddpm", "--frechet", 10)["frechet_10"]
+    assert not (narrow / "ddpm" / "bound.png").exists()  # an exact one that was there stays
+    assert f"sde-dpm++, {T} steps, w = 0.5" in beside
+    named = measure("ddpm", "--frechet", 10, "--vae", narrow / "other")["frechet_10"]
+    assert named["VAE"] == measure("other", "--frechet", 10)["frechet_10"]["VAE"] != beside["VAE"]
+    assert not {"spread", "draws", "agreement"} & named["VAE"].keys()  # of one draw, without classes
     out = capsys.readouterr().out
-    (row,) = re.findall(r"^VAE +(\S+) +(\S+) +(\S+) +(\S+) *$", out, re.M)
-    keys = ("distance", "spread", "precision", "recall")
-    np.testing.assert_allclose([float(cell) for cell in row], [found["VAE"][key] for key in keys], atol=5.1e-3)
-    assert "warning: 10 images say little" in out and all(len(line) <= 80 for line in out.splitlines())
-
-
-def test_guidance_in_numbers(measure):
-    found = measure("ddpm", "--frechet", 10, "--guidance", 0, 1.5)["frechet_10"]
-    names = [f"sde-dpm++, {T} steps", f"sde-dpm++, {T} steps, w = 1.5"]
-    assert found.keys() == {*names, "training images", "VAE", "seed"}
-    assert [found[name]["guidance"] for name in names] == [0, 1.5]
-    unguided, guided = (found[name] | {"guidance": None} for name in names)
-    assert unguided != guided
-    assert f"sde-dpm++, {T} steps, w = {improved.GUIDANCE:g}" in measure("ddpm", "--frechet", 10)["frechet_10"]
-
-
-def test_a_run_with_classes_is_measured_with_its_labels(measure, folder, small_data, capsys):
-    flags = ["--T", T, "--epochs", 1, "--train-images", 32, "--batch-size", 8, "--classes", "--workers", 1]
-    main_of(run_ddpm, *flags, "--data", small_data, "--out", folder / "classes")
-    assert (folder / "classes" / "classes.png").exists()
-    capsys.readouterr()
-    found = measure("classes", "--bound", 2, "--frechet", 20, "--guidance", 1, "--guide", "early", "unlabelled")
-    assert found.keys() == {"bound_estimate", "bound_exact_2", "frechet_20"}
-    early, unlabelled = (found["frechet_20"][f"sde-dpm++, {T} steps, w = 1{guide}"] for guide in ("", ", unlabelled"))
-    assert (early["guide"], unlabelled["guide"]) == ("early", "unlabelled")
-    assert early["distance"] != unlabelled["distance"]
-    model = load_run(folder / "classes")
-    params = classifier.load_classifier()
-    images = draw(model, 20, 0, Ranks(1), config=model.sampler_config(guidance=1, guide="unlabelled"))
-    taken_for = classifier.logits(params, classifier.features(params, scale(images, 0, 1))).argmax(axis=1)
-    assert unlabelled["agreement"] == pytest.approx(np.mean(taken_for == np.arange(20) % 10))
-    out = capsys.readouterr().out
-    assert "agreement" not in found["frechet_20"]["VAE"] and f"wrote {folder / 'classes' / 'bound.png'}" in out
-    header, train, peer, *rows = out[out.index("20 images each") :].splitlines()
-    assert header.split()[-5:] == ["Frechet", "+-", "precision", "recall", "asked"]
-    assert rows[1].startswith(f"sde-dpm++, {T} steps, w = 1, unlabelled") and len(peer.split()) == 4
-    assert float(rows[1].split()[-1]) == pytest.approx(unlabelled["agreement"], abs=5.1e-4)
-    shares = rows[rows.index("What the classifier takes them for, in %, and how sure it is, in %:") + 1 :]
-    assert shares[0].split() == [name[:4] for name in CLASSES]
-    assert [float(cell) for cell in shares[-2].split()[-10:]] == [100 * share for share in unlabelled["share"]]
-    assert not [line for line in out.splitlines() if len(line) > 80 and str(folder) not in line]
-    labels = small_data / "t10k-labels-idx1-ubyte"
-    before = labels.read_bytes()
-    labels.write_bytes(before[:-1] + bytes([(before[-1] + 1) % 10]))  # another label of the last test image
-    try:
-        with pytest.raises(cli.UsageError, match="trained on other images"):
-            measure("classes")
-    finally:
-        labels.write_bytes(before)
+    assert "draws" not in out and "asked: " not in out
 
 
 def test_sample_metrics():
@@ -255,103 +345,102 @@ def test_sample_metrics():
     others = np.concatenate([features, features + 1e6])  # half of which are like no real ones
     found = reports.sample_metrics(others, features, params)
     assert found["precision"] == 0.5 and found["recall"] == 1 and "agreement" not in found
+    assert found["variance"] == pytest.approx(others.var(axis=0).sum() / features.var(axis=0).sum())
+    params["classes"]["w"][0, [3, 8]] = 0.5, -0.5  # less certain: of ten classes, one has e^0.5 and one e^-0.5
+    found = reports.sample_metrics(features, features, params)
+    assert found["confidence"][[3, 8]] == pytest.approx(np.exp(0.5) / (np.exp(0.5) + np.exp(-0.5) + 8))
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
-@pytest.mark.parametrize(
-    ("model", "flags", "message"),
-    [
-        ("vae", ["--bound", 5], "--bound is for a diffusion model"),
-        ("vae", ["--steps", 5], "--steps is for a diffusion model"),
-        ("vae", ["--frechet", 5, "--sampler", "ddim"], "--sampler is for a diffusion model"),
-        ("vae", ["--frechet", 5, "--vae", "elsewhere"], "--vae is for a diffusion model"),
-        ("ddpm", ["--iwae", 5], "--iwae is for a VAE"),
-        ("ddpm", ["--frechet", 5, "--steps", T + 1], "a sampler takes 1 to T = 6 steps, not 7"),
-        ("ddpm", ["--guidance", 1], "--guidance needs --frechet"),
-        ("vae", ["--frechet", 5, "--guidance", 1], "--guidance is for a diffusion model"),
-        ("ddpm", ["--steps", 3], "--steps needs --frechet"),
-        ("ddpm", ["--bound", 5, "--sampler", "ddim"], "--sampler needs --frechet"),
-        ("ddpm", ["--vae", "elsewhere"], "--vae needs --frechet"),
-        ("ddpm", ["--draws", 3], "--draws needs --frechet"),
-        ("vae", ["--iwae", 2, "--draws", 3], "--draws needs --frechet"),
-        ("ddpm", ["--frechet", 5, "--guide", "early", "--guidance", 0], "--guide needs a --guidance above 0"),
-        ("ddpm", ["--frechet", 5, "--guide", "early", "--sampler", "ddim"], "--guide needs a --guidance above 0"),
-        ("ddpm", ["--frechet", 201], "--frechet 201 is out of range, there are 200"),
-        ("ddpm", ["--bound", 41], "--bound 41 is out of range, there are 40"),
-        ("ddpm", ["--frechet", 10, "--vae", "nowhere"], "nowhere: expected a run of run_vae.py"),
-        ("ddpm", ["--frechet", 10, "--vae", "DDPM"], "expected a run of run_vae.py"),
-    ],
-)
-def test_flags_that_do_not_fit_are_refused_before_any_work(model, flags, message, folder, small_data, monkeypatch):
-    flags = [folder / "ddpm" if flag == "DDPM" else flag for flag in flags]
-    argv = [str(folder / model), "--data", str(small_data), *map(str, flags)]
+OF_SAMPLES = ("--sampler ddim", "--steps 3", "--guidance 1", "--guide early", "--vae elsewhere")
+REFUSED = [
+    *(("vae", f"--frechet 5 {flag}", f"{flag.split()[0]} is for a diffusion model") for flag in OF_SAMPLES),
+    *(("ddpm", flag, f"{flag.split()[0]} needs --frechet") for flag in (*OF_SAMPLES, "--draws 3")),
+    ("vae", "--iwae 2 --draws 3", "--draws needs --frechet"),
+    ("vae", "--bound 5", "--bound is for a diffusion model"),
+    ("ddpm", "--iwae 5", "--iwae is for a VAE"),
+    ("ddpm", f"--frechet 5 --steps {T + 1}", "a sampler takes 1 to T = 6 steps, not 7"),
+    ("ddpm", "--frechet 5 --guide early --guidance 0", "--guide needs a --guidance above 0"),
+    ("ddpm", "--frechet 5 --guide early --sampler ddim", "--guide needs a --guidance above 0"),
+    ("ddpm", "--frechet 201", "--frechet 201 is out of range, there are 200"),
+    ("ddpm", "--bound 41", "--bound 41 is out of range, there are 40"),
+    ("ddpm", "--frechet 10 --vae nowhere", "nowhere: expected a run of run_vae.py"),
+    ("ddpm", "--frechet 10 --vae RUNS/ddpm", "expected a run of run_vae.py"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*not the published")
+def test_flags_that_do_not_fit_are_refused_before_any_work(narrow, small_data, monkeypatch):
     for work in ("measure_vae", "measure_bound", "measure_samples"):
         monkeypatch.setattr(evaluate, work, None)
-    before = {path: path.read_bytes() for path in (folder / model).iterdir()}
-    with pytest.raises(UserError, match=re.escape(message)):
-        if "there are" in message or "run_vae.py" in message:  # known once the data are read
-            with pytest.warns(UserWarning, match="not the published"):
-                evaluate.main(argv)
-        else:
-            evaluate.main(argv)
-    assert before == {path: path.read_bytes() for path in (folder / model).iterdir()}
+    for model, flags, message in REFUSED:
+        flags = [flag.replace("RUNS", str(narrow)) for flag in flags.split()]
+        with pytest.raises(UserError, match=re.escape(message)):
+            evaluate.main([str(narrow / model), "--data", str(small_data), *flags])
+        assert {path.name for path in (narrow / model).iterdir()} <= {"checkpoint.npz", ".lock"}
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_few_test_images_are_measured_or_refused(count, small_data, tmp_path, recwarn, capsys):
-    data = tmp_path / "data"
-    shutil.copytree(small_data, data)
-    for name, shape in (("images-idx3", (28, 28)), ("labels-idx1", ())):
+def test_few_test_images_are_measured_or_refused(count, narrow, small_data, tmp_path, measure, capsys):
+    data = shutil.copytree(small_data, tmp_path / "data")
+    for name, header, size in (("images-idx3", 16, 784), ("labels-idx1", 8, 1)):
         path = data / f"t10k-{name}-ubyte"
-        header = 8 + 4 * len(shape)
         content = path.read_bytes()
-        path.write_bytes(content[:7] + bytes([count]) + content[8 : header + count * math.prod(shape)])
-    flags = ["--data", str(data), "--workers", "1"]
-    run_flags = [*flags, "--epochs", "1", "--train-images", "16"]
-    run_vae.main([*run_flags, "--latent-dim", "2", "--out", str(tmp_path / "vae")])
-    run_ddpm.main([*run_flags, "--T", "3", "--arch", "mlp", "--out", str(tmp_path / "ddpm")])
-    for run, more, needed in [
-        ("vae", [], 2),
-        ("vae", ["--iwae", "2"], 2),
-        ("vae", ["--frechet", "4"], 4),
-        ("ddpm", [], 2),
-        ("ddpm", ["--bound", "2"], 2),
-        ("ddpm", ["--frechet", "4"], 4),
-    ]:
-        if count < needed:
-            with pytest.raises(UserError, match=f"expected {needed} test images or more"):
-                evaluate.main([str(tmp_path / run), *flags, *more])
-        else:
-            evaluate.main([str(tmp_path / run), *flags, *more])
-    for run in ("vae", "ddpm"):
-        assert "null" not in (tmp_path / run / "metrics.json").read_text()
+        path.write_bytes(content[:7] + bytes([count]) + content[8 : header + count * size])
+    few = np.frombuffer((data / "t10k-images-idx3-ubyte").read_bytes()[16:], np.uint8).reshape(count, 28, 28, 1)
+    for run, measures in (("vae", ("", "--iwae 2", "--frechet 4")), ("ddpm", ("", "--bound 2", "--frechet 4"))):
+        arrays, state = load(narrow / run / "checkpoint.npz")
+        state["config"]["test_images"] = checkpoint.fingerprint([few, None])
+        checkpoint.save(narrow / run / "checkpoint.npz", arrays, state)
+        for flags in measures:
+            needed = 4 if "frechet" in flags else 2
+            if count < needed:
+                with pytest.raises(UserError, match=f"expected {needed} test images or more"):
+                    measure(run, "--data", data, *flags.split())
+            else:
+                measure(run, "--data", data, *flags.split())
+                assert "null" not in (narrow / run / "metrics.json").read_text()
     assert "nan" not in capsys.readouterr().out
-    ours = [str(warning.message) for warning in recwarn if not issubclass(warning.category, DeprecationWarning)]
-    assert ours and all("not the published" in message for message in ours)
+
+
+# -------------------------------------------------------------------------------------------- what is written and kept
+
+
+def test_what_was_measured_before_stays_with_the_same_weights_alone(narrow, measure):
+    path = narrow / "vae" / "metrics.json"
+    files.write_metrics(path, {"elbo": -240.0, "kl": 12.5}, load_run(narrow / "vae").params)
+    measure("vae", "--iwae", 2)
+    written = json.loads(path.read_text())
+    assert (written["elbo"], written["kl"]) == (-240, 12.5)  # what the run wrote
+    files.write_metrics(path, {"elbo": -239.0}, load_run(narrow / "vae").params)  # it was resumed: drawn again
+    assert json.loads(path.read_text())["evaluation"] == written["evaluation"]
+    for damaged in (json.dumps(written | {"weights": "CRC-32 00000000"}), "", "[1]", "{}"):
+        path.write_text(damaged)
+        assert measure("vae").keys() == {"latent"}
 
 
 @pytest.mark.parametrize(("model", "flags"), [("vae", ("--iwae", 3)), ("ddpm", ("--bound", 2, "--frechet", 10))])
-def test_a_full_disk_loses_no_number(model, flags, folder, measure, monkeypatch, capsys):
+def test_a_full_disk_loses_no_number(model, flags, narrow, measure, monkeypatch, capsys):
     def full(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     measure(model, *flags)
     wanted = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("wrote")]
-    before = {path.name: path.read_bytes() for path in (folder / model).iterdir()}
+    before = {path.name: path.read_bytes() for path in (narrow / model).iterdir()}
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(os, "replace", full)
         measure(model, *flags)
     assert capsys.readouterr().out.splitlines() == wanted  # all of them, also those after what could not be written
-    assert {path.name: path.read_bytes() for path in (folder / model).iterdir()} == before
+    assert {path.name: path.read_bytes() for path in (narrow / model).iterdir()} == before
 
 
-def test_a_run_that_is_measured_is_measured_by_nobody_else_and_free_afterwards(folder, measure):
-    with files.holding(folder / "vae"), pytest.raises(files.FolderInUse):
+def test_a_run_that_is_measured_is_measured_by_nobody_else_and_free_afterwards(narrow, measure):
+    with files.holding(narrow / "vae"), pytest.raises(files.FolderInUse):
         if files.fcntl is None:
             raise files.FolderInUse("no locks here")
-        evaluate.main([str(folder / "vae")])
+        evaluate.main([str(narrow / "vae")])
     measure("vae")
-    with files.holding(folder / "vae"):
+    with files.holding(narrow / "vae"):
         pass
