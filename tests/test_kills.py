@@ -18,6 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # with the run scripts, where this is a program
+
 import run_ddpm
 import run_vae
 from scratchgen import denoisers, vae
