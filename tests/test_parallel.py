@@ -216,22 +216,18 @@ def test_without_mpiexec_ranks_are_those_of_workers_and_nothing_of_mpi_is_import
 
 
 @needs_fork
-def test_only_rank_0_speaks_and_nobody_else_leaves_the_block():
-    code = """
-import atexit, os, sys
-from scratchgen.machinery.parallel import Ranks
-atexit.register(os.write, 1, b"exit ")
-print("before", end=" ")  # and not written yet, when the others are forked
-try:
-    with Ranks(3) as ranks:
-        print(f"rank {ranks.rank}", end=" ")
-        print(f"rank {ranks.rank}", end=" ", file=sys.stderr)
-        sys.stdout.flush()
-finally:
-    print("after", end=" ", flush=True)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "before rank 0 after exit ", "rank 0 ")
+def test_only_rank_0_speaks_and_nobody_else_leaves_the_block(start, tmp_path):
+    def main():
+        print("before", end=" ")  # and not written yet, when the others are forked
+        try:
+            with Ranks(3) as ranks:
+                print(f"rank {ranks.rank}", end=" ")
+                print(f"rank {ranks.rank}", end=" ", file=sys.stderr)
+                sys.stdout.flush()
+        finally:
+            os.write(1, b"after")  # whatever a rank has made of its sys.stdout
+
+    assert finish_program(start(main), tmp_path) == (0, "before rank 0 after", "rank 0 ")
 
 
 @needs_fork
@@ -334,36 +330,23 @@ def test_one_rank_shares_nothing(both_kinds):
 
 @needs_fork
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
-def test_every_leaf_is_one_ranks_and_none_gets_all_the_work(count):
-    params = [np.zeros(size) for size in (100_000, 10, 100_000, 10, 20, 20)]  # weights and biases alternate
-
-    def taken(ranks):
-        ranks.divide(params)
-        return [None if leaf is None else leaf.size for leaf in ranks.own(params)]
-
-    taken = together(count, taken)
-    for number, leaf in enumerate(params):
-        assert [sizes[number] for sizes in taken if sizes[number] is not None] == [leaf.size]  # one has it
-    assert count == 1 or all(sum(filter(None, sizes)) < 110_000 for sizes in taken)
-    assert sum(any(sizes) for sizes in taken) == min(count, 6)  # more ranks than leaves: some own nothing
-
-
-@needs_fork
-def test_of_several_trees_a_rank_owns_the_same_leaves(problem):
-    params = problem[0]
+def test_every_leaf_is_one_ranks_in_all_trees_and_none_gets_all_the_work(count):
+    params = {str(n): np.zeros(size) for n, size in enumerate((100_000, 10, 100_000, 10, 20, 20))}  # weights and biases
     trees = {"m": params, "v": tree.map(np.copy, params), "more": [params]}
 
     def owned(ranks):
         ranks.divide(params)
-        m, v, more = ranks.own(trees).values()
-        assert tree.names(m) == tree.names(ranks.own(params)) == tree.names(v) == tree.names(more[0])
-        assert all(mine is leaf for mine, leaf in zip(tree.leaves(m), tree.leaves(ranks.own(params)), strict=True))
-        owners = [owner for owner, _ in zip(ranks.owners(), range(3 * 4), strict=False)]
-        assert owners == owners[:4] * 3
-        assert [name for name, o in zip(tree.names(params), owners, strict=False) if o == ranks.rank] == tree.names(m)
-        return tree.names(m)
+        mine = ranks.own(params)
+        assert all(leaf is None or leaf is params[name] for name, leaf in mine.items())
+        assert [tree.names(part) for part in ranks.own(trees).values()] == [
+            tree.names(part) for part in (mine, mine, [mine])
+        ]
+        return {name: leaf.size for name, leaf in mine.items() if leaf is not None}
 
-    assert sorted(name for names in together(3, owned) for name in names) == sorted(tree.names(params))
+    sizes = together(count, owned)
+    assert sorted(name for owned in sizes for name in owned) == sorted(params)  # each has one owner
+    assert count == 1 or all(sum(owned.values()) < 110_000 for owned in sizes)
+    assert sum(map(bool, sizes)) == min(count, 6)  # more ranks than leaves: some own nothing
 
 
 def test_leaves_of_one_size_are_divided_in_their_order():
@@ -707,9 +690,9 @@ def start(tmp_path):
         os.setsid()
         for number, path in enumerate(streams, 1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-        with open(1, "w") as sys.stdout, open(2, "w") as sys.stderr:
-            sys.argv, cli.program = ["program.py"], None
-            cli.run(main, when_stopped)
+        sys.stdout, sys.stderr = (open(number, "w") for number in (1, 2))  # noqa: SIM115  to the end of the program
+        sys.argv, cli.program = ["program.py"], None
+        cli.run(main, when_stopped)
 
     def of(main, when_stopped=cli.RESUMABLE):
         for path in streams:
@@ -867,27 +850,6 @@ def as_ranks(count, main, *folders):
     return mpiexec(count, "-c", code)
 
 
-def meet():
-    """Also before the block, and after it. None forks: --workers has no meaning."""
-    os.fork, ranks = None, parallel.ranks_for(5)
-    params = [np.zeros(size) for size in (4, 1, 3, 2)]
-    assert ranks is parallel.world() and ranks.share(params) is params and ranks.count == 3
-    assert ranks.processes * ranks.threads == 1
-    ranks.divide(params)
-    # By size the leaves are the second, the fourth, the third and the first; whose owners are 0, 1, 2 and 0.
-    for turn in (1, 2, 3):
-        if turn == 2:
-            ranks.__enter__()
-        assert ranks.all_gather(ranks.rank) == [0, 1, 2] and ranks.broadcast(5 + ranks.rank) == 5
-        assert ranks.map(lambda item: (item, ranks.rank), "abcd") == [("a", 0), ("b", 1), ("c", 2), ("d", 0)]
-        for leaf in tree.leaves(ranks.own(params)):
-            leaf += 1 + ranks.rank
-        ranks.from_owners(params)
-        assert [leaf.tolist() for leaf in params] == [[turn] * 4, [turn], [3 * turn] * 3, [2 * turn] * 2]
-        if turn == 2:
-            ranks.__exit__(None, None, None)
-
-
 def measure_and_draw(data, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reports, "plots", Figures())
@@ -907,8 +869,9 @@ def checkpoints(left):
 
 def do_it_all(data, others, folder):
     """What ranks of mpiexec do on machines with other cores and other clocks, and then with other files."""
-    meet()
+    os.fork = None  # --workers has no meaning
     rank, folder = parallel.rank, Path(folder)
+    assert ranks_for(5) is parallel.world() and parallel.world().processes * parallel.world().threads == 1
     with small(cores=4 + rank, save_seconds=-1 if rank == 0 else 1):
         for model in FLAGS:
             left = what_kills_leave(model, data, folder / model)
@@ -1060,29 +1023,11 @@ def test_a_rank_by_whatever_words_is_quiet(variables, monkeypatch):
     assert quiet == [int(*variables.values())]
 
 
-def test_alone_nothing_of_mpi_is_imported():
-    code = "import sys, run_vae; from scratchgen.machinery import parallel; "
-    code += "print(parallel.world(), type(parallel.ranks_for(2)).__name__, 'mpi4py' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "None Ranks False\n"
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_without_mpi4py_mpiexec_is_one_line_of_rank_0(rank, monkeypatch, finish):
-    monkeypatch.setenv("PMI_RANK", str(rank))
+def test_without_mpi4py_mpiexec_is_one_line(monkeypatch, finish):
+    monkeypatch.setenv("PMI_RANK", "0")
     monkeypatch.setenv("PMI_SIZE", "2")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    monkeypatch.setattr(parallel, "rank", 0)
-    monkeypatch.setattr(cli, "program", "program.py")
-    for name in ("stdout", "stderr"):  # put back afterwards
-        monkeypatch.setattr(sys, name, getattr(sys, name))
-    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     parallel.world.cache_clear()
-    try:
-        status, error = finish(lambda: None)
-    finally:
-        parallel.world.cache_clear()
-        for number, handler in zip(STOP_SIGNALS, handlers, strict=True):
-            signal.signal(number, handler)
-    assert status == 2 and error.count("\n") == (1 if rank == 0 else 0)
-    assert rank or error.startswith("program.py: mpiexec needs mpi4py")
+    status, error = finish(lambda: None)
+    parallel.world.cache_clear()
+    assert status == 2 and error.count("\n") == 1 and ": mpiexec needs mpi4py" in error
