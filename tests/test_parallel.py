@@ -1,6 +1,7 @@
 """The ranks of a run: how they meet, what they divide up, that it changes no bit, and how they end."""
 
 import errno
+import itertools
 import logging
 import math
 import operator
@@ -950,6 +951,20 @@ def test_a_mistake_is_one_line_and_one_rank_that_fails_ends_all(tmp_path):
     assert status == 1 and error.count("\n") == 1 and error.startswith("rank 2 on ") and "No space left" in error
     status, _, error = as_ranks(3, fail_together)
     assert status == 1 and error.count("Traceback") == 1  # a fault of ours is said once, too
+
+
+def test_a_rank_that_fails_alone_says_so_once_though_it_may_live_on_after_mpis_abort(monkeypatch, capsys):
+    aborted, seconds = [], itertools.count()
+    never_all = SimpleNamespace(Test=lambda: len(aborted) > 1)
+    ranks = SimpleNamespace(
+        failed=SimpleNamespace(Ibarrier=lambda: never_all), comm=SimpleNamespace(Abort=aborted.append)
+    )
+    monkeypatch.setattr(parallel, "world", lambda: ranks)
+    monkeypatch.setattr(parallel, "rank", 2)
+    monkeypatch.setattr(parallel, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None))
+    monkeypatch.setattr(sys, "__stderr__", sys.stdout)
+    parallel.end(1, "what to do")
+    assert aborted == [1] and capsys.readouterr().out.count("what to do") == 1
 
 
 @pytest.fixture
