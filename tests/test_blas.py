@@ -134,37 +134,27 @@ def test_a_product_over_nothing_is_zero(both_kinds):
     np.testing.assert_array_equal(blas.product(a, b), np.zeros((64, 96)))
 
 
-def test_tiles_divide_a_product_and_are_small_enough_for_the_kernels_that_do_not_pack(both_kinds):
-    for M, K, N, transposed in (
-        (784, 288, 32, False),
-        (64, 784, 300, False),
-        (32, 256, 784, True),
-        (8, 10**7, 4, False),
-    ):
-        rows, columns = blas.tile(M, K, N, transposed)
-        assert M % rows == 0 and N % columns == 0
-        if not blas.SMALL_KERNELS:
-            assert (rows, columns) == (M, N)
-        elif K <= 10**6:
-            assert rows * K * columns <= 10**6 and (not transposed or rows * columns <= 1200)
-
-
 @pytest.mark.parametrize(
     ("M", "K", "N", "transposed", "tile"),
     [
+        (784, 288, 32, False, (98, 32)),
+        (64, 784, 300, False, (16, 75)),
         (448, 576, 32, False, (32, 32)),  # of several of one area one with 32 columns
         (448, 288, 64, False, (32, 64)),
         (32, 784, 256, True, (32, 32)),
+        (32, 256, 784, True, (16, 56)),
         (1568, 16, 64, True, (1568, 64)),  # too shallow for the kernels that take a transposed operand
         (43, 3136, 256, False, (43, 256)),  # prime: cut into single rows it takes more than twice as long
-        (32, 196_000, 32, False, (32, 32)),
+        (32, 196_000, 32, False, (32, 32)),  # too deep
+        (8, 10**7, 4, False, (8, 4)),
     ],
 )
-def test_tiles_as_measured(monkeypatch, M, K, N, transposed, tile):
-    monkeypatch.setattr(blas, "SMALL_KERNELS", True)
-    blas.tile.cache_clear()
-    assert blas.tile(M, K, N, transposed) == tile
-    blas.tile.cache_clear()
+def test_tiles_are_as_measured_and_small_enough_for_the_kernels_that_do_not_pack(both_kinds, M, K, N, transposed, tile):
+    rows, columns = blas.tile(M, K, N, transposed)
+    assert (rows, columns) == (tile if blas.SMALL_KERNELS else (M, N))
+    if (rows, columns) != (M, N):
+        assert M % rows == N % columns == 0
+        assert rows * K * columns <= 10**6 and (not transposed or rows * columns <= 1200)
 
 
 SIMD = {"SIMD Extensions": {"found": ["X86_V4"]}}
