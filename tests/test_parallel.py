@@ -40,10 +40,12 @@ import autograd.numpy as anp
 import numpy as np
 import pytest
 from conftest import ROOT, load, main_of
-from test_kills import FLAGS, Figures, contents, small, train, what_kills_leave
+from test_kills import FLAGS, Figures, at_each_moment, contents, small, train, what_kills_leave
 
 needs_fork = pytest.mark.skipif(not parallel.CAN_FORK, reason="there is one rank here, and its threads")
-STOP_SIGNALS, WAS_KILLED = parallel.STOP_SIGNALS, f"^{re.escape(KILLED)}$"
+WAS_KILLED = f"^{re.escape(KILLED)}$"
+NAMES = [f"SIG{name}" for name in ("INT", "QUIT", "TERM", "HUP", "USR1", "USR2", "XCPU")]
+STOP_SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 RECORD = run_module.Run.record
 
 
@@ -850,7 +852,8 @@ def measure_and_draw(data, folder):
         main_of(evaluate, folder / "vae", *common, "--iwae", 3)
         config = ["--sampler", "ddim", "--steps", 2]
         main_of(evaluate, folder / "ddpm", *common, "--bound", 3, "--frechet", 40, *config)
-        draw.main([str(folder / "ddpm"), "-n", "70", "--out", str(folder / "ddpm" / "drawn.png"), "--workers", "1"])
+        flags = ["-n", "70", "--out", str(folder / "ddpm" / "drawn.png"), "--samples", "--workers", "1"]
+        draw.main([str(folder / "ddpm"), *flags])
 
 
 def checkpoints(left):
@@ -870,7 +873,8 @@ def do_it_all(data, others, folder):
             if rank == 0:
                 (folder / f"{model}.saved").write_bytes(pickle.dumps(checkpoints(left)))
             train(model, data, folder / "killed" / model, "--resume")
-        measure_and_draw(data, folder)
+        with at_each_moment(lambda: None):
+            measure_and_draw(data, folder)
         for part in PARTS:
             with pytest.raises(UserError, match="images in .*ranks found different ones"):
                 train("vae", Path(others, part) if rank == 2 else data, folder / "none")
@@ -1026,10 +1030,17 @@ def test_a_rank_by_whatever_words_is_quiet(variables, monkeypatch):
     assert quiet == [int(*variables.values())]
 
 
-def test_without_mpi4py_mpiexec_is_one_line(monkeypatch, finish):
+class WithoutLibrary:
+    @property
+    def MPI(self):
+        raise RuntimeError("cannot load MPI library")
+
+
+@pytest.mark.parametrize("mpi4py", [None, WithoutLibrary()], ids=["no mpi4py", "no MPI"])
+def test_without_mpi4py_mpiexec_is_one_line(mpi4py, monkeypatch, finish):
     monkeypatch.setenv("PMI_RANK", "0")
     monkeypatch.setenv("PMI_SIZE", "2")
-    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.setitem(sys.modules, "mpi4py", mpi4py)
     parallel.world.cache_clear()
     status, error = finish(lambda: None)
     parallel.world.cache_clear()
