@@ -1,8 +1,8 @@
 """A run that is killed at any moment, and resumed, ends as if it had been left alone: same bits, same files, no more.
 
-Every write is a flush and a rename. What a kill before or after one of them leaves is what is in the folder then: a
-run is copied at all those moments, and each copy is resumed. Here with small networks; `python tests/test_kills.py`
-kills runs of the real ones, in ten to twenty minutes.
+Every write is a flush and a rename. What a kill before or after one of them leaves is what is in the folder then. It
+is looked at in all those moments of a run that is left alone, and a run is resumed from each. Here with small networks;
+`python tests/test_kills.py` kills runs of the real ones, in ten to twenty minutes.
 """
 
 import itertools
