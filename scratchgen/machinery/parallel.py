@@ -352,6 +352,7 @@ def end(status, message):
                     print(f"rank {rank} on {platform.node()}: {message}", file=sys.__stderr__, flush=True)
                     time.sleep(2)  # Abort loses what mpiexec has not yet read
                 ranks.comm.Abort(status)
+                return  # MPICH's comes back, and ends the rank a little later
 
 
 # --------------------------------------------------------------------------------------------- what the ranks divide up
