@@ -10,6 +10,7 @@ addition weights. This is one row of docs/ablation.py, and an example of how to
 try another parametrisation.
 """
 
+import argparse
 import runpy
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ sys.path.insert(0, str(ROOT))  # where run_ddpm.py is
 
 from scratchgen import improved  # noqa: E402  (before NumPy: sets NumPy's threads)
 from scratchgen.diffusion import at  # noqa: E402
+from scratchgen.machinery import cli  # noqa: E402
 
 
 def eps(self, params, x_t, t, groups=None):
@@ -38,10 +40,15 @@ def step_weights(schedule):
     return (noise / signal) ** 2
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] not in (["run_ddpm"], ["scratchgen.evaluate"]):
-        print(__doc__)
-        sys.exit(0 if sys.argv[1:] == ["--help"] else 2)
+def main(argv=None):
+    parser = cli.OneLineParser("docs/predict_x_0.py", __doc__)
+    parser.add_argument("program", choices=["run_ddpm", "scratchgen.evaluate"])
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="those of this program")
+    args = parser.parse_args(argv)
     improved.Denoiser.eps, improved.Denoiser.x_0, improved.step_weights = eps, x_0, step_weights
-    sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    sys.argv = [args.program, *args.flags]
+    runpy.run_module(args.program, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()  # whose program reports errors itself

@@ -260,8 +260,11 @@ def test_a_run_drops_others_at_every_step_and_shows_the_network_the_rest(small_d
 @pytest.mark.parametrize(("total", "step"), [(1, 1), (4, 1), (5, 2), (938, 235), (7504, 411)])
 def test_the_guide_is_kept_after_a_quarter_of_the_training(total, step):
     assert improved.early_step(total) == step
+
+
+def test_guidance_and_the_number_of_groups_are_those_of_the_document():
     quality = (ROOT / "docs" / "quality.md").read_text()
-    assert f"guided, w = {improved.GUIDANCE} (" in quality and f"into {improved.GROUPS} groups" in quality
+    assert f"guided, w = {improved.GUIDANCE} (" in quality and f"of the {improved.GROUPS} groups" in quality
 
 
 # ------------------------------------------------------------------------------------------------------------ "groups"

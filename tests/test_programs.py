@@ -1,7 +1,9 @@
 """Programs in docs/ that put other programs together: dry runs, with recorded commands, made-up models and numbers."""
 
+import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -23,6 +25,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, T, load, main_of, script
 
+ablation = script("docs/ablation.py")
 figures = script("docs/figures.py")
 speed = script("docs/speed.py")
 sweeps = script("docs/sweeps.py")
@@ -449,3 +452,123 @@ def test_nothing_measured_is_said_in_one_line(add, narrow, tmp_path):
     add(measured(2.0, SamplerConfig("sde-dpm++", 6, 1)))  # now there is one sweep, for one figure
     sweeps.main([str(run), "--frechet", "10"])
     assert [path.name for path in narrow.glob("*/*.png")] == ["guidance.png"]
+
+
+# ----------------------------------------------------------------------------------------------------- docs/ablation.py
+
+ADDITIONS = list(improved.ADDITIONS)
+EXPECTED = {  # run -> additions, and the decay of the moving average
+    "none": ([], 0.998),
+    **{ADDITIONS[count - 1]: (ADDITIONS[:count], 0.998) for count in (1, 2, 3, 4, 6, 7)},
+    "ema-0": (ADDITIONS, 0),
+    "x_0": (["weights"], 0.998),
+}
+GUIDED_RUNS = {"guide": [0, 0.5], "groups": [0, 0.5], "ema-0": [0.5]}
+
+
+@pytest.fixture
+def dry(tmp_path, monkeypatch):
+    """Call the ablation with nothing trained: returns the commands that it starts, and the figure that it draws."""
+    (tmp_path / "runs" / "vae").mkdir(parents=True)
+    (tmp_path / "runs" / "vae" / "checkpoint.npz").touch()
+    (tmp_path / "docs").mkdir()
+    text = "before\n<!-- ablation -->\nold\n<!-- end -->\nafter\n"
+    (tmp_path / "docs" / "quality.md").write_text(text)
+    started, drawn = [], []
+
+    def start(python, *command):
+        command = list(map(str, command))
+        if command[0] == "docs/predict_x_0.py":
+            program, by_x_0 = command[1], True
+        else:
+            program, by_x_0 = command[command[0] == "-m"].removesuffix(".py"), False
+        flags = command[command.index(program if by_x_0 or command[0] == "-m" else command[0]) + 1 :]
+        assert python == sys.executable
+        if program == "run_ddpm":
+            args = run_ddpm.parse_arguments(flags)
+            args.out.mkdir(exist_ok=True)
+            metrics = {"test_loss": len(started) + 0.5 * args.seed}
+        else:
+            args = evaluate.parse_arguments(flags)
+            numbers = {"distance": len(started), "precision": 0.25 + args.seed, "recall": 0.125}
+            rows = {f"{w:g}": numbers | {"distance": len(started) + 100 * w} for w in args.guidance or [0]}
+            configs = {str(SamplerConfig("sde-dpm++", 20, float(w))): row for w, row in rows.items()}
+            metrics = json.loads((args.run / "metrics.json").read_text())
+            metrics["evaluation"] = {"frechet_10000": configs, "bound_exact_100": {"bits_per_dimension": 3.5}}
+        started.append((program, by_x_0, args))
+        folder = args.out if program == "run_ddpm" else args.run
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+    def load_run(folder):
+        def sample(N, rng, config):
+            assert np.array_equal(rng.random(3), np.random.default_rng(0).random(3))
+            level = (list(EXPECTED).index(folder.name.split("-", 1)[1].rsplit("-", 1)[0]) + config.guidance) / 10
+            return np.full((N, 28, 28, 1), level, np.float32)
+
+        return SimpleNamespace(params=None, sample=sample)
+
+    monkeypatch.setattr(ablation, "start", start)
+    monkeypatch.setattr(ablation, "load_run", load_run)
+    monkeypatch.setattr(files, "read_metrics", lambda path, params: json.loads(path.read_text()))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append((figure, path)))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*seeds):
+        started.clear()
+        drawn.clear()
+        ablation.main(["--runs", "runs", "--docs", "docs", "--seeds", *map(str, seeds)])
+        return started, drawn
+
+    return call
+
+
+def test_each_run_of_the_ablation_is_trained_and_measured_once(dry, tmp_path):
+    started, [(figure, path)] = dry(3, 1)
+    assert len(started) == 2 * 2 * len(EXPECTED)
+    for number, (program, by_x_0, args) in enumerate(started):
+        seed = (3, 1)[number // (2 * len(EXPECTED))]
+        run = list(EXPECTED)[number // 2 % len(EXPECTED)]
+        folder = tmp_path / "runs" / f"ablation-{run}-{seed}"
+        assert (program, by_x_0) == (("run_ddpm", "scratchgen.evaluate")[number % 2], run == "x_0")
+        if number % 2 == 0:
+            assert (args.additions, args.ema) == EXPECTED[run] and (args.seed, args.out) == (seed, folder)
+            assert (args.T, args.epochs, args.lr, args.batch_size, args.classes) == (200, 7, 0.01, 128, False)
+        else:
+            assert (args.run, args.frechet, args.bound) == (folder, 10_000, 100) and args.seed == 0
+            assert (args.sampler, args.steps) == (["sde-dpm++"], [20]) and args.vae == tmp_path / "runs" / "vae"
+            assert args.guidance == GUIDED_RUNS.get(run)
+
+    assert path == Path("docs/figures/ddpm_ablation.png")
+    levels = [0, 1, 2, 3, 4, 5, 5.5, 6.5, 6, 7.5]  # the place of each row's run, and the w that it is drawn with
+    shown, names, _ = pictures(figure, len(levels), 0)
+    np.testing.assert_allclose(shown[:, 0, 0, 0], np.array(levels) / 10, atol=1e-6)
+    assert names == [row for row in ablation.ROWS if "x_0" not in row]
+    assert dry(3, 1)[0] == []  # all is there
+
+
+def test_the_table_of_the_ablation_has_the_mean_over_all_seeds_so_far(dry, tmp_path):
+    dry(2)
+    dry(0)
+    before, _, *rows, _, after = (tmp_path / "docs" / "quality.md").read_text().splitlines()
+    head, line, *rows = [re.split(r" *\| *", row)[1:-1] for row in rows]
+    assert (before, after) == ("before", "after") and head[1:] == [*ablation.COLUMNS, "seeds"]
+    assert set(line) == {"---"} and [row[0] for row in rows] == list(ablation.ROWS)
+    # Run number n is trained by command 2 n and measured by command 2 n + 1.
+    places = [0, 1, 2, 3, 4, 5, 5, 6, 6, 7, 8]
+    for (_, loss, bits, distance, *rest, seeds), n, w in zip(
+        rows, places, [0] * 6 + [0.5, 0.5, 0, 0.5, 0], strict=True
+    ):
+        losses = np.array([2 * n + 1, 2 * n])  # of seeds 2 and 0
+        assert loss == f"{losses.mean():.4f} +- {losses.std(ddof=1):.4f}" and bits == "3.50 +- 0.00"
+        assert distance == f"{2 * n + 1 + 100 * w:.1f} +- 0.0"
+        assert rest == ["0.250 +- 0.000", "0.125 +- 0.000"] and seeds == "0, 2"
+
+
+def test_a_damaged_metrics_json_is_one_line_of_the_ablation(dry, tmp_path):
+    dry(0)
+    (tmp_path / "runs" / "ablation-v-0" / "metrics.json").write_text("{}")
+    with pytest.raises(UserError, match="ablation-v-0.*expected the numbers of this run"):
+        dry(0)
+    shutil.rmtree(tmp_path / "runs" / "vae")
+    with pytest.raises(UserError, match="expected a finished run of run_vae.py"):
+        dry(0)

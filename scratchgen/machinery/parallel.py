@@ -111,6 +111,9 @@ class Ranks:
         global rank
         ours, theirs = Pipe()
         self.pipes.append(ours)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):  # there is none, or it is closed
+                stream.flush()  # or each rank would have a copy of what is not printed yet
         with warnings.catch_warnings():
             # Since Python 3.12 a fork warns if there are other threads (of a notebook, of pytest-xdist): a lock that
             # one of them holds stays locked in the child. Ranks only compute, and need none of these locks.
