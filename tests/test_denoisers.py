@@ -32,7 +32,7 @@ def make_batch(rng, N, H=28, W=28):
 )
 def test_a_network_is_its_plain_definition(rng, arch, options):
     init, network = DENOISERS[arch]
-    params = tree.map(np.float64, shaken(rng, init(rng, **options), 0.05))
+    params = tree.map(lambda p: p.astype(np.float64), shaken(rng, init(rng, **options), 0.05))
     x = rng.standard_normal((3, 28, 28, options.get("inputs", 1)))
     t = np.array([1, 40, 200])
     answers = [network(params, x, t)]  # of float64, but for the embedding of t
