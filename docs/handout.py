@@ -72,7 +72,7 @@ MICRO_README = """
 
 `scratchgen/micro.py` is both models on one page, with the gradient by hand. Six formulas are left to write, each in
 place of the lines `raise NotImplementedError("formula ...")`. `pytest tests/test_micro.py` checks them. Then
-`python scratchgen/micro.py` trains both models in two and a half minutes and draws `micro.png`.
+`python scratchgen/micro.py` trains both models in two minutes and draws `micro.png`.
 
 {formulas}
 """

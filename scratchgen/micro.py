@@ -2,7 +2,7 @@
 
     python micro.py [FOLDER]        FOLDER, by default data, holds train-images-idx3-ubyte.gz
 
-It trains both in two and a half minutes and draws micro.png: 64 garments by the VAE, and below them 64 by the DDPM.
+It trains both in two minutes and draws micro.png: 64 garments by the VAE, and below them 64 by the DDPM.
 
 VAE: Kingma and Welling 2014 (arXiv:1312.6114). DDPM: Ho, Jain and Abbeel 2020 (arXiv:2006.11239). Numbers of equations
 and algorithms are those of the DDPM paper. x is a matrix of images, N rows of 784 pixels. d_x is the derivative of the

@@ -47,8 +47,8 @@ def elbo_terms(encode, decode, batch):
 def negative_elbo(encode, decode, batch, beta=1.0):
     """The loss (the batch mean of -ELBO), and its two terms for the log.
 
-    With ``beta`` other than 1 it is the loss of a beta-VAE (Higgins et al. 2017). A larger one makes the bound looser;
-    with a smaller one it is none.
+    With ``beta`` other than 1 it is the loss of a beta-VAE (Higgins et al. 2017). With beta above 1 the bound is
+    looser; below 1 it is no bound.
     """
     reconstruction, kl = elbo_terms(encode, decode, batch)
     terms = {"reconstruction": mean(reconstruction), "kl": mean(kl)}
@@ -96,7 +96,7 @@ def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28, gated=False
     *before, last = hidden
     outputs = 2 * last if gated else last  # glu halves them, relu does not
     return {
-        # init_mlp gives its last layer a gain of 1; here a ReLU follows.
+        # The last layer has gain 1, although a ReLU or glu follows here.
         "encoder": init_mlp(rng, [pixels, *before, outputs], gated),
         **init_gaussian(rng, last, latent_dim),
         "decoder": init_mlp(rng, [latent_dim, *hidden, pixels], gated),
