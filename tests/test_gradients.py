@@ -218,6 +218,16 @@ def test_a_gradient_given_as_a_function_is_called_where_it_is_needed_and_once(rn
             np.testing.assert_allclose(found, x * y * z / arrays[name], rtol=1e-12)
 
 
+def test_a_notebook_that_makes_numpy_raise_can_differentiate():
+    """What is too small for float32 is 0, forward and backward, and nothing to stop for."""
+    x = np.array([-200, -88, -80, 1], np.float32)
+    value_and_gradient = value_and_grad(lambda x: ops.mean(ops.silu(x)))
+    expected = value_and_gradient(x, weight=1e-35)
+    assert expected[1][2] == 0 < expected[1][3]
+    with np.errstate(all="raise"):
+        assert_same_bits(value_and_gradient(x, weight=1e-35), expected)
+
+
 def test_an_op_of_plain_arrays_is_a_plain_function(rng, product_of_three):
     triple, done = product_of_three
     x, y, z = rng.standard_normal((3, 2, 4))

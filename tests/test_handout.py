@@ -161,6 +161,66 @@ def test_the_readme_and_the_questions_have_the_points_of_the_sheet():
     assert f"{sum(of_code.values()):g} of 29" in rubric and f"the {sum(rest.values()):g} others" in rubric
 
 
+PYTHON = {  # for each piece of LaTeX, in this order; a matrix is a number, too
+    r"\bar\alpha_{t-1}": "bar_before",
+    r"x_{t-1}": "x_before",
+    r"S_2^{-1}": "(1 / S_2)",
+    r"\log \det S": "log(S)",
+    r"^\top": "",
+    r"\det": "",
+    r"\mathrm{tr}": "",
+    r"\tfrac12": "0.5",
+    r"\left": "",
+    r"\right": "",
+    r"\,": "",
+    r"\;": "",
+    r"\log ": "log",
+    "\\": "",
+}
+
+
+def value(formula, **numbers):
+    for latex, python in PYTHON.items():
+        formula = formula.replace(latex, python)
+    formula = " ".join(formula.split())
+    for _ in range(2):  # what is inside comes first
+        formula = re.sub(r"sqrt{([^{}]*)}", r"sqrt(\1)", formula)
+        formula = re.sub(r"frac{([^{}]*)}{([^{}]*)}", r"((\1) / (\2))", formula)
+    formula = re.sub(r"(?<=[\w)])\s+(?=[\w(])", " * ", formula)
+    return eval(formula, {"sqrt": np.sqrt, "log": np.log, "N": gaussian, "I": 1, "d": 1}, numbers)
+
+
+def gaussian(mean, variance):
+    return np.stack(np.broadcast_arrays(mean, variance))
+
+
+def test_the_equations_of_the_questions_are_those_of_our_functions():
+    schedule = diffusion.make_schedule("linear", 5)
+    t = np.array([3])
+    beta, alpha, bar = (schedule[name][3] for name in ("beta", "alpha", "alpha_bar"))
+    of_schedule = {"beta_t": beta, "alpha_t": alpha, "baralpha_t": bar, "bar_before": schedule["alpha_bar"][2]}
+    x_0, x_t, epsilon, nothing = np.array([0.7, -0.4, 1.3, 0]).reshape(4, 1, 1, 1, 1)
+    images = {"x_0": x_0, "x_t": x_t, "x_before": x_t, "epsilon_t": epsilon}
+    of_gaussians = {"m": 0.3, "S": 0.6, "m_1": 0.2, "m_2": -0.5, "S_1": 0.9, "S_2": 1.7}
+    mean, variance = diffusion.q_posterior(schedule, x_0, x_t, t)
+    of_step_t = gaussian(
+        diffusion.q_sample(schedule, x_0, t, nothing), diffusion.q_sample(schedule, nothing, t, nothing + 1) ** 2
+    )
+    questions = (STUDENT / "questions.md").read_text()
+    for left, expected in {
+        r"q(x_t \mid x_{t-1})": gaussian(np.sqrt(alpha) * x_t, beta),
+        r"q(x_t \mid x_0)": of_step_t,
+        r"D_{KL}\left(N(m, S) \,\Vert\, N(0, I)\right)": diffusion.gaussian_kl(0.3, 0.6, 0, 1),
+        r"\tilde\beta_t": variance,
+        r"\tilde\mu_t(x_t, x_0)": mean,
+        r"x_t": diffusion.q_sample(schedule, x_0, t, epsilon),
+        r"D_{KL}\left(N(m_1, S_1) \,\Vert\, N(m_2, S_2)\right)": diffusion.gaussian_kl(0.2, 0.9, -0.5, 1.7),
+    }.items():
+        formula = re.search(rf"^{re.escape(left)} = (.*?)\.?(?: \\tag\{{\d\}})?\n```", questions, re.M | re.S)[1]
+        found = value(formula, **of_schedule, **images, **of_gaussians)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=left)
+
+
 @pytest.fixture(scope="module")
 def handed_out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("handed out")

@@ -296,8 +296,11 @@ def test_k_means_is_lloyds_algorithm(rng, rounds, monkeypatch):
 def test_ten_thousand_images_of_a_class_are_grouped_and_all_are_counted(rng, monkeypatch):
     grouped = []
     monkeypatch.setattr(improved, "k_means", lambda x, K, rng: grouped.append(len(x)) or x[:K])
-    known = improved.find_groups(rng.integers(256, size=(10_500, 1, 1, 1), dtype=np.uint8), None, 1, rng)
-    assert grouped == [10_000] and known["shares"].tolist() == [[1]]
+    images = rng.integers(256, size=(10_500, 1, 1, 1), dtype=np.uint8)
+    known = improved.find_groups(images, None, 2, rng)
+    counts = np.bincount(improved.nearest(known["means"][0], scale(images, -1, 1)), minlength=2)
+    assert grouped == [10_000]
+    np.testing.assert_allclose(known["shares"], [(counts + 1) / 10_502], rtol=1e-12)
 
 
 def test_there_may_be_fewer_images_than_groups(rng):
@@ -306,6 +309,8 @@ def test_there_may_be_fewer_images_than_groups(rng):
     assert known.means.shape == (1, 6, 4, 6, 1) and np.isfinite(known.means).all()
     assert known.shares.sum() == pytest.approx(1) and known.shares.min() > 0
     assert known.draw(50, None, rng).max() < 6
+    one = scale(images[:1], -1, 1)
+    np.testing.assert_array_equal(improved.k_means(one, 3, rng), np.repeat(one, 3, axis=0))  # an empty group stays
     a_sum_below_1 = improved.Groups(None, np.array([[0.5, 0.4999]]))
     largest = SimpleNamespace(random=lambda shape: np.full(shape, 0.99999))
     assert a_sum_below_1.draw(2, None, largest).tolist() == [1, 1]

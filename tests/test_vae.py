@@ -122,6 +122,21 @@ def test_many_samples_give_the_likelihood(rng):
     np.testing.assert_allclose(shifted + 5000, found, rtol=1e-6)
 
 
+@pytest.mark.parametrize("first", [0, -5000])
+def test_a_block_of_draws_may_be_far_less_likely_than_another(first):
+    """By more than float64 can express: of two draws only the better one counts."""
+    logits = iter([first, -5000 - first])
+
+    def encode(x):
+        return np.zeros((1, 1)), np.zeros((1, 1))
+
+    def decode(z):
+        return np.full((1, 1), next(logits), float)
+
+    found = vae.importance_weighted_bound(encode, decode, np.ones((1, 1)), 2, generators(1), block=1)
+    assert found == pytest.approx(np.log([0.5 / 2]))
+
+
 @pytest.mark.parametrize(("K", "block"), [(1, 500), (6, 500), (6, 4)])
 def test_the_bound_is_the_mean_of_the_weights_of_each_image_with_its_own_draws(rng, K, block):
     """log 1/K sum p(x | z) p(z) / q(z | x), weight by weight, for images that have nothing in common."""
