@@ -5,6 +5,7 @@ from scratchgen.data import CLASSES, load_fashion_mnist, scale
 from scratchgen.evaluate import classifier
 from scratchgen.gradients import value_and_grad
 from scratchgen.machinery.run import rng_for
+from scratchgen.optim import cosine_decay
 
 import numpy as np
 import pytest
@@ -41,12 +42,15 @@ def test_the_weights_in_the_repository_are_small_and_good():
 
 def test_training_writes_weights_that_load_and_tells_their_accuracy(small_data, monkeypatch, tmp_path, capsys):
     out = tmp_path / "new" / "weights"  # a folder that is not there, a name that np.savez would change
-    keys = []
+    assert (training.EPOCHS, training.BATCH, training.LR) == (8, 128, 2e-3)  # of those in the repository
+    keys, rates, adam_step = [], [], training.adam_step
     monkeypatch.setattr(training, "EPOCHS", 2)
+    monkeypatch.setattr(training, "adam_step", lambda *args: rates.append(args[3:]) or adam_step(*args))
     monkeypatch.setattr(training, "rng_for", lambda *key: keys.append(key) or rng_for(*key))
     main_of(training, "--data", small_data, "--out", out, "--workers", 1, "--seed", 4)
     printed = capsys.readouterr().out
     assert keys == [(4, 0), (4, 1, 0), (4, 1, 1)]  # the start, and an order for each epoch
+    assert rates == [(step, cosine_decay(step, 4, 2e-3)) for step in (1, 2, 3, 4)]
     arrays, state = load(out)
     main_of(training, "--data", small_data, "--out", tmp_path / "again", "--workers", 2, "--seed", 4)
     again, _ = load(tmp_path / "again")

@@ -54,6 +54,13 @@ def test_precision_on_a_line():
         assert metrics.precision(real, np.array(points)[:, None], k=1) == inside
 
 
+def test_by_default_k_is_3_as_help_says():
+    """Of 0, 1, 3, 7 and 20 the third nearest are 7, 6, 4, 7 and 19 away: they reach from -7 to 39."""
+    real = np.array([0.0, 1, 3, 7, 20])[:, None]
+    points = np.array([-7.01, -7, 39, 39.01])[:, None]
+    assert metrics.precision(real, points) == metrics.recall(points, real) == 0.5
+
+
 @pytest.mark.parametrize(("N", "M", "k", "block"), [(13, 17, 3, 500), (13, 17, 3, 4), (5, 30, 2, 7), (30, 5, 4, 5)])
 def test_precision_is_its_definition(N, M, k, block, rng):
     generated = rng.standard_normal((N, 3)).astype(np.float32)

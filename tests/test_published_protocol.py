@@ -168,7 +168,8 @@ def test_the_best_weights_are_kept_and_measured_when_later_epochs_are_worse(call
     """ELBOs are made up here: by those of the twenty images held out, the second of four epochs is the best."""
     made_up = {20: iter([-300.0, -200.0, -250.0, -220.0]), 40: iter([-250.0, -240.0, -230.0, -235.0])}
     steps = recording(monkeypatch)
-    monkeypatch.setattr(protocol, "active_units", lambda mu: np.ones(len(mu)))
+    codes = []
+    monkeypatch.setattr(protocol, "active_units", lambda mu: codes.append(mu) or np.ones(len(mu)))
     monkeypatch.setattr(
         protocol, "in_parallel", lambda *args: lambda x, eps: np.tile([next(made_up[len(x)]), 0], (len(x), 1))
     )
@@ -180,6 +181,7 @@ def test_the_best_weights_are_kept_and_measured_when_later_epochs_are_worse(call
     np.testing.assert_array_equal(arrays["params/mu/w"], steps[3].left["mu"]["w"])  # training went on with the last
     model, x = VAE(state["config"], {"params": params}), protocol.binarised_test(x_test)
     assert numbers["iwae_50"] == pytest.approx(model.importance_weighted_bound(x, 50, 0, Ranks(1)), rel=1e-6)
+    np.testing.assert_array_equal(codes, [model.encode(x)[0]])
     assert numbers["active_units"] == 40  # for here it counts the images: those of the test set
 
 
@@ -208,6 +210,13 @@ def test_stopped_and_resumed_with_other_workers_it_gives_the_same_bits(whole, ca
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
+
+
+def test_the_defaults_are_those_of_the_table_in_quality_md():
+    args = vars(protocol.parse_arguments([]))
+    expected = {"arch": "gated", "epochs": 700, "batch_size": 128, "lr": 2e-3, "latent_dim": 40, "warm_up": 100}
+    expected |= {"weight_decay": 0.02, "hold_out": 10_000, "iwae": 5000, "train_images": None, "seed": 0}
+    assert args.items() >= expected.items()
 
 
 RANGES = "--weight-decay -1, --weight-decay 600, --hold-out 0, --iwae 0, --warm-up -1, --latent-dim 1, --beta 4"

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from pathlib import Path
 
 from scratchgen import diffusion, plots, trained, vae
 from scratchgen.data import CLASSES, UserError, load_fashion_mnist, scale
@@ -315,7 +316,7 @@ def test_samples_beside_training_images_and_those_of_the_vae(narrow, measure, sm
     assert out.count("asked: the share that a classifier takes for the class that was asked for") == 1
 
 
-def test_samples_are_compared_with_the_vae_that_is_named(narrow, measure, capsys):
+def test_samples_are_compared_with_the_vae_that_is_named(narrow, measure, small_data, monkeypatch, capsys):
     arrays, state = load(narrow / "vae" / "checkpoint.npz")
     (narrow / "other").mkdir()
     arrays["params/decoder/2/b"] = arrays["params/decoder/2/b"] + 1
@@ -328,6 +329,25 @@ def test_samples_are_compared_with_the_vae_that_is_named(narrow, measure, capsys
     assert not {"spread", "draws", "agreement"} & named["VAE"].keys()  # of one draw, without classes
     out = capsys.readouterr().out
     assert "draws" not in out and "asked: " not in out
+    monkeypatch.chdir(narrow / "ddpm")  # where the VAE beside it is no part of the path
+    main_of(evaluate, ".", "--data", small_data, "--workers", 1, "--frechet", 10, "--steps", 1)
+    assert json.loads(Path("metrics.json").read_text())["evaluation"]["frechet_10"]["VAE"] == beside["VAE"]
+
+
+@pytest.mark.parametrize("N", [999, 1000, 1001])
+def test_fewer_than_a_thousand_are_warned_of_and_copies_are_looked_for_among_the_first_thousand(
+    N, narrow, monkeypatch, capsys
+):
+    looked_at = []
+    monkeypatch.setattr(classifier, "features", lambda params, x: x.reshape(len(x), -1)[:, 300:364])
+    monkeypatch.setattr(metrics, "nearest_distance", lambda images, _: looked_at.append(len(images)) or np.zeros(1))
+    images = np.random.default_rng(0).integers(0, 256, (1001, 28, 28, 1)).astype(np.uint8)
+    model = load_run(narrow / "vae")
+    report = reports.Report(narrow / "vae", model, 0)
+    data = {"train_images": images, "test_images": images[:40]}
+    reports.measure_samples(report, model, data, Ranks(1), N, 1, [], None)
+    assert looked_at == [min(N, 1000)] * 2 + [40]  # training images, samples, test images
+    assert (f"warning: {N} images say little" in capsys.readouterr().out) == (N < 1000)
 
 
 def test_sample_metrics():

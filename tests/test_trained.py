@@ -356,6 +356,13 @@ def test_the_classifier_takes_garments_for_what_they_were_asked_to_be():
 def test_packed_weights_are_those_of_the_run_but_for_rounding(narrow, small_data, x_test, monkeypatch, capsys):
     """docs/pack.py as a whole, on three small runs: what it writes, what it says, and that it loads again."""
     pack = script("docs/pack.py")
+    sizes = {np.dtype(np.int8): [], np.dtype(np.float16): []}
+    for path in trained.WEIGHTS.values():  # those in the package
+        for place, array in load(path)[0].items():
+            if not place.endswith("/scale"):
+                sizes[array.dtype].append(array.size)
+    rounded, others = sizes.values()
+    assert max(others) < pack.LARGE <= min(rounded)
     monkeypatch.setattr(pack, "LARGE", 100)  # numbers in a matrix
     (narrow / "classes").rename(narrow / "ddpm-classes")
     for name in trained.WEIGHTS:
