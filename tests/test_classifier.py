@@ -1,7 +1,7 @@
 """The classifier: its gradient, its weights as they lie in the repository, and that it can be made again."""
 
 from scratchgen import plots, tree
-from scratchgen.data import CLASSES, load_fashion_mnist, scale
+from scratchgen.data import CLASSES, UserError, load_fashion_mnist, scale
 from scratchgen.evaluate import classifier
 from scratchgen.gradients import value_and_grad
 from scratchgen.machinery.run import rng_for
@@ -77,6 +77,12 @@ def test_a_folder_in_the_place_of_the_weights_is_refused_before_any_work(small_d
     with pytest.raises(SystemExit) as stop:
         training.main(["--data", str(small_data), "--out", str(tmp_path)])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_figure_that_cannot_be_written_is_refused_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "load_fashion_mnist", None)
+    with pytest.raises(UserError, match="expected a name that ends in"):
+        training.main(["--drawn", "10", "--figure", f"{tmp_path / 'x.txt'}", "--out", f"{tmp_path / 'x.npz'}"])
 
 
 def test_what_is_learned_from_drawn_and_from_real_images_is_told_apart(small_data, monkeypatch, tmp_path, capsys):

@@ -121,6 +121,8 @@ def test_classes_take_turns_row_by_row_and_the_sampler_is_still_asked(flags, lab
 def test_every_class_has_a_name_and_a_number():
     for label, name in enumerate(CLASSES):
         assert draw.a_class(name) == draw.a_class(name.upper()) == draw.a_class(str(label)) == label
+    plurals = ("T-shirts", "trousers", "dresses", "Bags", "ankle boots")
+    assert [draw.a_class(name) for name in plurals] == [0, 1, 3, 8, 9]
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused

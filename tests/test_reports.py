@@ -176,6 +176,7 @@ def test_each_term_of_the_bound_is_of_its_image_group_noise_and_t(
     measure(name, "--seed", 2)
     estimated = seen.copy()
     seen.clear()
+    capsys.readouterr()
     found = measure(name, "--bound", 5, "--seed", 2)
     out = capsys.readouterr().out
     estimate, exact = found["bound_estimate"], found["bound_exact_5"]

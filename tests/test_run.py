@@ -366,6 +366,11 @@ def test_a_run_is_resumed_only_with_the_settings_it_was_made_with(make):
         assert run.step == 6 and list(run.epochs()) == []
 
 
+def test_the_folder_may_be_a_link_to_one_that_is_not_there_yet(make, tmp_path):
+    (tmp_path / "run").symlink_to("disk")
+    assert make().path.is_file() and (tmp_path / "disk" / "checkpoint.npz").is_file()
+
+
 def test_a_new_run_saves_at_once_and_puts_an_earlier_checkpoint_aside(make, capsys):
     first = train(make()).path.read_bytes()
     run = make(seed=1)
