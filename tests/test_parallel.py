@@ -749,16 +749,6 @@ def test_a_signal_for_the_whole_group_is_one_line_of_rank_0(number, start, tmp_p
     assert finish_program(program, tmp_path) == (128 + number, "ready\n", "program.py: stopped: just so\n")
 
 
-@needs_fork
-def test_what_is_not_written_yet_when_ranks_begin_is_written_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", open(tmp_path / "out", "w"))  # noqa: SIM115  no other reference may keep it
-    print("once")
-    with Ranks(3):
-        pass
-    sys.stdout.close()
-    assert (tmp_path / "out").read_text() == "once\n"
-
-
 @pytest.fixture(scope="module")
 def alone(small_data, tmp_path_factory):
     """The folder of a run of each model by one worker, and by name what a kill at each of its moments would leave."""
