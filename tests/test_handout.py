@@ -643,9 +643,11 @@ def test_the_command_prints_a_table_of_the_folders(tmp_path, monkeypatch, capsys
     folders = [tmp_path / name for name in ("anna", "bert", "carla")]
     for folder in folders:
         (folder / "scratchgen").mkdir(parents=True)
-    handout.main(["--grade", *map(str, folders)])
+    monkeypatch.chdir(folders[2])  # which is graded as "."
+    handout.main(["--grade", *map(str, folders[:2]), "."])
     lines = capsys.readouterr().out.splitlines()
     names = ("question", "points for code", "anna", "bert", "carla", "mean")
+    assert all(line.startswith(f"{name} ") for name, line in zip(names, lines, strict=False))
     numbers_of = {name: line.removeprefix(name).split() for name, line in zip(names, lines, strict=False)}
     of_code = {question: sum(functions.values()) for question, functions in handout.FUNCTIONS.items()}
     assert numbers_of["question"] == [*map(str, of_code), "all"]

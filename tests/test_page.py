@@ -87,6 +87,17 @@ def test_its_data_are_the_test_set_and_its_codes(data, text):
     np.testing.assert_allclose(codes, np.clip(mu[first][:, there["active"]], -127 / 32, 127 / 32), atol=1 / 64 + 1e-4)
 
 
+def test_a_code_too_large_for_a_byte_stays_at_the_edge(data, monkeypatch):
+    """Those of the package's weights fit; with a smaller scale they do not."""
+    monkeypatch.setattr(page, "CODE_SCALE", 1 / 64)
+    there = page.contents(data)
+    mu, _ = load_trained("vae").encode(scale(data["test_images"], 0, 1))
+    codes = mu[page.first_of_each_class(data["test_labels"], 100)][:, there["active"]]
+    expected = np.clip(codes, -127 / 64, 127 / 64)
+    assert codes.max() > 2 > -2 > codes.min()
+    np.testing.assert_allclose(array(*there["codes"]).reshape(1000, 8) / 64, expected, atol=1 / 128 + 1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------- in a browser
 
 

@@ -146,7 +146,7 @@ class Grey:
 
     def x_0_guided(self, x_t, t, groups, config):
         self.times.append(t[0])
-        return self.groups.means_of(groups)
+        return self.groups.means_of(groups) + (np.arange(40) // 10 / 16).reshape(-1, 1, 1, 1)  # each row is brighter
 
 
 def test_the_figures_of_classes_groups_and_betas():
@@ -165,8 +165,8 @@ def test_the_figures_of_classes_groups_and_betas():
     assert model.times == samplers.timesteps(5, 2)[:-1]
     grey = shown[:, :, 0, 0]
     assert len(set(grey[0])) == 10
-    np.testing.assert_allclose(grey[:5], np.tile(grey[0], (5, 1)), atol=1e-6)
-    np.testing.assert_allclose(grey[5], grey[0], atol=1 / 255)  # the nearest of all 256 greys
+    np.testing.assert_allclose(grey[1:5] - grey[0], np.tile([[0], [1 / 16], [1 / 8], [3 / 16]], 10), atol=1e-6)
+    np.testing.assert_allclose(grey[5], grey[4], atol=1 / 255)  # of all 256 greys, the nearest to the last sample
     assert rows == ["mean of group", *(f"sample {number}" for number in range(1, 5)), "nearest to it"]
 
     x = np.linspace(0, 1, 10, dtype=np.float32).reshape(-1, 1, 1, 1) * np.ones((1, 28, 28, 1), np.float32)
@@ -284,14 +284,14 @@ def test_each_copy_is_measured_once_by_the_clock_of_its_training(
     commands, small_data, x_test, tmp_path, monkeypatch, capsys
 ):
     drawn = []
-    found = iter([30.0, 1.0, 40.0, 2.0, 25.0, 1.0])
+    found = iter([30.0, 1.0, 40.0, 2.0, 9.0, 8.0, 7.0, 6.0, 25.0, 1.0])
 
     def draw(model, N, seed, ranks, config):
         drawn.append((N, seed, str(config)))
         return np.full((N, 28, 28, 1), len(drawn), np.uint8)
 
     def distance(generated, real):
-        assert generated.shape == (8, 28) and np.all(generated == scale(np.uint8(len(drawn)), 0, 1))
+        assert generated.shape == (drawn[-1][0], 28) and np.all(generated == scale(np.uint8(len(drawn)), 0, 1))
         np.testing.assert_array_equal(real, scale(x_test[:, 14, :, 0], 0, 1))
         return next(found)
 
@@ -323,6 +323,9 @@ def test_each_copy_is_measured_once_by_the_clock_of_its_training(
 
     main_of(speed, *flags)  # neither trained nor measured again
     assert capsys.readouterr().out.splitlines() == printed and len(commands) == 2 and len(drawn) == 4
+    main_of(speed, *flags, "--samples", 9)  # not trained again, but measured by other samples
+    assert capsys.readouterr().out.startswith("tiny, seed 3: 123 s 9.00, 163 s 8.00") and len(commands) == 2
+    assert [N for N, *_ in drawn[4:]] == [9] * 4
     shutil.rmtree(folders[0] / "copies")  # a run without copies, or one that was stopped, is resumed and not begun anew
     (folders[0] / "metrics.json").unlink()
     main_of(speed, *flags)
@@ -502,7 +505,8 @@ def dry(tmp_path, monkeypatch):
     def load_run(folder):
         def sample(N, rng, config):
             assert np.array_equal(rng.random(3), np.random.default_rng(0).random(3))
-            level = (list(EXPECTED).index(folder.name.split("-", 1)[1].rsplit("-", 1)[0]) + config.guidance) / 10
+            run, seed = folder.name.removeprefix("ablation-").rsplit("-", 1)
+            level = (list(EXPECTED).index(run) + config.guidance) / 10 + int(seed)
             return np.full((N, 28, 28, 1), level, np.float32)
 
         return SimpleNamespace(params=None, sample=sample)
@@ -541,7 +545,7 @@ def test_each_run_of_the_ablation_is_trained_and_measured_once(dry, tmp_path):
     assert path == Path("docs/figures/ddpm_ablation.png")
     levels = [0, 1, 2, 3, 4, 5, 5.5, 6.5, 6, 7.5]  # the place of each row's run, and the w that it is drawn with
     shown, names, _ = pictures(figure, len(levels), 0)
-    np.testing.assert_allclose(shown[:, 0, 0, 0], np.array(levels) / 10, atol=1e-6)
+    np.testing.assert_allclose(shown[:, 0, 0, 0], np.array(levels) / 10 + 3, atol=1e-6)  # of the first seed
     assert names == [row for row in ablation.ROWS if "x_0" not in row]
     assert dry(3, 1)[0] == []  # all is there
 
