@@ -194,13 +194,13 @@ def test_gif_has_every_frame_under_its_t_and_lingers_on_the_last(tmp_path, monke
 
 
 def test_latent_use_shows_dimensions_in_falling_order_of_kl():
-    kl, variance, active = np.array([0.5, 2.0, 0.0]), np.array([0.4, 0.9, 0.001]), np.array([True, True, False])
-    spread = np.array([0.6, 0.2, 0.999])
+    kl, variance, active = np.array([0.5, 0.0, 2.0]), np.array([0.4, 0.001, 0.9]), np.array([True, False, True])
+    spread = np.array([0.6, 0.999, 0.2])
     left, right = plots.latent_use(kl, variance, spread, active).axes
     assert [bar.get_height() for bar in left.patches] == [2.0, 0.5, 0.0]
     np.testing.assert_allclose([bar.get_height() for bar in right.patches], [0.9, 0.4, 0.001, 0.2, 0.6, 0.999])
     np.testing.assert_allclose([bar.get_y() for bar in right.patches[3:]], [0.9, 0.4, 0.001])  # stands on the other
-    assert tick_labels(left.xaxis) == tick_labels(right.xaxis) == ["1", "0", "2"]
+    assert tick_labels(left.xaxis) == tick_labels(right.xaxis) == ["2", "0", "1"]
     assert left.get_title() == "KL of each dimension, 2.5 nats in all"
     assert right.get_title() == "2 of 3 active: variance of $\\mu$ above 0.01"
     colours = [to_rgba("C0"), to_rgba("C0"), to_rgba("lightgray")]

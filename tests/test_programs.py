@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import run_ddpm
 import run_vae
@@ -105,6 +106,12 @@ def test_figures_are_remade_by_the_commands_of_the_help(small_data, tmp_path, mo
     np.testing.assert_array_equal(images, arrays["train_images"])
     assert name == "ddpm" and saved["ddpm_classes_classes.png"] == ("ddpm-classes",)
     assert figures.read_numbers() == {name: {"of": name} for name in trained}
+
+    saved.clear()
+    monkeypatch.setattr(figures.subprocess, "run", lambda command, cwd: SimpleNamespace(returncode=3))
+    with pytest.raises(SystemExit, match="3"):  # a command that fails ends it
+        main_of(figures, "--runs", tmp_path / "runs", "--data", small_data, "--workers", 1)
+    assert saved == {}
 
 
 def pictures(figure, rows, low):
@@ -331,6 +338,19 @@ def test_each_copy_is_measured_once_by_the_clock_of_its_training(
     main_of(speed, *flags)
     assert [args.resume for args in commands[2:]] == [True]
     assert capsys.readouterr().out.splitlines()[0] == "tiny, seed 3: 123 s 25.00, 163 s 1.00"
+
+
+def test_a_training_that_fails_or_is_stopped_ends_the_measurement(monkeypatch, small_data, tmp_path):
+    flags = ["--rows", "paper", "--seeds", "0", "--runs", str(tmp_path), "--data", str(small_data)]
+    waited = []
+    child = SimpleNamespace(poll=lambda: 4, wait=lambda: waited.append(True))
+    monkeypatch.setattr(speed.subprocess, "Popen", lambda command, cwd: child)
+    with pytest.raises(SystemExit, match="4"):
+        speed.main(flags)
+    child.poll = Mock(side_effect=KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        speed.main(flags)
+    assert waited == [True]  # until the child has saved its state
 
 
 # ------------------------------------------------------------------------------------------------------- docs/sweeps.py
@@ -576,3 +596,14 @@ def test_a_damaged_metrics_json_is_one_line_of_the_ablation(dry, tmp_path):
     shutil.rmtree(tmp_path / "runs" / "vae")
     with pytest.raises(UserError, match="expected a finished run of run_vae.py"):
         dry(0)
+
+
+def test_a_program_that_fails_or_is_stopped_ends_the_ablation(monkeypatch):
+    ablation.start(sys.executable, "-c", "pass")
+    with pytest.raises(SystemExit, match="4"):
+        ablation.start(sys.executable, "-c", "raise SystemExit(4)")
+    wait = Mock(side_effect=[KeyboardInterrupt, 130])
+    monkeypatch.setattr(ablation.subprocess, "Popen", lambda command, cwd: SimpleNamespace(wait=wait))
+    with pytest.raises(KeyboardInterrupt):
+        ablation.start("run_ddpm.py")
+    assert wait.call_count == 2  # until the child has saved its state
