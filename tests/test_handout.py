@@ -737,6 +737,7 @@ def test_of_a_read_only_project_the_hand_out_can_be_written_and_changed(tmp_path
     root = tmp_path / "project"
     ignored = shutil.ignore_patterns("__pycache__", "figures", "*.gz", "*.npz", "runs", ".*")
     shutil.copytree(ROOT, root, ignore=ignored)
+    (root / "docs/handout/student/scratchgen/__pycache__").mkdir()  # of a lecturer who tried it
     for path in root.rglob("*"):
         path.chmod(path.stat().st_mode & ~0o222)
     monkeypatch.setattr(handout, "ROOT", root)
@@ -745,6 +746,7 @@ def test_of_a_read_only_project_the_hand_out_can_be_written_and_changed(tmp_path
         path.chmod(path.stat().st_mode | 0o200)  # or pytest could not delete it
     written = list((tmp_path / "homework").rglob("*"))
     assert len(written) > 30 and all(path.stat().st_mode & 0o200 for path in written)
+    assert "__pycache__" not in [path.name for path in written]
 
 
 @pytest.mark.parametrize("name", ["without_last_section", "notebook_of_stubs", "without_formulas"])

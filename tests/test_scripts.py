@@ -669,11 +669,13 @@ def test_labels_reach_the_network_in_training_in_the_test_loss_and_in_each_figur
     np.testing.assert_allclose(255 * (frames[0][:, 14, 14, 0] + 1) / 2, greys[:16], atol=1)
 
 
-def test_classes_need_labels(small_data, tmp_path):
+def test_classes_need_labels_and_without_them_none_are_read(small_data, draws_nothing, tmp_path):
     for path in small_data.glob("*images*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(data.DataError, match="labels"):
         run_ddpm.main(["--classes", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    flags = ["--T", 5, "--arch", "mlp", "--additions", "none", "--epochs", 1, "--train-images", 16, "--workers", 1]
+    main_of(run_ddpm, *flags, "--data", tmp_path, "--out", tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------------------- training
