@@ -99,7 +99,10 @@ def main(argv=None):
         for folder in args.grade:
             if not (folder / "scratchgen").is_dir():
                 raise cli.UsageError(f"{folder}: expected a folder with the homework, with scratchgen/ in it")
-        print(table({folder.resolve().name: grade(folder) for folder in args.grade}))
+        names = [folder.resolve().name for folder in args.grade]
+        if len(set(names)) < len(names):  # anna/ps5 bert/ps5
+            names = map(str, args.grade)
+        print(table({name: grade(folder) for name, folder in zip(names, args.grade, strict=True)}))
         return
     folder = args.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

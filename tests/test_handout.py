@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from functools import cache
+from pathlib import Path
 
 from scratchgen import diffusion, gradients, ops, plots, vae
 from scratchgen.data import load_fashion_mnist
@@ -657,6 +658,15 @@ def test_the_command_prints_a_table_of_the_folders(tmp_path, monkeypatch, capsys
     rest = [f"{q} ({n - of_code.get(q, 0):g})" for q, n in handout.POINTS.items() if n > of_code.get(q, 0)]
     assert lines[7] == f"by hand, with docs/handout/lecturer/rubric.md: {', '.join(rest)}"
     assert lines[8:] == ["bert, question 10, gaussian_kl: expected it"]
+
+    for name in ("anna", "bert"):  # whose folders have one name
+        (tmp_path / name / "ps5" / "scratchgen").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    handout.main(["--grade", "anna/ps5", "bert/ps5"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]] == [
+        str(Path("anna", "ps5")),
+        str(Path("bert", "ps5")),
+    ]
 
 
 # ------------------------------------------------------------------------------------------- how the folder is written
