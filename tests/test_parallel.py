@@ -466,7 +466,7 @@ FAULTS = [
 
 
 def in_a_shard(ranks, act):
-    """Call ``act`` in the second minibatch; the others wait for it in the middle of theirs."""
+    """In the block ``act`` is called in the second minibatch; the others wait for it in the middle of theirs."""
     turns = [0]
 
     def acting(params, batch):
@@ -475,15 +475,19 @@ def in_a_shard(ranks, act):
         return loss(params, batch)
 
     params = init_mlp(np.random.default_rng(0), [5, 7, 3])
-    value_of = sharded(acting, ranks, params, 1, 6)
-    for turns[0] in range(3):
-        value_of(params, (np.ones((6, 5)), np.ones((6, 3))))
-        ranks.barrier()
+    value_of = sharded(acting, ranks, params, 1, 6)  # before the block, or the gradients would be in no shared memory
+
+    def in_the_block():
+        for turns[0] in range(3):
+            value_of(params, (np.ones((6, 5)), np.ones((6, 3))))
+            ranks.barrier()
+
+    return in_the_block
 
 
 PLACES = {
-    "at once": lambda ranks, act: (act(), ranks.barrier()),
-    "after the last meeting": lambda ranks, act: (ranks.barrier(), act()),
+    "at once": lambda ranks, act: lambda: (act(), ranks.barrier()),
+    "after the last meeting": lambda ranks, act: lambda: (ranks.barrier(), act()),
     "in a shard": in_a_shard,
 }
 
@@ -494,8 +498,9 @@ PLACES = {
 @pytest.mark.parametrize("error", OF_USERS + FAULTS, ids=lambda error: type(error).__name__)
 def test_whatever_ends_a_rank_is_said_in_its_own_words(error, place, guilty):
     ranks = Ranks(4)
+    in_the_block = PLACES[place](ranks, lambda: fail(error) if ranks.rank == guilty else None)
     with pytest.raises(BaseException, match="mine") as found, ranks:
-        PLACES[place](ranks, lambda: fail(error) if ranks.rank == guilty else None)
+        in_the_block()
     assert KILLED not in str(found.value) and ranks.count == 1
     if guilty == 0 or error in OF_USERS:  # what a user can put right stays what it is
         assert type(found.value) is type(error) and str(found.value) == str(error)
@@ -588,17 +593,21 @@ MOMENTS = {
     "while it waits": by_rank_0,
     "stopped": partial(by_rank_0, before=[signal.SIGSTOP]),
     "in a map": lambda ranks, guilty: ranks.map(lambda item: die() if guilty and item > 3 else item, range(12)),
-    "in a shard": lambda ranks, guilty: in_a_shard(ranks, die if guilty else lambda: None),
 }
 
 
 @needs_fork
 @pytest.mark.parametrize("guilty", [1, 2])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", [*MOMENTS, "in a shard"])
 def test_a_killed_rank_is_one_error_whenever_it_dies(moment, guilty):
-    with pytest.raises(ChildProcessError, match=WAS_KILLED), Ranks(3) as ranks:
+    ranks = Ranks(3)
+    differentiate = in_a_shard(ranks, lambda: die() if ranks.rank == guilty else None)
+    with pytest.raises(ChildProcessError, match=WAS_KILLED), ranks:
         ranks.barrier()
-        MOMENTS[moment](ranks, ranks.rank == guilty)
+        if moment in MOMENTS:
+            MOMENTS[moment](ranks, ranks.rank == guilty)
+        else:
+            differentiate()
         for _ in range(3):
             ranks.all_gather(np.zeros(1000))
 
