@@ -72,6 +72,8 @@ def test_figures_are_remade_by_the_commands_of_the_help(small_data, tmp_path, mo
     made_up["numbers_of"] = lambda path, model: {"of": path.parent.name}
     for name, value in made_up.items():
         monkeypatch.setattr(figures, name, value)
+    before = {"vae": {"of": "an earlier run"}, "left-out": {"of": "left-out"}}
+    figures.NUMBERS.write_text(json.dumps(before))
     main_of(figures, "--runs", tmp_path / "runs", "--data", small_data, "--workers", 1)
 
     for program, args in done:
@@ -105,7 +107,7 @@ def test_figures_are_remade_by_the_commands_of_the_help(small_data, tmp_path, mo
     name, images = saved["ddpm_groups.png"]
     np.testing.assert_array_equal(images, arrays["train_images"])
     assert name == "ddpm" and saved["ddpm_classes_classes.png"] == ("ddpm-classes",)
-    assert figures.read_numbers() == {name: {"of": name} for name in trained}
+    assert figures.read_numbers() == {name: {"of": name} for name in [*trained, "left-out"]}
 
     saved.clear()
     monkeypatch.setattr(figures.subprocess, "run", lambda command, cwd: SimpleNamespace(returncode=3))
