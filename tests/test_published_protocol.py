@@ -209,6 +209,13 @@ def test_stopped_and_resumed_with_other_workers_it_gives_the_same_bits(whole, ca
     assert all(numbers[0][name] == numbers[1][name] for name in ("elbo", "kl", "active_units", "iwae_50", "weights"))
 
 
+def test_it_is_resumed_only_with_the_settings_it_was_made_with(whole, call):
+    other = {"arch": "conv", "latent_dim": 5, "warm_up": 3, "weight_decay": 0.1, "hold_out": 30}
+    for name, value in other.items():
+        with pytest.raises(checkpoint.CheckpointError, match=f"made with {name} .*, this run has {name} {value};"):
+            call(*FLAGS, "--out", whole[0], "--resume", f"--{name.replace('_', '-')}", value)
+
+
 # --------------------------------------------------------------------------------------------------------------- flags
 
 

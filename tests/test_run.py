@@ -163,6 +163,11 @@ def test_the_bar_begins_where_the_run_was_resumed(make, monkeypatch):
     assert [(done, total) for done, total, _ in seen] == [(done, 6) for done in (0, 2, 3, 4, 5)]
     assert (resumed.bar.n, resumed.bar.initial) == (6, 2)
     assert all(re.fullmatch(r"loss=-?[\d.e+]+", postfix) for *_, postfix in seen)
+    with make() as run:  # a weighted loss is shown only where there is no other
+        shown = [({"loss": 0.123456}, "loss=0.1235"), ({"kl": 4.0}, "loss=3"), ({}, "loss=3")]
+        for (means, postfix), _ in zip(shown, run.minibatches(), strict=True):
+            run.record(3.0, means)
+            assert run.bar.postfix == postfix
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float32("-inf")])
