@@ -62,6 +62,11 @@ def test_a_loss_that_is_no_scalar_of_the_parameters_is_refused(loss):
         value_and_grad(loss)(np.ones(2))
 
 
+def test_a_gradient_has_the_dtype_of_its_parameter_whatever_the_loss_makes_of_it():
+    _, gradient = value_and_grad(lambda p: anp.sum(p * anp.arange(2.0)))(np.ones(2, np.float32))
+    assert gradient.dtype == np.float32 and gradient.tolist() == [0, 1]
+
+
 STEPS = [("vae", arch, None) for arch in vae.VAES]
 STEPS += [("ddpm", "unet", []), ("ddpm", "unet", [*improved.ADDITIONS])]
 STEPS += [("ddpm", "mlp", []), ("ddpm", "mlp", [name for name in improved.ADDITIONS if name != "global"])]

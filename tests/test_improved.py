@@ -295,11 +295,13 @@ def test_k_means_is_lloyds_algorithm(rng, rounds, monkeypatch):
 
 def test_ten_thousand_images_of_a_class_are_grouped_and_all_are_counted(rng, monkeypatch):
     grouped = []
-    monkeypatch.setattr(improved, "k_means", lambda x, K, rng: grouped.append(len(x)) or x[:K])
-    images = rng.integers(256, size=(10_500, 1, 1, 1), dtype=np.uint8)
+    monkeypatch.setattr(improved, "k_means", lambda x, K, rng: grouped.append(x) or x[:K])
+    images = rng.integers(255, size=(10_500, 1, 1, 1), dtype=np.uint8)
+    images[10_000:] = 255
     known = improved.find_groups(images, None, 2, rng)
     counts = np.bincount(improved.nearest(known["means"][0], scale(images, -1, 1)), minlength=2)
-    assert grouped == [10_000]
+    assert [len(x) for x in grouped] == [10_000]
+    assert 400 < (grouped[0] == 1).sum() < 500, "any ten thousand, not the first"
     np.testing.assert_allclose(known["shares"], [(counts + 1) / 10_502], rtol=1e-12)
 
 

@@ -22,7 +22,7 @@ import run_vae
 from scratchgen import data, denoisers, diffusion, improved, muon, plots, tree, vae
 from scratchgen.data import CLASSES, load_idx
 from scratchgen.evaluate import __main__ as evaluate
-from scratchgen.machinery import blas, checkpoint, cli, parallel
+from scratchgen.machinery import blas, checkpoint, cli, files, parallel
 from scratchgen.machinery import run as run_module
 from scratchgen.machinery.run import INIT, NOISE, ORDER, SAMPLES, TEST, Run, rng_for
 from scratchgen.samplers import SamplerConfig
@@ -482,6 +482,7 @@ def test_the_images_that_a_diffusion_model_shows_are_drawn_with_the_average_of_i
     for name, weights in zip(tree.names(model.params), tree.leaves(model.params), strict=True):
         np.testing.assert_array_equal(weights, arrays[f"ema/{name}"])
     assert any(np.any(arrays[f"ema/{name}"] != arrays[f"params/{name}"]) for name in tree.names(model.params))
+    assert files.read_metrics(run.folder / "metrics.json", model.params) == run.metrics  # it names these weights
     assert set(run.figures) == {
         *("loss.png", "preview.png", "forward.png", "trajectory.png", "sampling.gif", "samples.png", "nearest.png"),
         *["classes.png"] * (run.name == "classes"),
