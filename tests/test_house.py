@@ -81,6 +81,9 @@ def test_imports_go_to_a_lower_floor(name):
 
 def test_an_import_that_goes_up_is_noticed():
     for name, text, wrong in (
+        ("layers", "from scratchgen import ops, muon", "muon"),
+        ("machinery.cli", "from scratchgen.machinery import files, run", "machinery.run"),
+        ("trained", "from scratchgen.evaluate.metrics import recall", "evaluate.metrics"),
         ("diffusion", "from scratchgen.improved import guided", "improved"),
         ("machinery.files", "def f():\n    import scratchgen.machinery.cli", "machinery.cli"),
         ("machinery.files", "from scratchgen import plots, tree", "plots"),
