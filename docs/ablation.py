@@ -29,7 +29,9 @@ from scratchgen.trained import load_run
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+FIGURE, NUMBERS, TEXT = HERE / "figures" / "ddpm_ablation.png", HERE / "ablation.json", HERE / "quality.md"
 LADDER = [list(improved.ADDITIONS)[:count] for count in (1, 2, 3, 4, 6, 7)]
 RUNS = {additions[-1]: ["--additions", *additions] for additions in (["none"], *LADDER)}  # by what came last
 NO_AVERAGE, X_0 = "ema-0", "x_0"
@@ -53,24 +55,22 @@ COLUMNS = {"test loss": 4, "bits per dimension": 2, "Frechet distance": 1, "prec
 def main(argv=None):
     parser = cli.OneLineParser("docs/ablation.py", __doc__)
     parser.flag("--runs", "the folder of the runs", type=Path, default=ROOT / "runs")
-    parser.flag("--docs", "the folder of what is written", type=Path, default=ROOT / "docs")
     parser.flag("--seeds", "train each row with these", type=cli.number(int, 0), nargs="+", default=[0, 1, 2])
     cli.add_data_flags(parser)
     args = parser.parse_args(argv)
-    figure, numbers, text = (args.docs / name for name in ("figures/ddpm_ablation.png", "ablation.json", "quality.md"))
-    plots.check_figure(figure)
+    plots.check_figure(FIGURE)
     args.runs = args.runs.resolve()  # the scripts are started from another folder
     if not (args.runs / "vae" / "checkpoint.npz").exists():
         raise cli.UsageError(f"{args.runs / 'vae'}: expected a finished run of run_vae.py to compare with")
-    measured = json.loads(numbers.read_text(encoding="utf-8")) if numbers.exists() else {}
+    measured = json.loads(NUMBERS.read_text(encoding="utf-8")) if NUMBERS.exists() else {}
     for seed in args.seeds:  # whoever stops early has all rows of the first seeds
         for run in RUNS:
             found = train_and_measure(args, run, seed)
             for row, (of, config) in ROWS.items():
                 if of == run:
                     measured.setdefault(row, {})[str(seed)] = numbers_of(found, config)
-            files.write_text(numbers, json.dumps(measured, indent=1) + "\n")
-    files.write_text(text, with_table(text.read_text(encoding="utf-8"), measured))
+            files.write_text(NUMBERS, json.dumps(measured, indent=1) + "\n")
+    files.write_text(TEXT, with_table(TEXT.read_text(encoding="utf-8"), measured))
 
     images = []
     for run, config in ROWS.values():
@@ -78,7 +78,7 @@ def main(argv=None):
             model = load_run(folder_of(args, run, args.seeds[0]))
             images.append(model.sample(10, np.random.default_rng(0), config=config))  # all rows from the same noise
     names = [row for row, (run, _) in ROWS.items() if run != X_0]
-    plots.save(plots.grid(np.concatenate(images), 10, "samples by additions", row_labels=names), figure)
+    plots.save(plots.grid(np.concatenate(images), 10, "samples by additions", row_labels=names), FIGURE)
 
 
 def folder_of(args, run, seed):

@@ -1,4 +1,4 @@
-"""What the documents say is so: their names are those of the code, their numbers those of the runs."""
+"""Names in the documents are those of the code, and lines can be read in a terminal."""
 
 import importlib
 import re

@@ -24,7 +24,7 @@ from scratchgen.trained import load_run
 
 import numpy as np
 import pytest
-from conftest import ROOT, T, load, main_of, script
+from conftest import ROOT, T, load, main_of, script, tick_labels, tiles
 
 ablation = script("docs/ablation.py")
 figures = script("docs/figures.py")
@@ -119,10 +119,8 @@ def test_figures_are_remade_by_the_commands_of_the_help(small_data, tmp_path, mo
 def pictures(figure, rows, low):
     """The images of a grid of ten columns, (rows, 10, 28, 28), the names of its rows, and of its columns."""
     (axes,) = figure.axes
-    (image,) = axes.images
-    assert (image.norm.vmin, image.norm.vmax) == (low, 1)
-    shown = np.pad(image.get_array(), [(0, 1), (0, 1)]).reshape(rows, 29, 10, 29)[:, :28, :, :28].swapaxes(1, 2)
-    return shown, *([label.get_text() for label in axis.get_ticklabels()] for axis in (axes.yaxis, axes.xaxis))
+    shown = tiles(axes, low, 1, columns=10).reshape(rows, 10, 28, 28)
+    return shown, tick_labels(axes.yaxis), tick_labels(axes.xaxis)
 
 
 class Grey:
@@ -533,6 +531,8 @@ def dry(tmp_path, monkeypatch):
 
         return SimpleNamespace(params=None, sample=sample)
 
+    for name, path in (("FIGURE", "ablation.png"), ("NUMBERS", "ablation.json"), ("TEXT", "quality.md")):
+        monkeypatch.setattr(ablation, name, tmp_path / "docs" / path)
     monkeypatch.setattr(ablation, "start", start)
     monkeypatch.setattr(ablation, "load_run", load_run)
     monkeypatch.setattr(files, "read_metrics", lambda path, params: json.loads(path.read_text()))
@@ -542,7 +542,7 @@ def dry(tmp_path, monkeypatch):
     def call(*seeds):
         started.clear()
         drawn.clear()
-        ablation.main(["--runs", "runs", "--docs", "docs", "--seeds", *map(str, seeds)])
+        ablation.main(["--runs", "runs", "--seeds", *map(str, seeds)])
         return started, drawn
 
     return call
@@ -564,7 +564,7 @@ def test_each_run_of_the_ablation_is_trained_and_measured_once(dry, tmp_path):
             assert (args.sampler, args.steps) == (["sde-dpm++"], [20]) and args.vae == tmp_path / "runs" / "vae"
             assert args.guidance == GUIDED_RUNS.get(run)
 
-    assert path == Path("docs/figures/ddpm_ablation.png")
+    assert path == tmp_path / "docs" / "ablation.png"
     levels = [0, 1, 2, 3, 4, 5, 5.5, 6.5, 6, 7.5]  # the place of each row's run, and the w that it is drawn with
     shown, names, _ = pictures(figure, len(levels), 0)
     np.testing.assert_allclose(shown[:, 0, 0, 0], np.array(levels) / 10 + 3, atol=1e-6)  # of the first seed
