@@ -24,11 +24,11 @@ from scratchgen.trained import DDPM, draw
 import numpy as np
 
 EPOCHS = {"unet": 7, "mlp": 12}  # by default
-SHARD = 32  # images that one rank measures at a time
+SHARD = 32  # images that one rank (a process) measures at a time
 
 
 def parse_arguments(argv):
-    networks = "unet has convolutions at two resolutions, mlp dense layers: small and quick, for a first look"
+    networks = "unet has convolutions at two resolutions, mlp dense layers: quick, for a first look"
     parser = cli.run_parser("run_ddpm.py", __doc__, EPOCHS, batch_size=128, lr=1e-2, out="runs/ddpm", networks=networks)
     parser.flag("--T", "steps from image to noise", type=cli.number(int, 1, high=100_000), default=200)
     parser.flag("--schedule", "how beta_t grows with t", choices=diffusion.SCHEDULES, default="linear")
@@ -115,7 +115,7 @@ def main(argv=None):
                 groups = improved.drop_groups(model.groups_of(x_0, labels), run.rng)  # or None: there are no groups
                 value, terms, gradient = value_and_grad(params, (x_0, t, eps, groups))  # line 5: the gradient ...
                 if step % 100 == 0:
-                    flush_denormals(ranks.own(moments))  # numbers so small that a processor is slow with them
+                    flush_denormals(ranks.own(moments))  # to 0: processors are slow with numbers so small
                 lr = cosine_decay(step, run.total_steps, args.lr)
                 optimiser_step(params, gradient, moments, step, lr)  # ... and the step
                 ema_step(ranks.own(arrays["ema"]), params, step, args.ema)

@@ -22,7 +22,7 @@ from scratchgen.trained import VAE
 import numpy as np
 
 EPOCHS = {"mlp": 22, "gated": 12, "conv": 7}  # by default
-SHARD = 64  # test images that one rank measures at a time
+SHARD = 64  # test images that one rank (a process) measures at a time
 
 
 def parse_arguments(argv):
@@ -78,7 +78,7 @@ def main(argv=None):
                 eps = run.rng.standard_normal((len(x), args.latent_dim), dtype=np.float32)
                 value, terms, gradient = value_and_grad(params, (x, eps))
                 if step % 100 == 0:
-                    flush_denormals(ranks.own(moments))  # numbers so small that a processor is slow with them
+                    flush_denormals(ranks.own(moments))  # to 0: processors are slow with numbers so small
                 optimiser_step(params, gradient, moments, step, cosine_decay(step, run.total_steps, args.lr))
                 run.record(value, terms)
 
@@ -93,7 +93,7 @@ def main(argv=None):
         numbers |= {"entropy_floor": floor}
         run.write_metrics(numbers, params)
         print("test ELBO {elbo:.2f} = {reconstruction:.2f} - {kl:.2f} nats per image;".format(**numbers), end=" ")
-        print(f"no model gets above {-floor:.2f}, minus the entropy of the grey pixels")
+        print(f"no model gets above {-floor:.2f}, which is -(entropy of the grey pixels)")
 
         plots.save(plots.vae_loss(run.log, floor), args.out / "loss.png")
         x = x_test[np.arange(40) % len(x_test)]

@@ -11,7 +11,7 @@ The runs, from the folder of the run scripts:
   python run_ddpm.py --T 200 --additions none --out runs/ddpm-none
   (and with --seed 1 and 2: runs/ddpm-none-1, runs/ddpm-none-2)
 
-Missing runs are left out. All of them take half an hour on two cores.
+Missing runs are left out. All of them take an hour on two cores.
 (Drawn by other programs: ddpm_ablation.png by ablation.py, scaling.png by
 tests/benchmarks/scaling.py, classifier_drawn.png by train_classifier.py,
 toy2d.png and unet.png by programs of these names.)

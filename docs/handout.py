@@ -81,7 +81,7 @@ LIMIT = 60  # seconds that the tests of one question may take a student's functi
 
 def parse_arguments(argv):
     parser = cli.OneLineParser("docs/handout.py", __doc__)
-    parser.flag("folder", "is made; must not exist or be empty", type=Path, metavar="FOLDER", nargs="?")
+    parser.flag("folder", "the folder to make; new, or empty", type=Path, metavar="FOLDER", nargs="?")
     parser.flag("--notebook", "with homework.ipynb, a cell for each function", action="store_true")
     parser.flag(
         "--micro", "with the exercise of one page (it shows parts of questions 4, 11 and 12)", action="store_true"

@@ -3,8 +3,8 @@
 
     python docs/measure_micro.py
 
-It prints the distances that docs/quality.md has, and the times of training.
-Nine minutes on two cores.
+It prints the distances that docs/quality.md has, and the time of both
+trainings. Nine minutes on two cores.
 """
 
 import argparse

@@ -5,11 +5,12 @@ scratchgen/weights/*.npz, from the default runs:
   python run_ddpm.py --T 200
   python run_ddpm.py --T 200 --classes --out runs/ddpm-classes
 
-They have 11 million weights, 45 MB in float32. Most are in a few large matrices
-that see the whole image. Those are rounded to whole numbers times one scale for
-each column: -31 to 31 in the network, -7 to 7 in its guide, -63 to 63 in the
-VAE. So are the mean images of the groups, -31 to 31. All others are float16;
-rounded further, they would make samples grainy. Compressed, that is 8.0 MB.
+They have 11 million weights, 45 MB in float32. Most are in the large matrices
+of the blocks that see the whole image. Arrays of 30,000 numbers or more are
+rounded to whole numbers times one scale for each column: -31 to 31 in the
+network, -7 to 7 in its guide, -63 to 63 in the VAE. So are the mean images of
+the groups, -31 to 31. All others are float16; rounded further, they would make
+samples grainy. Compressed, that is 8.0 MB.
 
 Then the cost of rounding is measured: the Frechet distance of 10,000 images
 drawn from the same noise with the original weights and with the rounded ones.
@@ -69,7 +70,7 @@ def main(argv=None):
 def pack(place, array):
     """The arrays, as pairs (name, array), from which `trained.load_trained` restores an array of a checkpoint."""
     kind = place.split("/")[0]
-    if kind not in LEVELS:  # the optimiser's
+    if kind not in LEVELS:  # the optimiser's, and previews
         return
     if array.size < LARGE:
         yield place, array.astype(np.float16)

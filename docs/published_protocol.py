@@ -5,7 +5,8 @@ Exemplar-VAE (Norouzi et al. 2020) trains on pixels of 0 and 1, drawn anew each
 epoch with the grey values as probabilities, keeps the weights of the epoch
 whose ELBO on held-out images is best, and measures with 5,000 samples an
 image. quality.md has the result. Beyond run_vae.py this has ``binarise``,
-``--hold-out``, ``--warm-up`` and ``--weight-decay``.
+``--hold-out``, ``--warm-up``, ``--weight-decay`` and ``--iwae``. Muon trains
+every --arch.
 
 examples:
   python docs/published_protocol.py        80 minutes of one core, and 10 more
@@ -27,7 +28,7 @@ from scratchgen.trained import VAE
 import numpy as np
 
 EPOCHS = {"gated": 700, "mlp": 700, "conv": 700}  # by default
-SHARD = 64  # images that one rank measures at a time
+SHARD = 64  # images that one rank (a process) measures at a time
 HELD_OUT = 5  # what random numbers are for, beside those of `run`
 
 
@@ -117,7 +118,7 @@ def main(argv=None):
                 beta = np.float32(min(1, step / max(1, args.warm_up * run.steps_per_epoch)))
                 value, terms, gradient = value_and_grad(params, (x, eps))
                 if step % 100 == 0:
-                    flush_denormals(ranks.own(moments))  # numbers so small that a processor is slow with them
+                    flush_denormals(ranks.own(moments))  # to 0: processors are slow with numbers so small
                 lr = cosine_decay(step, run.total_steps, args.lr)
                 # Weight decay (Loshchilov and Hutter 2019): what only a few images call for decays.
                 for leaf in tree.leaves(ranks.own(params)):

@@ -112,7 +112,7 @@ def keep_copy(path, folder, seen, seconds):
 
 
 def has_guide(state):
-    """Whether the guide, the early state of the network, is in this checkpoint."""
+    """Whether the guide is in this checkpoint; not in the first epoch, whose length is not in the log yet."""
     if not state["log"]:
         return False
     total_steps = state["log"][0]["step"] * state["config"]["epochs"]

@@ -60,7 +60,7 @@ class DataError(UserError):
 
 
 def load_idx(path):
-    """Read one idx file, raw or gzip-compressed, of any rank and any of the format's six dtypes.
+    """Read one idx file, raw or gzip-compressed, of up to 32 dimensions and any of the format's six dtypes.
 
     Returns an array of the shape in the header, in native byte order. Raises DataError, one line, for a file that
     cannot be read, is not idx, or is shorter or longer than its header says. Memory is allocated only for bytes that

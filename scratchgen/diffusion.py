@@ -1,6 +1,6 @@
 """The denoising diffusion model of Ho, Jain and Abbeel 2020 ("the paper").
 
-Not in the paper: the cosine schedule, and betas scaled by 1000 / T.
+Not in the paper: the cosine schedule, betas scaled by 1000 / T, and the optional ``weights`` and ``groups``.
 
 Time runs t = 1..T as in the paper, and index 0 is the clean image: every array of a schedule has length T + 1.
 
@@ -180,7 +180,9 @@ def bound_weights(schedule):
 def bound_terms(x_0_theta, schedule, x_0, t, eps, groups=None):
     """L_{t-1} of each image at its own t, in nats, (N,) float64; ``eps``, (N, H, W, C), is the noise in x_t.
 
-    If x_0_theta takes the group of each image, these are the terms of the bound on -log p(x_0 | group)."""
+    x_0_theta(x_t, t, groups) gets each image's group, or None. With groups these are the terms of the bound on
+    -log p(x_0 | group).
+    """
     x_t = q_sample(schedule, x_0, t, eps)
     mean, variance = q_posterior(schedule, x_0, x_t, t)
     mean_theta, _ = q_posterior(schedule, x_0_theta(x_t, t, groups), x_t, t)
@@ -217,7 +219,7 @@ def normal_cdf(x):
     return 0.5 * erfc(-x / math.sqrt(2))
 
 
-erfc = np.vectorize(math.erfc, otypes=[float])  # NumPy has none; ten million pixels a second is fast enough
+erfc = np.vectorize(math.erfc, otypes=[float])  # NumPy has none
 
 
 def bits_per_dimension(nats, dimensions):

@@ -8,7 +8,7 @@ An effect is a change of the Frechet distance of samples to test images (like FI
 docs/quality.md). Samples are unguided, in 20 steps of `samplers.py`, unless stated otherwise.
 
 Dimensions: N images, H height, W width. Images are (N, H, W, 1) in [-1, 1], t is (N,) integers in 1..T. ``groups``
-are (N,) integers, each image's group (`Groups`) or -1 for none; None if the network takes no groups.
+are (N,) integers: each image's group (`Groups`), or -1 if it has none. If the network takes no groups, they are None.
 """
 
 import math
@@ -21,7 +21,7 @@ import autograd.numpy as np  # NumPy with functions that autograd can record
 ADDITIONS = {  # name -> what it does, for --help; in the order of the ablation
     "v": "the network predicts v, from which eps follows",
     "black": "the network sees how far each pixel is from black",
-    "weights": "noisier steps count more in the loss (without v, little else counts)",
+    "weights": "noisier steps count more in the loss (without v, almost only the noisiest)",
     "muon": "Muon updates small matrices, Adam the rest",
     "global": "the U-Net has blocks that see the whole image",
     "guide": "samples are guided away from what the network would have drawn early in its training",
@@ -50,7 +50,8 @@ class Denoiser:
 
     Karras et al. 2022 (Sec. 5) call this preconditioning, where c_skip multiplies x_t and c_out multiplies v.
     Where x_t is nearly all noise, a network that predicts eps has to copy x_t, and its error grows by
-    1 / sqrt(alpha_bar_t) on the way to x_0. Here c_skip copies x_t, v is nearly -x_0, and its error does not grow.
+    1 / sqrt(alpha_bar_t) on the way to x_0. With v, c_skip copies x_t; v is nearly -x_0 there, and its error does not
+    grow.
     Effect: Frechet distance 53 -> 38 (docs/quality.md).
 
     "black": the network sees `above_black` beside x_t. "groups": it sees the mean image of the group, too.
@@ -74,11 +75,13 @@ class Denoiser:
     def x_0(self, params, x_t, t, groups=None):
         """The predicted clean image, for the samplers: (N, H, W, 1).
 
-        With eps predicted: clipped to [-1, 1], because its error grows (`diffusion.predict_x_0`).
+        If the network predicts eps, x_0 is clipped to [-1, 1], because at large t its error is much larger than that of
+        eps (`diffusion.predict_x_0`).
 
-        "v": computed from v and not from eps, because where alpha_bar_t is tiny, eps in float32 does not determine x_0.
-        It is not clipped (`guided` clips its own result). Where x_0 is black, -1, predictions lie a little above or
-        below. A clip keeps only the upward errors; over the steps they do not cancel, but add up to a grey.
+        "v": x_0 is computed from v and not from eps, because where alpha_bar_t is tiny, eps in float32 does not
+        determine x_0. It is not clipped (`guided` clips its own result). Where x_0 is black, -1, predictions lie a
+        little above or below. A clip keeps only the upward errors; over the steps they do not cancel, but add up to a
+        grey.
         Effect: Frechet distance 6.6 -> 5.4, unguided.
         """
         output = self.output(params, x_t, t, groups)
@@ -102,10 +105,11 @@ class Denoiser:
 
 
 def above_black(schedule, x_t, t):
-    """x_t minus black's value, -sqrt(alpha_bar_t), in noise standard deviations, for each pixel, within +-3.
+    """How far each pixel of x_t is above black, whose mean in x_t is -sqrt(alpha_bar_t), in standard deviations of the
+    noise; clipped to [-3, 3].
 
-    Where x_0 is black, -1, as half of all pixels are, this is eps itself. Given only x_t, a network has to amplify it
-    by 1 / sqrt(1 - alpha_bar_t), 45 times at t = 1, and leaves backgrounds a little grey. The idea is our own.
+    Where x_0 is black, -1, as half of all pixels are, this is eps itself. A network that sees only x_t has to amplify
+    it by 1 / sqrt(1 - alpha_bar_t), 45 times at t = 1, and leaves backgrounds a little grey. The idea is our own.
     Effect: Frechet distance 38 -> 29.
     """
     distance = (x_t + at(schedule["sqrt_alpha_bar"], t)) / at(schedule["sqrt_one_minus_alpha_bar"], t)
@@ -117,8 +121,9 @@ def step_weights(schedule):
 
     The content of a picture is decided where alpha_bar_t falls from 0.5 to 0.01. There L_simple gives v little weight:
     eps - eps_theta = sqrt(alpha_bar_t) (v - v_theta), so the squared error of v has the weight alpha_bar_t. Salimans
-    and Ho 2022 weigh that error by 1: a high weight for the noisiest steps, which say little. We take the geometric
-    mean of both weights, sqrt(alpha_bar_t). Divided by alpha_bar_t, it is the weight of the squared error of eps.
+    and Ho 2022 weigh that error by 1: a high weight for the noisiest steps, which decide little of the picture. We take
+    the geometric mean of both weights, sqrt(alpha_bar_t). Divided by alpha_bar_t, it is the weight of the squared error
+    of eps.
     Effect: Frechet distance 29 -> 24.
     """
     return (1 / np.sqrt(schedule["alpha_bar"])).astype(np.float32)
@@ -132,8 +137,8 @@ GUIDANCE = 0.5  # w
 def early_step(total_steps):
     """The step after which the moving average of the weights is kept to be the guide.
 
-    It is a quarter of all steps, which is best in runs of two minutes, but at most 411: an eighth of the default run,
-    better there than a quarter.
+    It is a quarter of all steps, which is best in runs of two minutes, but at most 411. In the default run that is an
+    eighth of the steps, which is better there than a quarter.
     """
     return min(math.ceil(total_steps / 4), 411)
 
@@ -155,8 +160,9 @@ def guided(x_0, x_0_guide, w):
 
 
 def drop_groups(groups, rng):
-    """The groups, a tenth of them set to -1: the network learns with and without (Ho and Salimans, Alg. 1). None stays
-    None."""
+    """A copy of the groups, in which each is -1 with probability 0.1: the network learns to predict with and without
+    (Ho and Salimans, Algorithm 1). None stays None.
+    """
     return None if groups is None else np.where(rng.random(len(groups)) < 0.1, -1, groups)
 
 
@@ -174,9 +180,9 @@ class Groups:
 
     To draw an image is to draw its group first, and then an image of that group: p(x) = sum over g of p(g) p(x | g),
     with p(g) the share. The network sees the mean image of g as one more channel of its input. So it need not infer
-    from noise which kinds exist, and how often: we count them. No label is needed. Conditioning on unsupervised
-    clusters improves samples: Bao et al. 2022; Adaloglou et al. 2025. They cluster features of another network, and
-    embed the cluster's index. We cluster images by pixels; the network sees the mean.
+    from noise which kinds of images exist, and how frequent each is: we count them. No label is needed. Conditioning on
+    unsupervised clusters improves samples: Bao et al. 2022; Adaloglou et al. 2025. They cluster features of another
+    network, and embed the cluster's index. We cluster images by pixels; the network sees the mean.
     Effect: Frechet distance 2.1 -> 1.3, guided; 18 -> 6 unguided after two minutes of training.
     """
 
@@ -216,7 +222,7 @@ class Groups:
 
 
 def find_groups(images, classes, count, rng):
-    """The arrays of `Groups` of training images, uint8 (N, H, W, 1): ``count`` in all, evenly over classes.
+    """The arrays of `Groups` of training images, uint8 (N, H, W, 1): ``count`` groups, equally many in each class.
 
     ``classes`` are (N,), or None. Ten thousand images of a class are enough to find its groups. The shares come from
     all images. Each group counts one extra image (Laplace smoothing), so that no share is zero. Takes seconds.

@@ -10,8 +10,8 @@ from scratchgen.optim import adam_step
 import numpy as np
 
 # Muon updates matrices with a shorter side in this range. Smaller ones have few singular values to make equal; for
-# larger ones the products take too long. In the U-Net, Adam updates the layers of the time embedding (128) and the two
-# large layers of each global block (256): an optimiser step takes half the time, and samples are as good. So Muon
+# larger ones the products take too long. In the U-Net, Adam updates the layers of the time embedding (128) and the four
+# large layers of each global block (128, 256): an optimiser step takes half the time, and samples are as good. So Muon
 # updates 10 % of the weights, or 88 % without the global blocks; 2 % of the gated VAE, 7 % of the convolutional VAE,
 # none of the MLP denoiser. (With --classes also the label embedding. Muon's authors leave embeddings to Adam.)
 MUON_SIDES = range(8, 65)

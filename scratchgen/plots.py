@@ -49,7 +49,7 @@ def check_figure(path):
 
 @by_rank_0
 def save(figure, path):
-    """Write a figure as PNG. An earlier file at ``path`` is replaced only when the new one is complete."""
+    """Write a figure, for example a .png. An earlier file at ``path`` is replaced only when the new one is complete."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches="tight")  # no title is cut off, no margin stays empty
 

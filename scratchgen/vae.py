@@ -83,8 +83,8 @@ def init_gaussian(rng, hidden, latent_dim):
 def gaussian(params, h):  # (N, C) -> 2 x (N, D)
     """mu and log_var of q(z | x); log_var is clipped above.
 
-    In training log_var stays lower, so no gradient is lost. An outlier can get any log_var: one test image had 9.9. Its
-    z was thirty times as far out as in training, its ELBO -300,000 nats.
+    In training log_var stays below the limit, so no gradient is lost. An outlier can get any log_var: one test image
+    had 9.9. Its z was thirty times as far from 0 as z is in training, and its ELBO was -300,000 nats.
     """
     return dense(params["mu"], h), np.clip(dense(params["log_var"], h), -np.inf, MAX_LOG_VAR)
 

@@ -324,7 +324,7 @@ def test_the_vae_prints_what_is_in_its_files(vae_run):
             for row in vae_run.log
         ),
         f"test ELBO {m['elbo']:.2f} = {m['reconstruction']:.2f} - {m['kl']:.2f} nats per image; no model gets above "
-        f"-{m['entropy_floor']:.2f}, minus the entropy of the grey pixels",
+        f"-{m['entropy_floor']:.2f}, which is -(entropy of the grey pixels)",
         f"figures and numbers are in {vae_run.folder}",
     ]
     last = {name: vae_run.log[-1][f"test_{name}"] for name in ("elbo", "reconstruction", "kl")}

@@ -1,4 +1,4 @@
-"""A small convolutional classifier of FashionMNIST, used for its features, not for its labels.
+"""A small convolutional classifier of FashionMNIST, used for its features and, in reports, its classes.
 
 `metrics.frechet_distance` compares images by the features of this network. Its weights lie beside this file, in
 ``classifier.npz``, so that all distances are comparable; ``docs/train_classifier.py`` made them.

@@ -17,7 +17,7 @@ from scratchgen.trained import draw, labels_for, over_images
 
 import numpy as np
 
-SHARD = 32  # images that one rank measures at a time
+SHARD = 32  # images that one rank (a process) measures at a time
 ROW = "{:<41} {:>7} {:>6} {:>9} {:>6} {:>6}"  # of the table of distances
 BOUND, EXACT_BOUND, REAL = 100, 101, 104  # purposes for `rng_for`, besides those of `run` and `trained`
 

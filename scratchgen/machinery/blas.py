@@ -102,7 +102,7 @@ SMALL_KERNELS = has_small_kernels()
 def tile(M, K, N, transposed):
     """The tile (rows, columns) of (M, K) @ (K, N); it divides M and N. The largest is taken; of several, one of 32
     columns or more, as rows of b are read in such pieces, then the squarest. Single rows and few columns are excluded,
-    being slower than the whole product. If no tile is left, for example if M is prime, the product stays whole."""
+    being slower than the whole product. If no tile is left, as for a large prime M, the product stays whole."""
     if not SMALL_KERNELS or (transposed and K < 32) or 0 in (M, K, N):
         return M, N
     limit = min(10**6 // K, 1200) if transposed else 10**6 // K

@@ -2,7 +2,8 @@
 
 It has every array under its path in the tree ("params/down_blocks/0/conv1/w"), a JSON text under "state" with all that
 is not an array (configuration, step, the generator's state, the log so far), and a checksum of all of it. A file that
-was changed is refused before anything in it is used. So its contents were written by `save` and need no other checks.
+was changed is refused before anything in it is used. So its contents were written by `save`, or by docs/pack.py, and
+need no other checks.
 """
 
 import io

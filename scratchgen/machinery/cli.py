@@ -78,8 +78,8 @@ class OneLineParser(argparse.ArgumentParser):
         return args
 
     def folders_first(self, words):
-        """The words, with folders (words with a /) moved to the front if they follow the values of a flag that takes
-        several: argparse would take them for more values."""
+        """The words, with folders (of two parts, as runs/ddpm) moved to the front if they follow the values of a flag
+        that takes several: argparse would take them for more values."""
         folders = []
         others = []
         flag = None
@@ -183,7 +183,7 @@ def run(main, when_stopped=RESUMABLE):
 
 
 def set_up_output():
-    """Buffer output by lines, also in a pipe, so that each line appears at once. No failure of output stops a run."""
+    """Buffer output by lines, also in a pipe, so that each line appears at once. A closed stream stops no run."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  None if it was closed by whoever started us
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method

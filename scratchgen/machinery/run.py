@@ -27,7 +27,7 @@ import numpy as np
 
 INIT, NOISE, ORDER, TEST, SAMPLES = range(5)  # purposes of random numbers, for `rng_for`
 STATE = ("shard_size", "step", "seconds", "epoch_means", "log")  # attributes of a Run that its checkpoint keeps
-SAVE_SECONDS = 60  # between two checkpoints: a kill or a power cut loses at most this
+SAVE_SECONDS = 60  # between two checkpoints: a kill or a power cut loses little more than this
 
 
 def rng_for(seed, *purpose):
