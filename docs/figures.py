@@ -7,11 +7,10 @@ The runs, from the folder of the run scripts:
   python run_vae.py --beta 0 --out runs/vae-beta-0
   python run_vae.py --beta 10 --out runs/vae-beta-10
   python run_ddpm.py --T 200
-  python run_ddpm.py --T 200 --classes --out runs/ddpm-classes
   python run_ddpm.py --T 200 --additions none --out runs/ddpm-none
   (and with --seed 1 and 2: runs/ddpm-none-1, runs/ddpm-none-2)
 
-Missing runs are left out. All of them take an hour on two cores.
+Missing runs are left out. All of them take forty minutes on two cores.
 (Drawn by other programs: ddpm_ablation.png by ablation.py, scaling.png by
 tests/benchmarks/scaling.py, classifier_drawn.png by train_classifier.py,
 toy2d.png and unet.png by programs of these names.)
@@ -43,7 +42,6 @@ NUMBERS = HERE / "numbers.json"  # what the texts say of each run
 OF_RUN = {  # the run that a figure of docs/figures/ comes from -> its figures
     "vae": ("loss", "samples", "reconstructions", "latents", "latent_use"),
     "ddpm": ("samples", "forward", "nearest", "bound", "steps", "guidance"),
-    "ddpm-classes": ("guidance",),
     "ddpm-none": ("loss", "samples", "trajectory"),
 }
 NUMBERS_ONLY = ["ddpm-none-1", "ddpm-none-2"]
@@ -76,7 +74,7 @@ def main(argv=None):
     # A finished run that is resumed draws its figures again.
     again = ["--resume", "--data", args.data, "--workers", args.workers, "--out"]
     measure = ["-m", "scratchgen.evaluate", "--data", args.data, "--workers", args.workers]
-    frechet, guides = ["--frechet", 3000], ["--guide", "early", "unlabelled"]
+    frechet = ["--frechet", 3000]
     steps = ["--sampler", "ddpm", "sde-dpm++", "--steps", 20, 50, 200]
     commands = {
         "vae": [
@@ -89,11 +87,6 @@ def main(argv=None):
             [*measure, args.runs / "ddpm", *frechet, *steps],
             [*measure, args.runs / "ddpm", *frechet, "--guidance", 0, 0.25, 0.5, 1],
             [HERE / "sweeps.py", args.runs / "ddpm", *frechet],
-        ],
-        "ddpm-classes": [
-            [ROOT / "run_ddpm.py", "--T", 200, "--classes", *again, args.runs / "ddpm-classes"],
-            [*measure, args.runs / "ddpm-classes", *frechet, "--guidance", 0, 0.5, 1, 2, *guides],
-            [HERE / "sweeps.py", args.runs / "ddpm-classes", *frechet],
         ],
         "ddpm-none": [
             [ROOT / "run_ddpm.py", "--T", 200, "--additions", "none", *again, args.runs / "ddpm-none"],
