@@ -1,11 +1,15 @@
 """Names in the documents are those of the code, and lines can be read in a terminal."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
+from scratchgen import improved, layers, muon
+
+import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, script
 
 FILES = [path for folder in ("scratchgen", "tests", "docs", "data", ".ci") for path in (ROOT / folder).rglob("*")]
 FILES += [path for path in ROOT.iterdir() if path.suffix in (".py", ".cfg", ".toml", ".md")]
@@ -69,3 +73,38 @@ def test_a_name_that_is_not_there_is_noticed():
     wrong = ["vae.encode_all", "Denoser", "--no-such-thing", "docs/abc.md", "np.expp"]
     right = ["vae.mlp_encode", "--guidance 0.5", "docs/figures.py --text", "np.exp", "runs/vae", "samples.png"]
     assert list(unknown_names(" ".join(f"`{name}`" for name in wrong + right))) == wrong
+
+
+def measured():
+    """What docs/ablation.py has measured, {row: {seed: numbers}}."""
+    return json.loads((ROOT / "docs" / "ablation.json").read_text(encoding="utf-8"))
+
+
+def test_the_ladder_is_that_of_the_ablation():
+    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    assert script("docs/ablation.py").with_table(text, measured()) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        (improved.Denoiser.__doc__, ("none", "+ v")),
+        (improved.above_black.__doc__, ("+ v", "+ black")),
+        (improved.step_weights.__doc__, ("+ black", "+ weights")),
+        (muon.__doc__, ("+ weights", "+ muon")),
+        (layers.global_block.__doc__, ("+ muon", "+ global")),
+        (improved.guided.__doc__, ("+ global", "+ guide")),
+        (improved.Groups.__doc__, ("+ guide", "+ groups, the default")),
+        ("docs/faq.md", ("none", "+ v")),
+        ("docs/faq.md", ("the default, no moving average", "+ groups, the default")),
+        ("docs/faq.md", ("x_0 in place of v", "+ v")),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_an_effect_is_that_of_the_ablation(text, rows):
+    """Its Frechet distances are means over seeds, to two digits."""
+    before, after = (np.mean([numbers[2] for numbers in measured()[row].values()]) for row in rows)
+    before, after = (f"{distance:.{0 if distance >= 9.95 else 1}f}" for distance in (before, after))
+    if text.endswith(".md"):
+        text = (ROOT / text).read_text(encoding="utf-8")
+    assert re.search(rf"distance (of )?{before} (->|to|and) {after}\b", " ".join(text.split())), (before, after)
