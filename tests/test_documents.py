@@ -107,4 +107,4 @@ def test_an_effect_is_that_of_the_ablation(text, rows):
     before, after = (f"{distance:.{0 if distance >= 9.95 else 1}f}" for distance in (before, after))
     if text.endswith(".md"):
         text = (ROOT / text).read_text(encoding="utf-8")
-    assert re.search(rf"distance (of )?{before} (->|to|and) {after}\b", " ".join(text.split())), (before, after)
+    assert re.search(rf"distance (of |from )?{before} (->|to|and) {after}\b", " ".join(text.split())), (before, after)
