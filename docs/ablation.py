@@ -1,6 +1,6 @@
 """The ablation: from the paper to the default, one addition at a time, each
-trained three times and measured. Then the default without its guide or its
-moving average, and the row of v with x_0 in its place.
+trained three times and measured. The last rows are the default without its
+guide or its moving average, and the row of v with x_0 in its place.
 
 For each row and seed this runs, here for the third row with seed 1:
   python run_ddpm.py --additions v black --seed 1 --out runs/ablation-black-1

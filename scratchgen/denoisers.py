@@ -3,8 +3,8 @@
 In Ho et al. 2020 the output is eps_theta(x_t, t), the predicted noise; `improved.py` interprets it differently. A
 network does not depend on the schedule. With ``classes`` it also takes a label for each image.
 
-Dimensions: N images, H = W = 28. x is (N, H, W, C) with C = ``inputs``: x_t and, up to 3 in all, what the additions
-append. t and labels are (N,); the output is (N, H, W, 1).
+Dimensions: N images, H = W = 28. x is (N, H, W, C), x_t and what the additions append: C = ``inputs`` is 1 to 3.
+t and labels are (N,); the output is (N, H, W, 1).
 """
 
 from scratchgen.layers import (

@@ -83,8 +83,8 @@ def sample(x_0_theta, schedule, x_t, rng, steps=None, eta=1.0, order=1, start=No
     linearly in lambda to the middle of the step. This is DPM-Solver++(2M) of Lu et al. 2022. Its error shrinks with the
     square of the step size (order 1: with the step size), at one call of the network per step. With eta = 1 it is
     their SDE-DPM-Solver++(2M): fresh noise at each step covers up earlier errors of the network.
-    Effect on the Frechet distance of 3,000 unguided samples, in 20 steps: SDE-DPM-Solver++(2M) 3.2, the same of order 1
-    7.8, DDIM 6.3. Algorithm 2 in its 200 steps has 3.7.
+    Effect: in 20 steps, 3,000 unguided samples have a Frechet distance of 3.2 by SDE-DPM-Solver++(2M), 7.8 by its first
+    order, and 6.3 by DDIM. By Algorithm 2 in its 200 steps they have 3.7, equal to 3.2 within chance.
     """
     alpha_bar = schedule["alpha_bar"]
 

@@ -78,8 +78,8 @@ class OneLineParser(argparse.ArgumentParser):
         return args
 
     def folders_first(self, words):
-        """The words, with folders (of two parts, as runs/ddpm) moved to the front if they follow the values of a flag
-        that takes several: argparse would take them for more values."""
+        """The words, with folders (two or more parts, as runs/ddpm) moved to the front if they follow the values of a
+        flag that takes several: argparse would take them for more values."""
         folders = []
         others = []
         flag = None
