@@ -115,7 +115,7 @@ def main(argv=None):
                 groups = improved.drop_groups(model.groups_of(x_0, labels), run.rng)  # or None: there are no groups
                 value, terms, gradient = value_and_grad(params, (x_0, t, eps, groups))  # line 5: the gradient ...
                 if step % 100 == 0:
-                    flush_denormals(ranks.own(moments))  # to 0: processors are slow with numbers so small
+                    flush_denormals(ranks.own(moments))  # denormals become 0: processors are slow with them
                 lr = cosine_decay(step, run.total_steps, args.lr)
                 optimiser_step(params, gradient, moments, step, lr)  # ... and the step
                 ema_step(ranks.own(arrays["ema"]), params, step, args.ema)

@@ -78,7 +78,7 @@ def main(argv=None):
                 eps = run.rng.standard_normal((len(x), args.latent_dim), dtype=np.float32)
                 value, terms, gradient = value_and_grad(params, (x, eps))
                 if step % 100 == 0:
-                    flush_denormals(ranks.own(moments))  # to 0: processors are slow with numbers so small
+                    flush_denormals(ranks.own(moments))  # denormals become 0: processors are slow with them
                 optimiser_step(params, gradient, moments, step, cosine_decay(step, run.total_steps, args.lr))
                 run.record(value, terms)
 

@@ -7,10 +7,10 @@ For each row and seed this runs, here for the third row with seed 1:
   python -m scratchgen.evaluate runs/ablation-black-1 --bound 100
       --frechet 10000 --sampler sde-dpm++ --steps 20
 
-The guide does not change the training: a run with a guide is measured twice,
-without it and with it. Finished runs are not trained again, and stopped ones
-are resumed. `python run_vae.py` must have been run before. Three seeds take
-five hours on two cores.
+The guide does not change the training: the runs guide and groups are measured
+twice, without it and with it. Finished runs are not trained again, and stopped
+ones are resumed. `python run_vae.py` must have been run before. Three seeds
+take five hours on two cores.
 
 The numbers of each run go to docs/ablation.json, where those of other seeds
 stay. The table in quality.md has the mean over all seeds there, and their
@@ -75,7 +75,7 @@ def main(argv=None):
 
     images = []
     for run, config in ROWS.values():
-        if run != X_0:  # a network that load_run does not know
+        if run != X_0:  # load_run would take its output for eps
             model = load_run(folder_of(args, run, args.seeds[0]))
             images.append(model.sample(10, np.random.default_rng(0), config=config))  # all rows from the same noise
     names = [row for row, (run, _) in ROWS.items() if run != X_0]
@@ -139,7 +139,7 @@ def start(*command):
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # the child got the signal, too, and saves its state
+        process.wait()  # Ctrl-C reached the child, too: it saves its state
         raise
     if status:
         sys.exit(status)  # the child has printed what is wrong

@@ -10,7 +10,7 @@ The runs, from the folder of the run scripts:
   python run_ddpm.py --T 200 --additions none --out runs/ddpm-none
   (and with --seed 1 and 2: runs/ddpm-none-1, runs/ddpm-none-2)
 
-Missing runs are left out. All of them take forty minutes on two cores.
+Missing runs are left out. All runs take forty minutes on two cores.
 (Drawn by other programs: ddpm_ablation.png by ablation.py, scaling.png by
 tests/benchmarks/scaling.py, classifier_drawn.png by train_classifier.py,
 toy2d.png and unet.png by programs of these names.)
@@ -130,7 +130,7 @@ def read_numbers():
 
 
 def numbers_of(path, model):
-    """The numbers of a run that a text may quote: those of its metrics.json, and some that follow from them."""
+    """The numbers of a run that a text may quote, from its metrics.json and its log."""
     metrics = files.read_metrics(path, model.params)
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and name != "seconds"}
     scores = [row.get("test_elbo", row.get("test_loss")) for row in model.log]

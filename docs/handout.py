@@ -76,7 +76,7 @@ place of the lines `raise NotImplementedError("formula ...")`. `pytest tests/tes
 
 {formulas}
 """
-LIMIT = 60  # seconds that the tests of one question may take a student's functions
+LIMIT = 60  # seconds for the tests of one question on a student's functions
 
 
 def parse_arguments(argv):
@@ -283,4 +283,4 @@ def table(grades):
 
 
 if __name__ == "__main__":
-    cli.run(main, "stopped: the folder is not whole")
+    cli.run(main, "stopped before the end")

@@ -32,7 +32,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = {"params": 63, "ema": 31, "early": 7, "groups": 31}  # the largest whole number
-LARGE = 30_000  # numbers in a matrix that is rounded to them
+LARGE = 30_000  # smaller arrays are not rounded
 
 
 def main(argv=None):

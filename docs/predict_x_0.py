@@ -5,9 +5,9 @@ examples:
   python docs/predict_x_0.py scratchgen.evaluate runs/x_0 --frechet 10000
 
 Two methods of `improved.Denoiser` and the weights of the loss are replaced; all
-else is as it was. The loss is the mean squared error of x_0, which needs the
-addition weights. This is one row of docs/ablation.py, and an example of how to
-try another parametrisation.
+else is as it was. The loss is the mean squared error of x_0, and needs
+--additions weights. This is one row of docs/ablation.py, and an example of how
+to try another parametrisation.
 """
 
 import argparse

@@ -3,13 +3,13 @@ by the importance-weighted bound.
 
 Exemplar-VAE (Norouzi et al. 2020) trains on pixels of 0 and 1, drawn anew each
 epoch with the grey values as probabilities, keeps the weights of the epoch
-whose ELBO on held-out images is best, and measures with 5,000 samples an
+whose ELBO on held-out images is best, and measures with 5,000 samples per
 image. quality.md has the result. Beyond run_vae.py this has ``binarise``,
 ``--hold-out``, ``--warm-up``, ``--weight-decay`` and ``--iwae``. Muon trains
 every --arch.
 
 examples:
-  python docs/published_protocol.py        80 minutes of one core, and 10 more
+  python docs/published_protocol.py    80 minutes of one core, 10 for the bound
   python docs/published_protocol.py --epochs 20 --warm-up 4 --iwae 100
 """
 
@@ -29,7 +29,7 @@ import numpy as np
 
 EPOCHS = {"gated": 700, "mlp": 700, "conv": 700}  # by default
 SHARD = 64  # images that one rank (a process) measures at a time
-HELD_OUT = 5  # what random numbers are for, beside those of `run`
+HELD_OUT = 5  # a purpose for `rng_for`, besides those of `run`
 
 
 def binarise(images, rng):
@@ -62,9 +62,7 @@ def parse_arguments(argv):
     parser.flag("--weight-decay", help, type=cli.number(float, 0, high=1e9), default=0.02, metavar="W")
     help = "hold out the last N training images, and keep the weights of the epoch whose ELBO on them is best"
     parser.flag("--hold-out", help, type=cli.number(int, 1), default=10_000, metavar="N")
-    parser.flag(
-        "--iwae", "samples an image of the final measurement", type=cli.number(int, 1), default=5000, metavar="K"
-    )
+    parser.flag("--iwae", "samples per image, for the final bound", type=cli.number(int, 1), default=5000, metavar="K")
     args = parser.parse_args(argv)
     args.epochs = args.epochs or EPOCHS[args.arch]
     if args.lr * args.weight_decay >= 1:

@@ -5,7 +5,7 @@ For each row and seed this starts, for example,
   python run_ddpm.py --T 200 --classes --seed 1 --out runs/speed-classes-1
 and copies its checkpoint every 90 seconds or so, and at the end. From the
 moving average of the weights in each copy it draws 10,000 samples, and measures
-their distance to the test images. Only training counts as time, not drawing.
+their distance to the test images. Time is the run's, without this drawing.
 
 A finished run is not trained again, and a copy is not measured again. Half an
 hour for a row and a seed, on two cores with nothing else to do.
@@ -37,7 +37,7 @@ ROWS = {  # name -> flags of run_ddpm.py
 }
 TARGETS = (20, 10, 5, 3, 2)
 SECONDS = 90  # between two copies, at least
-SHARD = 32  # images that one rank looks at at a time
+SHARD = 32  # images that one rank (a process) measures at a time
 
 
 def main(argv=None):
@@ -89,7 +89,7 @@ def train(args, row, seed):
                 time.sleep(0.2)
                 seen = keep_copy(folder / "checkpoint.npz", copied, seen, SECONDS)
         except KeyboardInterrupt:
-            process.wait()  # the child got the signal, too, and saves its state
+            process.wait()  # Ctrl-C reached the child, too: it saves its state
             raise
         if status:
             sys.exit(status)  # the child has printed what is wrong
@@ -112,7 +112,7 @@ def keep_copy(path, folder, seen, seconds):
 
 
 def has_guide(state):
-    """Whether the guide is in this checkpoint; not in the first epoch, whose length is not in the log yet."""
+    """Whether the checkpoint has the guide; False in the first epoch, whose length is not in the log yet."""
     if not state["log"]:
         return False
     total_steps = state["log"][0]["step"] * state["config"]["epochs"]

@@ -38,7 +38,7 @@ def main(argv=None):
 
 def spirals(rng, N=2000):
     """N points on two spiral arms with a little jitter: (N, 1, 1, 2) in [-1, 1]."""
-    turn = np.sqrt(rng.uniform(0.03, 1, N))  # the root: as many points on each piece of an arm
+    turn = np.sqrt(rng.uniform(0.03, 1, N))  # the root: equally dense along an arm
     angle = 2 * np.pi * turn + np.pi * (np.arange(N) % 2)
     arms = 0.85 * turn * np.stack([np.cos(angle), np.sin(angle)])
     jitter = 0.02 * rng.standard_normal((N, 2))

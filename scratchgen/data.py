@@ -99,7 +99,7 @@ def read_idx(file, path):
         raise DataError(f"{path}: expected {rank} dimensions in the header, found the file to end inside them")
     shape = struct.unpack(f">{rank}I", sizes)
 
-    # If one of the sizes is 0, no bytes follow.
+    # A size of 0 counts as 1: NumPy has this limit for empty arrays, too.
     if math.prod(size or 1 for size in shape) > sys.maxsize // dtype.itemsize:
         raise DataError(f"{path}: expected sizes that fit into memory, found {shape} in the header")
     expected = math.prod(shape) * dtype.itemsize
@@ -167,7 +167,7 @@ def load_fashion_mnist(folder=DATA, labels=True):
             wanted = "uint8 (N, 28, 28)" if kind == "images" else "uint8 (N,)"
             raise DataError(f"{path}: expected {kind}, {wanted}, found {array.dtype} {array.shape}")
         if len(array) == 0:
-            raise DataError(f"{path}: expected at least one of its {kind}, found none")
+            raise DataError(f"{path}: expected {kind}, at least one, found none")
         if zlib.crc32(array) != checksum:
             strangers.append(path.name)
         if kind == "images":

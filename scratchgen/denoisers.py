@@ -3,7 +3,7 @@
 In Ho et al. 2020 the output is eps_theta(x_t, t), the predicted noise; `improved.py` interprets it differently. A
 network does not depend on the schedule. With ``classes`` it also takes a label for each image.
 
-Dimensions: N images, H = W = 28. x is (N, H, W, C), x_t and what the additions append: C = ``inputs`` is 1 to 3.
+Dimensions: N images, H = W = 28. x, (N, H, W, C), is x_t and what the additions append: C = ``inputs`` is 1 to 3.
 t and labels are (N,); the output is (N, H, W, 1).
 """
 
@@ -83,13 +83,13 @@ def unet(params, x, t, labels=None):  # (N, H, W, C), (N,), (N,) -> (N, H, W, 1)
     for block in params.get("global_down", []):
         h = global_block(block, h, time)
     skip = h
-    h = dense(params["down"], space_to_depth(h, 2))  # (N, 7, 7, C)
+    h = dense(params["down"], space_to_depth(h, 2))  # (N, 7, 7, 64)
     for number, block in enumerate(params["middle_blocks"]):
         h = res_block(block, h, time)
         if "global_middle" in params:
             for mixing in params["global_middle"][number]:
                 h = global_block(mixing, h, time)
-    h = depth_to_space(dense(params["up"], h), 2)  # (N, 14, 14, C)
+    h = depth_to_space(dense(params["up"], h), 2)  # (N, 14, 14, 32)
     h = np.concatenate([h, skip], axis=3)
     for block in params["up_blocks"]:
         h = res_block(block, h, time)
@@ -105,7 +105,7 @@ def init_mlp_denoiser(rng, inputs=1, hidden=1024, depth=3):
 
 
 def mlp_denoiser(params, x, t, labels=None):  # (N, H, W, C), (N,) -> (N, H, W, 1)
-    """A plain MLP of pixels and time embedding, plus x_t times a number that depends on t: the simplest one that works.
+    """The simplest network that works: an MLP of pixels and time embedding, plus x_t times a number that depends on t.
 
     The noise is mostly x_t itself, scaled. Without this skip the hidden layers must learn to copy x_t, and the network
     learns to predict 0 instead. Effect: test loss 0.999 -> 0.159 (predicting eps, 2 epochs of 12,000 images, lr 1e-3).

@@ -59,7 +59,7 @@ def inpaint(x_0_theta, schedule, known, where, x_T, rng, steps=None, repeats=5):
 
 
 def invert(x_0_theta, schedule, x_0, steps=None, rounds=5):
-    """Find the x_T from which DDIM (`samplers.sample`, eta = 0) draws x_0 in as many steps: yield (t, x_t), x_T last.
+    """Find the x_T from which DDIM (`samplers.sample`, eta = 0) draws x_0 in ``steps`` steps: yield (t, x_t), x_T last.
 
     The step from x_t to x_s is a `ddim_step` with the x_0 predicted from x_t. Its inverse needs the same prediction,
     but x_t is not known yet. So x_0 is first predicted from x_s. This gives an x_t, from which x_0 is predicted again,

@@ -48,7 +48,7 @@ def op(forward):
 
     ``vjp(g)`` takes g = dL/d(answer) and returns dL/d(array) for each argument, in order; trailing arguments that never
     need a gradient may be left out. A costly gradient may be returned as a function without arguments, which is called
-    only if the gradient is needed. If no argument is recorded, only the answer is returned. Arguments are positional.
+    only if the gradient is needed. If no argument is recorded, neither is the answer. Arguments are positional.
     """
 
     @wraps(forward)

@@ -21,7 +21,7 @@ import autograd.numpy as np  # NumPy with functions that autograd can record
 ADDITIONS = {  # name -> what it does, for --help; in the order of the ablation
     "v": "the network predicts v, from which eps follows",
     "black": "the network sees how far each pixel is from black",
-    "weights": "noisier steps count more in the loss (without v, almost only the noisiest)",
+    "weights": "noisier steps count more in the loss (without v, almost only the noisiest count)",
     "muon": "Muon updates small matrices, Adam the rest",
     "global": "the U-Net has blocks that see the whole image",
     "guide": "samples are guided away from what the network would have drawn early in its training",
@@ -48,10 +48,9 @@ class Denoiser:
         eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v
         x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
 
-    Karras et al. 2022 (Sec. 5) call this preconditioning, where c_skip multiplies x_t and c_out multiplies v.
-    Where x_t is nearly all noise, a network that predicts eps has to copy x_t, and its error grows by
-    1 / sqrt(alpha_bar_t) on the way to x_0. With v, c_skip copies x_t; v is nearly -x_0 there, and its error does not
-    grow.
+    Karras et al. 2022 (Sec. 5) call this preconditioning: c_skip multiplies x_t, and c_out multiplies v.
+    Where x_t is nearly all noise, a network that predicts eps has to copy x_t, and in x_0 its error is divided by
+    sqrt(alpha_bar_t). With v, c_skip copies x_t; v is nearly -x_0 there, and x_0 has the error of v.
     Effect: Frechet distance 61 -> 35 (docs/quality.md).
 
     "black": the network sees `above_black` beside x_t. "groups": it sees the mean image of the group, too.
@@ -79,10 +78,10 @@ class Denoiser:
         eps (`diffusion.predict_x_0`).
 
         "v": x_0 is computed from v and not from eps, because where alpha_bar_t is tiny, eps in float32 does not
-        determine x_0. It is not clipped (`guided` clips its own result). Where x_0 is black, -1, predictions lie a
+        determine x_0. It is not clipped (`guided` clips its own result). Where x_0 is black (-1), predictions lie a
         little above or below. A clip keeps only the upward errors; over the steps they do not cancel, but add up to a
         grey.
-        Effect without "groups" (28 November 2026): Frechet distance 6.6 -> 5.4.
+        Effect of not clipping, without "groups" (28 November 2026): Frechet distance 6.6 -> 5.4.
         """
         output = self.output(params, x_t, t, groups)
         if "v" not in self.additions:
@@ -107,9 +106,9 @@ class Denoiser:
 def above_black(schedule, x_t, t):
     """How far each pixel of x_t is above black, in standard deviations of the noise, clipped to [-3, 3].
 
-    Where x_0 is black, -1, as half of all pixels are, x_t has the mean -sqrt(alpha_bar_t), and this is eps itself. A
-    network that sees only x_t has to amplify the difference by 1 / sqrt(1 - alpha_bar_t), 45 times at t = 1, and leaves
-    backgrounds a little grey. The idea is our own.
+    Where x_0 is black (-1), as half of all pixels are, x_t has the mean -sqrt(alpha_bar_t), and the result is eps
+    itself. A network that sees only x_t has to amplify the difference by 1 / sqrt(1 - alpha_bar_t), 45 times at t = 1,
+    and leaves backgrounds a little grey. The idea is our own.
     Effect: Frechet distance 35 -> 26.
     """
     distance = (x_t + at(schedule["sqrt_alpha_bar"], t)) / at(schedule["sqrt_one_minus_alpha_bar"], t)
@@ -122,8 +121,8 @@ def step_weights(schedule):
     The content of a picture is decided where alpha_bar_t falls from 0.5 to 0.01. There L_simple gives v little weight:
     eps - eps_theta = sqrt(alpha_bar_t) (v - v_theta), so the squared error of v has the weight alpha_bar_t. Salimans
     and Ho 2022 weigh that error by 1: a high weight for the noisiest steps, which decide little of the picture. We take
-    the geometric mean of both weights, sqrt(alpha_bar_t). Divided by alpha_bar_t, it is the weight of the squared error
-    of eps.
+    the geometric mean of both weights, sqrt(alpha_bar_t). As a weight of the squared error of eps, this is
+    1 / sqrt(alpha_bar_t).
     Effect: Frechet distance 26 -> 21.
     """
     return (1 / np.sqrt(schedule["alpha_bar"])).astype(np.float32)
@@ -135,7 +134,7 @@ GUIDANCE = 0.5  # w
 
 
 def early_step(total_steps):
-    """The step after which the moving average of the weights is kept to be the guide.
+    """The step after which the moving average of the weights is saved as the guide.
 
     It is a quarter of all steps, but at most 411. A quarter is best in runs of two minutes. In the default run, an
     eighth is better than a quarter: that is 411.
@@ -147,11 +146,11 @@ def guided(x_0, x_0_guide, w):
     """Extrapolate a prediction of x_0 away from the guide's: x_0 + w (x_0 - x_0_guide), clipped to [-1, 1].
 
     Unclipped, the result overshoots where the predictions differ much. In terms of eps it is eps + w (eps - eps_guide).
-    The score of x_t is linear in eps. So if network and guide are exact at t for p_1(x_t) and p_0(x_t), the result is
-    exact for p_1 (p_1 / p_0)^w, normalised.
+    The score of x_t is linear in eps. So if network and guide have the exact scores of p_1(x_t) and p_0(x_t), the
+    result has that of p_1 (p_1 / p_0)^w, normalised, at this t.
 
-    The guide of "guide" is an early checkpoint ("autoguidance", Karras et al. 2024; their w is ours plus one). It makes
-    the same errors as the network, only larger: moving away from it reduces them.
+    With "guide", it is an early checkpoint ("autoguidance", Karras et al. 2024; their w is ours plus one). The guide
+    makes the same errors as the network, only larger: moving away from it reduces them.
     Effect without "groups": Frechet distance 4.7 -> 2.4.
 
     The guide of Ho and Salimans 2022 is the network without the label: samples become more typical of the class.
@@ -200,7 +199,7 @@ class Groups:
         return groups
 
     def draw(self, N, classes, rng):
-        """A group for each of N images, drawn by the shares of its class; -1 for the class -1. (N,) -> (N,)."""
+        """A group for each of N images, drawn by the shares of its class; -1 where the class is -1. (N,) -> (N,)."""
         C, G = self.shares.shape
         classes = np.zeros(N, int) if classes is None else classes
         within = (rng.random((N, 1)) > np.cumsum(self.shares, axis=1)[classes]).sum(axis=1)
@@ -222,7 +221,7 @@ class Groups:
 
 
 def find_groups(images, classes, count, rng):
-    """The arrays of `Groups` of training images, uint8 (N, H, W, 1): ``count`` groups, equally many in each class.
+    """The arrays for `Groups`, from training images, uint8 (N, H, W, 1): ``count`` groups, equally many in each class.
 
     ``classes`` are (N,), or None. Ten thousand images of a class are enough to find its groups. The shares come from
     all images. Each group counts one extra image (Laplace smoothing), so that no share is zero. Takes seconds.

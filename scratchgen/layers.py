@@ -1,4 +1,4 @@
-"""Layers: for each, ``init_x(rng, ...)`` makes its parameters and ``x(params, ...)`` below it applies them.
+"""Layers: ``init_x(rng, ...)`` makes the parameters of layer x, and ``x(params, ...)`` below it applies them.
 
 Dimensions: N images, H height, W width, C channels in, O channels out, E the width of the time embedding.
 Parameters are dicts and lists of float32 arrays; ``rng`` is a ``numpy.random.Generator``. ``dense`` and ``norm_silu``
@@ -67,7 +67,7 @@ def init_label_embedding(rng, classes, width):
     return {"w": rng.standard_normal((classes, width), dtype=np.float32)}
 
 
-def label_embedding(params, labels):  # (N,) integers in -1..K-1 -> (N, width)
+def label_embedding(params, labels):  # (N,) integers, -1 or a class -> (N, width)
     """The row of w for each image's label; zeros for label -1, which means no label."""
     one_hot = (labels[:, None] == np.arange(len(params["w"]))).astype(np.float32)
     return one_hot @ params["w"]
@@ -128,7 +128,7 @@ def global_block(params, x, time):  # (N, H, W, C), (N, E) -> (N, H, W, C)
     Norm, SiLU and a dense layer reduce C channels to S at each position. A dense layer maps all H W S numbers of the
     image to the hidden units. The time embedding sets their scale and shift; then come SiLU and two dense layers back.
     MLP-Mixer (Tolstikhin et al. 2021) is similar, but mixes the positions of one channel at a time. Here all positions
-    and channels mix at once. It is "global" in `improved.py`. Effect: Frechet distance 15 -> 4.7.
+    and channels mix at once. Effect of these blocks ("global" in `improved.py`): Frechet distance 15 -> 4.7.
     """
     h = dense(params["squeeze"], norm_silu(params["norm"], x))  # (N, H, W, S)
     units = dense(params["mix_in"], h.reshape((len(x), -1)))

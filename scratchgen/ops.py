@@ -5,8 +5,8 @@ Images are (N, H, W, C). Every primitive works in the dtype of its input: float3
 
 How to read one. L is the loss, y the answer, and g = dL/dy, of the shape of y, the gradient that comes from above. A
 function under ``@op`` (gradients.py) returns y and ``vjp``. In the backward pass ``vjp(g)`` returns dL/dx for each
-argument x. If dL/dx is costly and often not needed, it returns a function that computes dL/dx: an input image needs no
-gradient. ``vjp`` uses the variables of the forward pass. The equations stand above each function.
+argument x that may need it. If dL/dx is costly and often not needed, it returns a function that computes dL/dx: an
+input image needs no gradient. ``vjp`` uses the variables of the forward pass. The equations stand above each function.
 
 ``product(a, b)`` is a @ b, in tiles where that is faster (machinery/blas.py). Sums over positions are products with a
 row of ones: BLAS computes them seven times faster than ``np.sum`` over an axis.
@@ -85,7 +85,7 @@ def conv2d(x, k, b):
 
         # For each w, multiply the C channels of x by the windows at the same positions; then sum over w.
         dk = product(x.reshape(N * H, W, C).transpose(1, 2, 0), windows_g).sum(axis=0).reshape(C, K, K, O)
-        # Window (j', i') holds g at h' + i' - r, and k[i, j] needs it at h' - i + r: i' = 2 r - i, so flip back.
+        # Entry (j', i') of a window is g at h' + i' - r, but k[i, j] needs it at h' - i + r: i' = 2 r - i, so flip.
         dk = np.ascontiguousarray(flipped(dk.transpose(2, 1, 3, 0)))  # (C, j, i, O) -> (i, j, O, C) -> (i, j, C, O)
         return dx, dk, sum_rows(g.reshape(-1, O))
 
@@ -96,7 +96,7 @@ def windows(x, K):
     """All K x K neighbourhoods, one matrix for each column of positions: (N, H, W, C) -> (W, N H, K K C).
 
     Row (n, h) of matrix w is x[n, h - r : h + r + 1, w - r : w + r + 1], column by column, zero outside x. Adjacent
-    neighbourhoods share all columns but one. So each column of K pixels is copied only once, before its right
+    neighbourhoods share all columns but one. So each column of K pixels is stored only once, left of its
     neighbour, and the windows are overlapping views.
     """
     N, H, W, C = x.shape
@@ -208,8 +208,8 @@ def glu(x):
 def norm_silu(x, scale, shift, groups, epsilon=1e-5):
     """Group normalisation (Wu and He 2018), then SiLU: (N, H, W, C), scale, shift -> (N, H, W, C).
 
-    Scale and shift are both (C,), or both (N, C) to differ from image to image: so the time step enters a residual
-    block. SiLU is y = h sigmoid(h), computed with sigmoid(h) = (1 + tanh(h / 2)) / 2, which saves three passes.
+    Scale and shift are both (C,), or both (N, C): in a residual block they depend on each image's time
+    step. SiLU is y = h sigmoid(h), computed with sigmoid(h) = (1 + tanh(h / 2)) / 2, which saves three passes.
     """
     N, H, W, C = x.shape
     m, r = group_moments(x, groups, epsilon)

@@ -1,4 +1,4 @@
-"""Every figure. Each function returns a ``matplotlib.figure.Figure`` and `save` writes it; no global pyplot state.
+"""The figures. Most functions return a ``matplotlib.figure.Figure``, and `save` writes it; no global pyplot state.
 
 Images come as (N, H, W, 1) in the range given by ``low`` and ``high``, by default [0, 1].
 """
@@ -138,7 +138,7 @@ def plot_latents(decode, latent_dim, i, j, n=10, extent=3.0):
     z = np.zeros((n * n, latent_dim), np.float32)
     z[:, i] = np.tile(ticks, n)
     z[:, j] = np.repeat(ticks[::-1], n)
-    edge = extent + extent / (n - 1)  # half the distance between two images beyond the middle of the last
+    edge = extent + extent / (n - 1)  # the last image ends half a step beyond its middle
     figure = new_figure(6.6, 6.6)
     title = "decoded from z" if latent_dim == 2 else f"decoded from z, all but dimensions {i} and {j} zero"
     axes = figure.add_subplot(title=title)
@@ -277,7 +277,7 @@ def row_of_times(images, times, title):
 @by_rank_0
 def save_gif(frames, columns, path, frames_per_second=12, pause=18):
     """Write an animation of mosaics. ``frames`` maps each t to images (N, H, W, 1) in [-1, 1], in the order in which
-    they appear. The last stays for ``pause`` frames."""
+    they appear. The last is repeated ``pause`` times."""
     pictures = [(t, mosaic(images, len(images) // columns, columns)) for t, images in frames.items()]
     H, W = pictures[0][1].shape
     figure = import_matplotlib().figure.Figure(figsize=(W / 50, H / 50 + 0.3))

@@ -72,7 +72,7 @@ def ddim_step(schedule, x_t, x_0, t, s, eta=0.0, rng=None):
 
 
 def sample(x_0_theta, schedule, x_t, rng, steps=None, eta=1.0, order=1, start=None):
-    """Sample in ``steps`` steps, by default all T, as a generator: yield (s, x_s) for each s of `timesteps` after T.
+    """Sample in ``steps`` steps, by default all, as a generator: yield (s, x_s) for all s of `timesteps` but the first.
 
     Each step predicts x_0 and takes a `ddim_step` to the next s. With eta = 1 and all T steps this is Algorithm 2 of Ho
     et al. With eta = 0 this is DDIM: nothing is random after x_T, and ``rng`` may be None. ``start`` is the t of

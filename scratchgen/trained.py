@@ -69,7 +69,7 @@ class DDPM:
     """A trained diffusion model. ``config`` has the settings of its run, ``log`` the rows of log.csv. ``arrays["ema"]``
     is the moving average of its weights; with "guide", ``arrays["early"]`` is that average early in training.
 
-    Images x_t are (N, H, W, 1) in [-1, 1], time steps t (N,) in 1..T. ``groups``, (N,), come from `groups_of` (-1: no
+    Noisy images x_t are (N, H, W, 1), time steps t (N,) in 1..T. ``groups``, (N,), come from `groups_of` (-1: no
     group); they are None for a model without groups. Drawing needs no groups, at most class labels.
     """
 
@@ -192,7 +192,7 @@ def load_run(folder):
         raise checkpoint.CheckpointError(f"{path}: expected a run of run_vae.py or run_ddpm.py, found another")
     if not state["log"]:
         raise checkpoint.CheckpointError(f"{path}: expected a trained model, found one in its first epoch")
-    if config.get("classes") and "groups/shares" not in named:  # it would ignore labels
+    if config.get("classes") and "groups/shares" not in named:  # labels would be ignored
         raise checkpoint.CheckpointError(f"{path}: expected a run of this version, found an older one")
     return MODELS[config["model"]](config, tree.nested(named), state["log"])
 
@@ -222,7 +222,7 @@ SHARD = 32  # images that one rank draws at a time; with 16 drawing takes 1.1 ti
 def draw(model, N, seed, ranks, labels=None, description="samples", **options):
     """N samples of a model as grey levels, uint8 (N, 28, 28, 1), drawn by all ranks; ``options`` go to its ``sample``.
 
-    For one seed the first images do not depend on N, because the last shard is drawn whole, too. Their noise does not
+    For one seed the first images do not depend on N, because the last shard is drawn whole, too. Their x_T does not
     depend on the sampler.
     """
     labels = labels_for(N, labels, model.config.get("classes"))

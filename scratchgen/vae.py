@@ -83,8 +83,9 @@ def init_gaussian(rng, hidden, latent_dim):
 def gaussian(params, h):  # (N, C) -> 2 x (N, D)
     """mu and log_var of q(z | x); log_var is clipped above.
 
-    In training log_var stays below the limit, so no gradient is lost. An outlier can get any log_var: one test image
-    had 9.9. Its z was thirty times as far from 0 as z is in training, and its ELBO was -300,000 nats.
+    In training, log_var stays below the limit, so no gradient is lost. Without the limit an outlier can get any
+    log_var: one test image had 9.9. Its z was thirty times as far from 0 as z is in training, and its ELBO was
+    -300,000 nats.
     """
     return dense(params["mu"], h), np.clip(dense(params["log_var"], h), -np.inf, MAX_LOG_VAR)
 
@@ -96,7 +97,7 @@ def init_mlp_vae(rng, latent_dim, hidden=(300, 300), pixels=28 * 28, gated=False
     *before, last = hidden
     outputs = 2 * last if gated else last  # glu halves them, relu does not
     return {
-        # The last layer has gain 1, although a ReLU or glu follows here.
+        # The encoder's last layer has gain 1, although a ReLU or glu follows it.
         "encoder": init_mlp(rng, [pixels, *before, outputs], gated),
         **init_gaussian(rng, last, latent_dim),
         "decoder": init_mlp(rng, [latent_dim, *hidden, pixels], gated),
@@ -113,7 +114,7 @@ def mlp_decode(params, z, activation=relu):  # (N, D) -> (N, H, W, 1)
 
 
 # ------------------------------------------------------- convolutions at 14 x 14 and 7 x 7, and the same way back
-# `space_to_depth` and a dense layer are a 2 x 2 convolution of stride 2; a dense layer and `depth_to_space` are a
+# `space_to_depth`, then a dense layer, is a 2 x 2 convolution of stride 2; a dense layer, then `depth_to_space`, is a
 # transposed one.
 
 
@@ -181,7 +182,7 @@ def importance_weighted_bound(encode, decode, x, K, rngs, block=500):
         for start in range(0, K, block):
             eps = rng.standard_normal((min(block, K - start), mu.shape[1]), dtype=np.float32)
             z = mu[n] + sigma[n] * eps
-            # log p(z) - log q(z | x): the - D/2 log 2 pi of both cancels.
+            # log p(z) - log q(z | x): the term -D/2 log(2 pi) of both cancels.
             log_ratio = 0.5 * (eps**2 - z**2 + log_var[n]).sum(axis=1, dtype=np.float64)
             log_w = bernoulli_log_likelihood(decode(z), x[n]) + log_ratio
             largest = max(bound[n], log_w.max())  # taken out, so that exp cannot overflow

@@ -69,7 +69,7 @@ from scratchgen.machinery.parallel import Ranks
 print(blas.ONE_BLAS_THREAD, Ranks(3).processes * Ranks(3).threads)
 """
     found, said = python(code)
-    assert found == ["False", "1"] and "left its threads, and --workers is ignored" in said
+    assert found == ["False", "1"] and "keeps its threads, and --workers is ignored" in said
     assert said.count("import scratchgen first") == 1
     assert python(code, OPENBLAS_NUM_THREADS="1") == (["True", "3"], "")  # NumPy has read it
 

@@ -42,6 +42,12 @@ def test_no_line_is_longer_than_120(path):
         assert len(line) <= 120 or line.startswith("|") or re.fullmatch(r"!?\[[^]]*\]\(\S+\)\S?|\$[^$]+\$", line), line
 
 
+@each_document
+def test_no_line_begins_with_a_minus_or_a_plus(path):
+    """Markdown would make the bullet of a list of it. The bullets of our lists are stars."""
+    assert re.findall(r"^ {0,3}[-+] .*", without_blocks(path.read_text(encoding="utf-8")), re.MULTILINE) == []
+
+
 def unknown_names(text):
     """What stands in backticks and is neither in the code nor a file of ours. Of a name with dots that begins with a
     module of ours each part must be there."""

@@ -1,4 +1,4 @@
-"""The measurements of an evaluation. Each function prints its numbers, adds them to metrics.json and draws figures.
+"""The measurements of an evaluation. Functions ``measure_...`` print numbers and add them to metrics.json; some draw.
 
 ``report`` is a `Report`, ``model`` is one of `trained.py`, ``data`` is what `load_fashion_mnist` returns.
 """

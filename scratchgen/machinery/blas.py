@@ -38,7 +38,7 @@ def use_one_blas_thread():
     # NumPy's extension module gives the functions of libraries that it is linked with; on Windows only the DLLs do.
     done = any(map(set_one_thread, [*folder.glob("*core/_multiarray*"), *folder.parent.glob("numpy.libs/*blas*")]))
     if not (done or told):
-        message = "NumPy was imported before scratchgen, so BLAS left its threads, and --workers is ignored"
+        message = "NumPy was imported before scratchgen, so BLAS keeps its threads, and --workers is ignored"
         warnings.warn(f"{message}: training may be slower; better import scratchgen first", stacklevel=3)
     return done or told
 

@@ -92,7 +92,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def reads(flag, word):
-    """Whether the type of an argparse flag accepts the word, as it does the class T-shirt/top. Without a type: no."""
+    """Whether a flag's type accepts the word, as that of --class accepts T-shirt/top. Without a type: no."""
     try:
         return flag.type is not None and flag.type(word) is not None
     except (ValueError, argparse.ArgumentTypeError):

@@ -140,7 +140,7 @@ def add_evaluation(path, params, entry, numbers, seed):
 
 
 def metrics_to_change(path, params):
-    """`read_metrics`. A file that it cannot read, or that is of other weights, is renamed, not overwritten."""
+    """As `read_metrics`; but a file that it cannot read, or of other weights, is renamed, not overwritten."""
     metrics = read_metrics(path, params)
     if metrics.keys() == {"weights"} and path.exists():
         aside = next(aside for n in itertools.count(1) if not (aside := path.with_stem(f"{path.stem}-{n}")).exists())

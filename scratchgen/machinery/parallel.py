@@ -44,7 +44,7 @@ CAN_FORK = sys.platform == "linux"  # macOS has fork, but its BLAS does not surv
 # Ctrl-C, Ctrl-\, a kill, a closed terminal (Windows: BREAK), and signals that batch systems send before a kill.
 STOP_NAMES = ("SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
-SPIN_SECONDS = 0.001  # a rank polls so long for a message before it sleeps, as waking up takes 0.05 ms
+SPIN_SECONDS = 0.001  # a rank polls for a message this long, then sleeps; waking up takes 0.05 ms
 KILLED = "a rank (one of the --workers processes) was killed, for want of memory? Try fewer --workers"
 
 rank = 0  # of this process
@@ -77,7 +77,7 @@ class Ranks:
         return rank
 
     def share(self, arrays):
-        """A copy of the tree in memory that all ranks share, made before the fork; for one rank the tree itself."""
+        """A copy of the tree in memory that ranks share, made before the fork; without a fork the tree itself."""
 
         def in_shared_memory(array):
             shared = np.ndarray(array.shape, array.dtype, mmap.mmap(-1, max(1, array.nbytes)))
@@ -224,11 +224,11 @@ class Ranks:
                     place[...] = leaf
 
     def from_rank(self, source, room):
-        """Send what rank ``source`` wrote to its ``room`` to the owners of the leaves. Here memory is shared."""
+        """Send the owners of the leaves what rank ``source`` wrote to its ``room``. Here memory is shared."""
 
     def from_owners(self, trees):
-        """Send the leaves that their owners have changed to all ranks, which may use them after the next collective
-        call. Here memory is shared."""
+        """Send all ranks the leaves that their owners have changed, for use after the next collective call.
+        Here memory is shared."""
 
 
 def as_told(error):
