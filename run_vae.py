@@ -53,7 +53,7 @@ def main(argv=None):
     arrays = {"params": params, "moments": init_moments(params)}
     settings = {"model": "vae", "arch": args.arch, "latent_dim": args.latent_dim, "beta": args.beta}
     run = Run(args, settings, (train_images, data["test_images"]), arrays, ranks)
-    params = run.arrays["params"]  # in memory that all ranks see
+    params = run.arrays["params"]  # in memory that forked ranks share
     moments = run.arrays["moments"]
     optimiser_step = adam_step if args.arch == "mlp" else muon_step  # docs/quality.md compares them
     model = VAE(run.config, run.arrays)

@@ -7,7 +7,7 @@ For each row and seed this runs, here for the third row with seed 1:
   python -m scratchgen.evaluate runs/ablation-black-1 --bound 100
       --frechet 10000 --sampler sde-dpm++ --steps 20
 
-The guide does not change the training: the runs guide and groups are measured
+The guide does not change the training: runs "guide" and "groups" are measured
 twice, without it and with it. Finished runs are not trained again, and stopped
 ones are resumed. `python run_vae.py` must have been run before. Three seeds
 take five hours on two cores.
@@ -139,7 +139,7 @@ def start(*command):
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # Ctrl-C reached the child, too: it saves its state
+        process.wait()  # Ctrl-C reached the child, too: let it end
         raise
     if status:
         sys.exit(status)  # the child has printed what is wrong

@@ -283,4 +283,4 @@ def table(grades):
 
 
 if __name__ == "__main__":
-    cli.run(main, "stopped before the end")
+    cli.run(main, "stopped: a FOLDER that was being written is not whole")

@@ -12,7 +12,7 @@ import importlib.util
 import time
 from pathlib import Path
 
-import numpy as np  # before scratchgen, so that micro.py has NumPy as its users do
+import numpy as np  # before scratchgen, which would set one BLAS thread: micro.py has more
 
 ROOT = Path(__file__).resolve().parent.parent
 N, DRAWS = 10_000, 3
@@ -42,7 +42,7 @@ def main(argv=None):
         return micro.sigmoid(micro.mlp(decoder, micro.rng.standard_normal((N, micro.D), np.float32))[0])
 
     def ddpm():
-        drawn = [micro.sample(network, 500) for _ in range(N // 500)]  # a few at a time: memory is faster
+        drawn = [micro.sample(network, 500) for _ in range(N // 500)]  # 500 at a time: large arrays are slower
         return np.clip((np.concatenate(drawn) + 1) / 2, 0, 1)
 
     real = features(load_fashion_mnist(ROOT / "data", labels=False)["test_images"] / 255)

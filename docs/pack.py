@@ -32,7 +32,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = {"params": 63, "ema": 31, "early": 7, "groups": 31}  # the largest whole number
-LARGE = 30_000  # smaller arrays are not rounded
+LARGE = 30_000  # numbers; smaller arrays are only rounded to float16
 
 
 def main(argv=None):

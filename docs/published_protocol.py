@@ -9,7 +9,7 @@ image. quality.md has the result. Beyond run_vae.py this has ``binarise``,
 every --arch.
 
 examples:
-  python docs/published_protocol.py    80 minutes of one core, 10 for the bound
+  python docs/published_protocol.py    80 minutes of one core, then 10 more
   python docs/published_protocol.py --epochs 20 --warm-up 4 --iwae 100
 """
 
@@ -116,7 +116,7 @@ def main(argv=None):
                 beta = np.float32(min(1, step / max(1, args.warm_up * run.steps_per_epoch)))
                 value, terms, gradient = value_and_grad(params, (x, eps))
                 if step % 100 == 0:
-                    flush_denormals(ranks.own(moments))  # to 0: processors are slow with numbers so small
+                    flush_denormals(ranks.own(moments))  # denormals become 0: processors are slow with them
                 lr = cosine_decay(step, run.total_steps, args.lr)
                 # Weight decay (Loshchilov and Hutter 2019): what only a few images call for decays.
                 for leaf in tree.leaves(ranks.own(params)):
@@ -143,7 +143,7 @@ def main(argv=None):
         bound = best_model.importance_weighted_bound(x_test, args.iwae, args.seed, ranks)
         run.write_metrics(numbers | {f"iwae_{args.iwae}": bound}, best)
         print(f"{active} of {args.latent_dim} latent dimensions active")
-        print(f"log p(x) is at least {bound:.2f} nats: the importance-weighted bound, {args.iwae:,} samples an image")
+        print(f"log p(x) is at least {bound:.2f} nats: the importance-weighted bound, {args.iwae:,} samples per image")
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def train(args, row, seed):
                 time.sleep(0.2)
                 seen = keep_copy(folder / "checkpoint.npz", copied, seen, SECONDS)
         except KeyboardInterrupt:
-            process.wait()  # Ctrl-C reached the child, too: it saves its state
+            process.wait()  # Ctrl-C reached the child, too: let it end
             raise
         if status:
             sys.exit(status)  # the child has printed what is wrong

@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 def main(argv=None):
     parser = cli.OneLineParser("docs/sweeps.py", __doc__)
     parser.flag("run", "the --out of run_ddpm.py", type=Path, metavar="RUN_FOLDER")
-    parser.flag("--frechet", "the number that evaluate was given", type=cli.number(int, 4), default=10_000, metavar="N")
+    parser.flag("--frechet", "the N of evaluate --frechet N", type=cli.number(int, 4), default=10_000, metavar="N")
     args = parser.parse_args(argv)
     metrics = files.read_metrics(args.run / "metrics.json", load_run(args.run).params)
     measured = metrics.get("evaluation", {}).get(f"frechet_{args.frechet}", {})

@@ -107,7 +107,7 @@ def denoise(network, x_t, t):
 
 
 def ddpm_loss(network, x_0, t, eps):
-    """Returns our loss, which replaces that of Algorithm 1, line 5, and the gradient of ours."""
+    """Returns our loss and its gradient. The loss replaces that of Algorithm 1, line 5."""
     # The paper's network predicts eps. Ours predicts x_0, because 512 hidden units cannot hold 784 numbers of noise;
     # eps follows by Eq. (4). Squared error and cross-entropy have the same best prediction, E[x_0 | x_t].
     x_t = np.sqrt(alpha_bar[t]) * x_0 + np.sqrt(1 - alpha_bar[t]) * eps  # Eq. (4)

@@ -96,7 +96,7 @@ def windows(x, K):
     """All K x K neighbourhoods, one matrix for each column of positions: (N, H, W, C) -> (W, N H, K K C).
 
     Row (n, h) of matrix w is x[n, h - r : h + r + 1, w - r : w + r + 1], column by column, zero outside x. Adjacent
-    neighbourhoods share all columns but one. So each column of K pixels is stored only once, left of its
+    neighbourhoods share all columns but one. So each column of K pixels is stored only once, just before its right
     neighbour, and the windows are overlapping views.
     """
     N, H, W, C = x.shape
@@ -208,8 +208,8 @@ def glu(x):
 def norm_silu(x, scale, shift, groups, epsilon=1e-5):
     """Group normalisation (Wu and He 2018), then SiLU: (N, H, W, C), scale, shift -> (N, H, W, C).
 
-    Scale and shift are both (C,), or both (N, C): in a residual block they depend on each image's time
-    step. SiLU is y = h sigmoid(h), computed with sigmoid(h) = (1 + tanh(h / 2)) / 2, which saves three passes.
+    Scale and shift are both (C,), or both (N, C), a row for each image: in a residual block these come from the
+    time step. SiLU is y = h sigmoid(h), computed with sigmoid(h) = (1 + tanh(h / 2)) / 2, which saves three passes.
     """
     N, H, W, C = x.shape
     m, r = group_moments(x, groups, epsilon)

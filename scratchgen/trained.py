@@ -69,8 +69,9 @@ class DDPM:
     """A trained diffusion model. ``config`` has the settings of its run, ``log`` the rows of log.csv. ``arrays["ema"]``
     is the moving average of its weights; with "guide", ``arrays["early"]`` is that average early in training.
 
-    Noisy images x_t are (N, H, W, 1), time steps t (N,) in 1..T. ``groups``, (N,), come from `groups_of` (-1: no
-    group); they are None for a model without groups. Drawing needs no groups, at most class labels.
+    Images x_0 are (N, H, W, 1) in [-1, 1], and so are x_t but for their noise; t is (N,) in 1..T. ``groups``, (N,),
+    come from `groups_of` (-1: no group); they are None for a model without groups. Drawing needs no groups, at most
+    class labels.
     """
 
     def __init__(self, config, arrays, log=()):

@@ -44,7 +44,7 @@ def test_no_line_is_longer_than_120(path):
 
 @each_document
 def test_no_line_begins_with_a_minus_or_a_plus(path):
-    """Markdown would make the bullet of a list of it. The bullets of our lists are stars."""
+    """Markdown would take it for the bullet of a list. Our bullets are stars."""
     assert re.findall(r"^ {0,3}[-+] .*", without_blocks(path.read_text(encoding="utf-8")), re.MULTILINE) == []
 
 

@@ -125,7 +125,7 @@ def test_it_measures_the_weights_of_the_best_epoch_on_binarised_pixels(whole, sm
         f"best held-out ELBO: {best['held_out_elbo']:.2f} nats, {at_best}"
         f"{numbers['reconstruction']:.2f} - {numbers['kl']:.2f} nats",
         f"{numbers['active_units']} of 4 latent dimensions active",
-        f"log p(x) is at least {numbers['iwae_50']:.2f} nats: the importance-weighted bound, 50 samples an image",
+        f"log p(x) is at least {numbers['iwae_50']:.2f} nats: the importance-weighted bound, 50 samples per image",
     ]
     assert state["log"][-1]["held_out_elbo"] > state["log"][0]["held_out_elbo"]  # it has learned something
 

@@ -1,4 +1,5 @@
-"""The measurements of an evaluation. Functions ``measure_...`` print numbers and add them to metrics.json; some draw.
+"""The measurements of an evaluation. Functions ``measure_...`` print numbers and add them to metrics.json; some also
+draw figures.
 
 ``report`` is a `Report`, ``model`` is one of `trained.py`, ``data`` is what `load_fashion_mnist` returns.
 """

@@ -42,7 +42,7 @@ class Run:
     settings, epochs, batch size, learning rate, seed and images. ``images`` is a pair, for training and for test; each
     is an array or a pair (images, labels), labels may be None, and `minibatches` yields the same kind. ``arrays`` is a
     tree, for example {"params": .., "moments": ..}, that the steps change in place: they must change ``run.arrays``,
-    the copy in memory that all ranks share. ``run.rng`` is the generator from which the steps draw. Raises
+    the copy that forked ranks share. ``run.rng`` is the generator from which the steps draw. Raises
     CheckpointError or FolderInUse.
     """
 

@@ -1,4 +1,4 @@
-"""The figures. Each function returns a ``matplotlib.figure.Figure``, which has a method savefig(path).
+"""The figures. Most functions return a ``matplotlib.figure.Figure``, which has a method savefig(path).
 
 Images come as (N, H, W, 1) in the range given by ``low`` and ``high``, by default [0, 1]. To write: `plot_latents`.
 """
