@@ -151,7 +151,7 @@ def guided(x_0, x_0_guide, w):
 
     The guide of "guide" is an early checkpoint ("autoguidance", Karras et al. 2024; their w is ours plus one). It makes
     the same errors as the network, only larger: moving away from it reduces them.
-    Effect without "groups": Frechet distance 4.7 -> 2.4.
+    Effect without "groups": Frechet distance 4.6 -> 2.0.
 
     The guide of Ho and Salimans 2022 is the network without the label: samples become more typical of the class.
     """
@@ -182,7 +182,7 @@ class Groups:
     from noise which kinds of images exist, and how frequent each is: we count them. No label is needed. Conditioning on
     unsupervised clusters improves samples: Bao et al. 2022; Adaloglou et al. 2025. They cluster features of another
     network, and embed the cluster's index. We cluster images by pixels; the network sees the mean.
-    Effect: Frechet distance 2.4 -> 1.2, guided; 18 -> 6 unguided after two minutes of training.
+    Effect: Frechet distance 2.0 -> 1.3, guided; 4.6 -> 3.1 unguided, and 18 -> 6 after two minutes of training.
     """
 
     def __init__(self, means, shares):
