@@ -51,7 +51,7 @@ class Denoiser:
     Karras et al. 2022 (Sec. 5) call this preconditioning: c_skip multiplies x_t, and c_out multiplies v.
     Where x_t is nearly all noise, a network that predicts eps has to copy x_t, and in x_0 its error is divided by
     sqrt(alpha_bar_t). With v, c_skip copies x_t; v is nearly -x_0 there, and x_0 has the error of v.
-    Effect: Frechet distance 61 -> 35 (docs/quality.md).
+    Effect: Frechet distance 60 -> 36 (docs/quality.md).
 
     "black": the network sees `above_black` beside x_t. "groups": it sees the mean image of the group, too.
     """
@@ -109,7 +109,7 @@ def above_black(schedule, x_t, t):
     Where x_0 is black (-1), as half of all pixels are, x_t has the mean -sqrt(alpha_bar_t), and the result is eps
     itself. A network that sees only x_t has to amplify the difference by 1 / sqrt(1 - alpha_bar_t), 45 times at t = 1,
     and leaves backgrounds a little grey. The idea is our own.
-    Effect: Frechet distance 35 -> 26.
+    Effect: Frechet distance 36 -> 26.
     """
     distance = (x_t + at(schedule["sqrt_alpha_bar"], t)) / at(schedule["sqrt_one_minus_alpha_bar"], t)
     return np.clip(distance, -3, 3)
