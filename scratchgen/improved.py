@@ -123,7 +123,7 @@ def step_weights(schedule):
     and Ho 2022 weigh that error by 1: a high weight for the noisiest steps, which decide little of the picture. We take
     the geometric mean of both weights, sqrt(alpha_bar_t). As a weight of the squared error of eps, this is
     1 / sqrt(alpha_bar_t).
-    Effect: Frechet distance 26 -> 21.
+    Effect: Frechet distance 26 -> 22.
     """
     return (1 / np.sqrt(schedule["alpha_bar"])).astype(np.float32)
 
